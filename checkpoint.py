@@ -1,0 +1,63 @@
+"""Write files whole or not at all, and read checkpoints without running what is in them."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file that takes the name `path` only once it is safely on disk.
+
+    Whatever goes wrong, `path` holds its old content or the new, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
+    """Save a plain `state_dict`, on the CPU, as segment_anything's builders read it."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    write_atomically(path, lambda file: torch.save(on_cpu, file))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a plain `state_dict` with `weights_only=True`: code in the file is never run.
+
+    Raises FileNotFoundError, or ValueError naming the file if it is truncated, holds more than
+    tensors, or is no mapping of names to tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint not found: {path}")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is damaged or holds more than weights, and could run code when "
+            f"loaded ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint; is it cut off? ({error})") from error
+    is_plain = isinstance(state_dict, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
+    )
+    if not is_plain:
+        raise ValueError(f"{path} is not a plain state_dict (weight names mapped to tensors)")
+    return state_dict

@@ -1,0 +1,514 @@
+"""Fine-tune the Segment Anything Model to segment deformable linear objects (cables, wires, ropes).
+
+    python finetune.py --config configs/demo.yaml --model_type lite_medsam --exp_name demo
+
+The YAML file describes the data, the flags describe the training. See README.md.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from segment_anything.modeling import Sam
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import model
+from config import Config, load_config
+from dataset import (
+    PROMPTS,
+    Frame,
+    Source,
+    TestSet,
+    TrainSet,
+    find_sources,
+    train_loader,
+)
+from losses import dice_loss, focal_loss, iou_mse
+from metrics import iou_and_dice
+from visualize import draw_points, panel, sheet
+
+PANELS = 4  # pictures shown of the test set and of a training batch
+
+
+# --- Command line -----------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
+
+
+def _number(text, kind, is_good, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_good(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def folder_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.+=@ -]*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a folder inside exp/, without separators, got {text!r}"
+        )
+    return text
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune SAM's mask decoder to segment cables.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("-c", "--config", type=Path, required=True, help="YAML file that describes the data")
+    run.add_argument("-n", "--exp_name", type=folder_name, help="results go to exp/EXP_NAME (default: config name and time)")
+    run.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute; auto takes the first there is")
+    run.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 where the hardware computes in it")
+    run.add_argument("--num_workers", type=count, default=_default_workers(), help="processes that prepare data; 0: the main one")
+    run.add_argument("--seed", type=count, default=0, help="of every random choice")
+    run.add_argument("-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints")
+    run.add_argument("--test_interval", type=positive_int, default=100, help="iterations (batches) between tests")
+    run.add_argument("--log_interval", type=positive_int, default=10, help="iterations between logged scalars")
+
+    net = parser.add_argument_group("model")
+    net.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
+    net.add_argument("--checkpoint", type=Path, help="weights to start from, official or this tool's (default: the published ones)")
+    net.add_argument("--prompt", choices=PROMPTS, default="none", help="what the decoder is told: nothing, 1 to 3 points, a box, or one of these per sample")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("-e", "--epoch_num", type=positive_int, default=50, help="epochs to train")
+    optim.add_argument("-b", "--batch_size", type=positive_int, default=4, help="samples per iteration")
+    optim.add_argument("--virtual_batch_size", type=positive_int, default=1, help="batches per optimizer step; the actual batch is batch_size x virtual_batch_size")
+    optim.add_argument("--lr", type=positive, default=1e-3, help="maximum learning rate")
+    optim.add_argument("--warmup_steps", type=count, default=10, help="optimizer steps of linear warm-up")
+    optim.add_argument("--lr_power", type=not_negative, default=1.0, help="power of the decay after warm-up; 0: constant")
+    optim.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW")
+    optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest norm of the gradient")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--alpha", type=fraction, default=0.7, help="focal loss: weight of foreground; background has 1 - alpha")
+    loss.add_argument("--gamma", type=not_negative, default=2.0, help="focal loss: focusing power")
+    loss.add_argument("--focal_weight", type=not_negative, default=20.0, help="of the focal loss in the sum")
+    loss.add_argument("--dice_weight", type=not_negative, default=1.0, help="of the Dice loss in the sum")
+    loss.add_argument("--iou_weight", type=not_negative, default=1.0, help="of the IoU head's squared error in the sum")
+
+    args = parser.parse_args(argv)
+    if args.exp_name is None:
+        args.exp_name = f"{args.config.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+    return args
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores - 1))
+
+
+# --- Schedule ---------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, *, total_steps: int, peak: float, warmup: int, power: float) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then power decay."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - (step - warmup) / (total_steps - warmup)) ** power
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How samples make iterations (batches), and iterations make optimizer steps."""
+
+    epoch_length: int
+    batch_size: int
+    virtual_batch_size: int
+    epochs: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self.epoch_length // self.batch_size)
+
+    @property
+    def iterations(self) -> int:
+        return self.epochs * self.batches_per_epoch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-self.batches_per_epoch // self.virtual_batch_size)
+
+    def samples_in_step(self, batch: int) -> int:
+        """Samples of the optimizer step that the epoch's batch `batch` (from 0) belongs to."""
+        whole = self.batch_size * self.virtual_batch_size
+        start = batch // self.virtual_batch_size * whole
+        return min(whole, self.epoch_length - start)
+
+    def ends_step(self, batch: int) -> bool:
+        """Whether the optimizer steps after the epoch's batch `batch` (from 0)."""
+        return (batch + 1) % self.virtual_batch_size == 0 or batch + 1 == self.batches_per_epoch
+
+
+# --- Before training --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that training needs, checked; nothing is written before it exists."""
+
+    config: Config
+    sources: list[Source]
+    train_set: TrainSet
+    test_set: TestSet | None
+    sam: Sam
+    device: torch.device
+    amp: torch.dtype | None
+    folder: Path
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Check every input and build the model. Raises ValueError or OSError for a user's mistake."""
+    folder = Path("exp") / args.exp_name
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} already holds a run; choose another --exp_name or remove it")
+    device = pick_device(args.device)
+    config = load_config(args.config)
+    test_config = config.dataset.test
+    sources = find_sources([*config.dataset.train, *([test_config] if test_config else [])])
+    train_sources = sources[: len(config.dataset.train)]
+
+    path = args.checkpoint or model.pretrained_path(args.model_type)
+    sam = model.VARIANTS[args.model_type].build()
+    model.load_weights(sam, checkpoint.load_weights(path), args.model_type, path)
+    sam.to(device).image_encoder.to(memory_format=torch.channels_last)
+
+    frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
+    options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
+    train_set = TrainSet(train_sources, **options)
+    test_set = TestSet(sources[-1], **options) if test_config else None
+    amp = model.amp_dtype(args.amp, device)
+    return Setup(config, sources, train_set, test_set, sam, device, amp, folder)
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device asked for, or for "auto" the first there is of cuda, mps, cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        choice = next(name for name, there in available.items() if there)
+    if not available[choice]:
+        raise ValueError(f"--device {choice}: PyTorch finds no such device on this machine")
+    return torch.device(choice)
+
+
+def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) -> None:
+    """Say in a few lines what is about to run."""
+    print(f"{'dataset':40} {'pairs':>6} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}")
+    for source in setup.sources:
+        config = source.config
+        role = "test" if setup.test_set and source is setup.test_set.source else "train"
+        print(
+            f"{role + ' ' + shorten(str(config.data_dir), 34):40} {len(source.pairs):6} "
+            f"{len(source.backgrounds):12} {str(config.w_aug):>10} {config.percentage:11g}"
+        )
+    trainable = sum(p.numel() for p in setup.sam.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in setup.sam.parameters()) - trainable
+    precision = str(setup.amp).removeprefix("torch.") if setup.amp else "float32"
+    print(
+        f"training    {schedule.epochs} epochs of {schedule.epoch_length} samples: "
+        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps\n"
+        f"model       {args.model_type}, prompt {args.prompt}: {trainable / 1e6:.2f} M parameters "
+        f"trained, {frozen / 1e6:.2f} M frozen\n"
+        f"device      {setup.device}, {precision}, {args.num_workers} data workers\n"
+        f"results     {setup.folder}"
+    )
+
+
+def shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else "..." + text[3 - length :]
+
+
+# --- Test -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedTest:
+    """A test sample with its embedding, which the frozen encoder computes once per run.
+
+    `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16. `picture` RGB
+    uint8 (H, W, 3) is kept for the samples that are shown, `truth` bool (H, W) for all.
+    """
+
+    embedding: Tensor
+    points: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    truth: np.ndarray
+    picture: np.ndarray | None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
+    """Encode every test sample once."""
+    loader = DataLoader(setup.test_set, batch_size=None, num_workers=args.num_workers)
+    encoded = []
+    for sample in tqdm(loader, desc="encoding the test set", leave=False):
+        image, size = sample["image"][None], sample["size"][None]
+        with autocast(setup.device, setup.amp):
+            embedding = model.encode(
+                setup.sam, image.to(setup.device), size.to(setup.device), args.model_type
+            )
+        encoded.append(
+            EncodedTest(
+                embedding.to("cpu", setup.amp),
+                sample["points"][None],
+                sample["labels"][None],
+                tuple(sample["size"].tolist()),
+                sample["truth"].numpy(),
+                sample["picture"].numpy() if len(encoded) < PANELS else None,
+            )
+        )
+    return encoded
+
+
+@torch.no_grad()
+def predict(sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None) -> Iterator[np.ndarray]:
+    """Predicted masks, bool (H, W) at each picture's own resolution."""
+    device = sam.device
+    for start in range(0, len(tests), batch_size):
+        batch = tests[start : start + batch_size]
+        embeddings, points, labels = (
+            torch.cat([getattr(test, name) for test in batch]).to(device)
+            for name in ("embedding", "points", "labels")
+        )
+        with autocast(device, amp):
+            logits, _ = model.decode(sam, embeddings.float(), points, labels)
+        for test, low_res_logits in zip(batch, logits.float(), strict=True):
+            upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
+            yield (upscaled[0, 0] > 0).cpu().numpy()
+
+
+def evaluate(
+    sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None
+) -> tuple[float, float, list[np.ndarray]]:
+    """Mean IoU and Dice over the test pictures, and the first few predictions."""
+    scores, shown = [], []
+    for test, prediction in zip(tests, predict(sam, tests, batch_size, amp), strict=True):
+        scores.append(iou_and_dice(prediction, test.truth))
+        if test.picture is not None:
+            shown.append(prediction)
+    iou, dice = np.mean(scores, axis=0)
+    return float(iou), float(dice), shown
+
+
+def show_test(tests: list[EncodedTest], predictions: list[np.ndarray]) -> np.ndarray:
+    """Image | truth | prediction of the fixed test samples, with their prompts drawn."""
+    panels = []
+    for test, prediction in zip(tests[:PANELS], predictions, strict=True):
+        scale = max(test.truth.shape) / max(test.size)
+        picture = draw_points(test.picture, test.points[0].numpy() * scale, test.labels[0].numpy())
+        panels.append(panel(picture, test.truth, prediction))
+    return sheet(panels)
+
+
+def show_train(sam: Sam, batch: dict[str, Tensor], logits: Tensor) -> np.ndarray:
+    """The same of a training batch, in the model's input frame."""
+    panels = []
+    for index in range(min(PANELS, len(logits))):
+        height, width = size = tuple(batch["size"][index].tolist())
+        picture = batch["image"][index].permute(1, 2, 0).cpu().numpy()[:height, :width]
+        prompt = batch["points"][index].cpu().numpy(), batch["labels"][index].cpu().numpy()
+        truth, prediction = (
+            model.upscale(sam, low_res[index : index + 1], size, size)[0, 0].cpu().numpy()
+            for low_res in (batch["target"] - 0.5, logits.detach())
+        )
+        panels.append(panel(draw_points(picture, *prompt), truth > 0, prediction > 0))
+    return sheet(panels)
+
+
+# --- Training ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 2 for a mistake of the user's."""
+    warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
+    args = parse_args(argv)
+    try:
+        setup = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    train(args, setup)
+    return 0
+
+
+def train(args: argparse.Namespace, setup: Setup) -> None:
+    """Train the mask decoder, test on the way, and write `setup.folder`."""
+    sam, device, amp = setup.sam, setup.device, setup.amp
+    parameters = model.freeze(sam)
+    schedule = Schedule(
+        setup.train_set.epoch_length, args.batch_size, args.virtual_batch_size, args.epoch_num
+    )
+    print_summary(args, setup, schedule)
+    checkpoints = setup.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    write_settings(args, setup)
+    writer = SummaryWriter(setup.folder)
+    writer.add_text("flags", f"```\n{yaml.safe_dump(settings(args), sort_keys=False)}```")
+
+    tests = encode_test_set(args, setup) if setup.test_set else []
+    best = untuned = None
+
+    def test_now(iteration: int) -> tuple[float, float, int]:
+        iou, dice, predictions = evaluate(sam, tests, args.batch_size, amp)
+        writer.add_scalar("test/iou", iou, iteration)
+        writer.add_scalar("test/dice", dice, iteration)
+        writer.add_image("test/panel", show_test(tests, predictions), iteration, dataformats="HWC")
+        tqdm.write(f"iteration {iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
+        return iou, dice, iteration
+
+    if tests:
+        untuned = test_now(0)
+
+    torch.manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    loader = train_loader(
+        setup.train_set,
+        batch_size=args.batch_size,
+        epochs=args.epoch_num,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    grid = model.mask_grid(sam)
+    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
+    loss_sums = torch.zeros(3, device=device)  # read every log_interval: reading waits for the device
+    samples = step = 0
+    start = time.perf_counter()
+    bar = tqdm(total=schedule.iterations, unit="it", dynamic_ncols=True)
+    for iteration, batch in enumerate(loader, start=1):
+        epoch, batch_index = divmod(iteration - 1, schedule.batches_per_epoch)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+        # learning rate of this optimizer step
+        lr = learning_rate(
+            step, total_steps=schedule.steps, peak=args.lr, warmup=args.warmup_steps, power=args.lr_power
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward; losses in float32, on the decoder's grid, away from padding
+        with autocast(device, amp):
+            embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
+            logits, iou_pred = model.decode(sam, embeddings, batch["points"], batch["labels"])
+        logits, target = logits.float(), batch["target"]
+        valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
+        losses = torch.stack(
+            [
+                focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma).sum(),
+                dice_loss(logits, target, valid).sum(),
+                iou_mse(iou_pred, logits, target, valid).sum(),
+            ]
+        )
+
+        # backward; sums over samples, so that every sample of the step weighs the same
+        ((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
+        loss_sums += losses.detach()
+        samples += len(logits)
+        if schedule.ends_step(batch_index):
+            torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+        # log
+        bar.update()
+        if iteration % args.log_interval == 0 or iteration == schedule.iterations:
+            means = (loss_sums / samples).tolist()
+            rate = samples / (time.perf_counter() - start)
+            loss = float(np.dot(means, weights.tolist()))
+            names = ("train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/images_per_s")
+            for name, value in zip(names, (loss, *means, lr, rate), strict=True):
+                writer.add_scalar(name, value, iteration)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{rate:.2f}")
+            loss_sums.zero_()
+            samples, start = 0, time.perf_counter()
+
+        # test and save; the clock of images/s stands still
+        paused = time.perf_counter()
+        last = iteration == schedule.iterations
+        if iteration % args.test_interval == 0 or last:
+            writer.add_image("train/panel", show_train(sam, batch, logits), iteration, dataformats="HWC")
+            if tests:
+                result = test_now(iteration)
+                if best is None or result[0] > best[0]:
+                    best = result
+                    checkpoint.save_weights(sam.state_dict(), checkpoints / "best.pth")
+        if batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0:
+            checkpoint.save_weights(sam.state_dict(), checkpoints / f"epoch_{epoch + 1:04d}.pth")
+        if last:
+            checkpoint.save_weights(sam.state_dict(), checkpoints / "last.pth")
+        start += time.perf_counter() - paused
+    bar.close()
+    writer.close()
+    print_result(untuned, best, checkpoints)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The flags as plain values that YAML can hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def write_settings(args: argparse.Namespace, setup: Setup) -> None:
+    """Write `config.yaml` (folders resolved) and `args.yaml` as this run uses them."""
+    config = json.loads(setup.config.model_dump_json())
+    for name, values in (("config.yaml", config), ("args.yaml", settings(args))):
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        checkpoint.write_atomically(setup.folder / name, lambda file, text=text: file.write(text.encode()))
+
+
+def print_result(untuned, best, checkpoints: Path) -> None:
+    """The closing lines of a run: untuned against tuned, and where things lie."""
+    if best:
+        print(
+            f"untuned -> tuned: IoU {untuned[0]:.4f} -> {best[0]:.4f}, "
+            f"Dice {untuned[1]:.4f} -> {best[1]:.4f} (best at iteration {best[2]})"
+        )
+        print(f"best weights     {checkpoints / 'best.pth'}")
+    print(f"last weights     {checkpoints / 'last.pth'}")
+    print(f"curves           tensorboard --logdir {checkpoints.parent}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

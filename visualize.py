@@ -1,0 +1,49 @@
+"""Pictures of what the model sees, should find, and finds."""
+
+import cv2
+import numpy as np
+
+TRUTH_COLOUR = (0, 220, 0)
+PREDICTION_COLOUR = (255, 0, 200)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """Tint the masked pixels of an RGB uint8 (H, W, 3) image; `mask` is bool (H, W)."""
+    tinted = image.copy()
+    tinted[mask] = (0.4 * image[mask] + 0.6 * np.array(colour)).astype(np.uint8)
+    return tinted
+
+
+def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Draw a prompt, in the image's own pixels: points as discs, a box as a frame.
+
+    `points` (N, 2) float and `labels` (N,) int are as `model.decode` takes them.
+    """
+    drawn = image.copy()
+    radius = max(2, max(image.shape[:2]) // 80)
+    for point in np.rint(points[labels == 1]).astype(int):
+        cv2.circle(drawn, point.tolist(), radius, (255, 255, 0), -1)
+    corners = np.rint(points[labels >= 2]).astype(int)
+    if len(corners) == 2:
+        cv2.rectangle(drawn, corners[0].tolist(), corners[1].tolist(), (255, 255, 0), radius // 2)
+    return drawn
+
+
+def panel(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Image | truth | prediction side by side: RGB uint8 (H, 3 W, 3) from masks bool (H, W)."""
+    return np.hstack(
+        [
+            image,
+            overlay(image, truth, TRUTH_COLOUR),
+            overlay(image, prediction, PREDICTION_COLOUR),
+        ]
+    )
+
+
+def sheet(panels: list[np.ndarray], width: int = 960) -> np.ndarray:
+    """Stack panels of any size under each other, each scaled to one width."""
+    rows = []
+    for picture in panels:
+        height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+        rows.append(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
+    return np.vstack(rows)
