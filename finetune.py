@@ -191,6 +191,7 @@ class Setup:
     train_set: TrainSet
     test_set: TestSet | None
     sam: Sam
+    loaded: dict[str, Tensor]
     device: torch.device
     amp: torch.dtype | None
     folder: Path
@@ -207,17 +208,18 @@ def prepare(args: argparse.Namespace) -> Setup:
     sources = find_sources([*config.dataset.train, *([test_config] if test_config else [])])
     train_sources = sources[: len(config.dataset.train)]
 
+    amp = model.amp_dtype(args.amp, device)
     path = args.checkpoint or model.pretrained_path(args.model_type)
+    loaded = checkpoint.load_weights(path)
     sam = model.VARIANTS[args.model_type].build()
-    model.load_weights(sam, checkpoint.load_weights(path), args.model_type, path)
-    sam.to(device).image_encoder.to(memory_format=torch.channels_last)
+    model.load_weights(sam, loaded, args.model_type, path)
+    model.place(sam, device, amp)
 
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
     options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
     train_set = TrainSet(train_sources, **options)
     test_set = TestSet(sources[-1], **options) if test_config else None
-    amp = model.amp_dtype(args.amp, device)
-    return Setup(config, sources, train_set, test_set, sam, device, amp, folder)
+    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, folder)
 
 
 def pick_device(choice: str) -> torch.device:
@@ -286,13 +288,12 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
     encoded = []
     for sample in tqdm(loader, desc="encoding the test set", leave=False):
         image, size = sample["image"][None], sample["size"][None]
-        with autocast(setup.device, setup.amp):
-            embedding = model.encode(
-                setup.sam, image.to(setup.device), size.to(setup.device), args.model_type
-            )
+        embedding = model.encode(
+            setup.sam, image.to(setup.device), size.to(setup.device), args.model_type
+        )
         encoded.append(
             EncodedTest(
-                embedding.to("cpu", setup.amp),
+                embedding.cpu(),
                 sample["points"][None],
                 sample["labels"][None],
                 tuple(sample["size"].tolist()),
@@ -314,7 +315,7 @@ def predict(sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtyp
             for name in ("embedding", "points", "labels")
         )
         with autocast(device, amp):
-            logits, _ = model.decode(sam, embeddings.float(), points, labels)
+            logits, _ = model.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
             upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
             yield (upscaled[0, 0] > 0).cpu().numpy()
@@ -429,8 +430,8 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
             group["lr"] = lr
 
         # forward; losses in float32, on the decoder's grid, away from padding
+        embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
         with autocast(device, amp):
-            embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
             logits, iou_pred = model.decode(sam, embeddings, batch["points"], batch["labels"])
         logits, target = logits.float(), batch["target"]
         valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
@@ -474,15 +475,21 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
                 result = test_now(iteration)
                 if best is None or result[0] > best[0]:
                     best = result
-                    checkpoint.save_weights(sam.state_dict(), checkpoints / "best.pth")
+                    checkpoint.save_weights(weights_to_save(setup), checkpoints / "best.pth")
         if batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0:
-            checkpoint.save_weights(sam.state_dict(), checkpoints / f"epoch_{epoch + 1:04d}.pth")
+            checkpoint.save_weights(weights_to_save(setup), checkpoints / f"epoch_{epoch + 1:04d}.pth")
         if last:
-            checkpoint.save_weights(sam.state_dict(), checkpoints / "last.pth")
+            checkpoint.save_weights(weights_to_save(setup), checkpoints / "last.pth")
         start += time.perf_counter() - paused
     bar.close()
     writer.close()
     print_result(untuned, best, checkpoints)
+
+
+def weights_to_save(setup: Setup) -> dict[str, Tensor]:
+    """The official `state_dict`: the decoder as trained, the frozen rest exactly as loaded."""
+    trained = {f"mask_decoder.{k}": v for k, v in setup.sam.mask_decoder.state_dict().items()}
+    return {**setup.loaded, **trained}
 
 
 def settings(args: argparse.Namespace) -> dict:
