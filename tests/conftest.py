@@ -1,0 +1,133 @@
+"""A tiny real SAM and small drawn datasets: every test runs on a CPU without a download."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint  # noqa: E402
+import model  # noqa: E402
+
+TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
+
+
+def build_tiny() -> Sam:
+    """SAM with every kind of its parts (windowed and global attention), 64 px in, 32 px out."""
+    embedding = TINY_SIZE // TINY_PATCH
+    return Sam(
+        ImageEncoderViT(
+            img_size=TINY_SIZE,
+            patch_size=TINY_PATCH,
+            embed_dim=48,
+            depth=2,
+            num_heads=2,
+            out_chans=TINY_DIM,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=3,
+            global_attn_indexes=(1,),
+        ),
+        PromptEncoder(
+            embed_dim=TINY_DIM,
+            image_embedding_size=(embedding, embedding),
+            input_image_size=(TINY_SIZE, TINY_SIZE),
+            mask_in_chans=16,
+        ),
+        MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=TINY_DIM, mlp_dim=64, num_heads=4),
+            transformer_dim=TINY_DIM,
+            iou_head_depth=3,
+            iou_head_hidden_dim=TINY_DIM,
+        ),
+    ).eval()
+
+
+@pytest.fixture
+def tiny_sam() -> Sam:
+    torch.manual_seed(0)
+    return build_tiny()
+
+
+@pytest.fixture
+def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
+    """A checkpoint of the tiny SAM, which `--model_type tiny` then knows how to build."""
+    variant = model.Variant(
+        build_tiny, model.normalize_mean_std, ("image_encoder.patch_embed.proj.weight", 48)
+    )
+    monkeypatch.setitem(model.VARIANTS, "tiny", variant)
+    path = tmp_path / "tiny.pth"
+    checkpoint.save_weights(tiny_sam.state_dict(), path)
+    return path
+
+
+def draw_cable(rng: np.random.Generator, size: tuple[int, int], width: int) -> np.ndarray:
+    """A curved line across the picture, bool (h, w)."""
+    mask = np.zeros(size, np.uint8)
+    x = np.linspace(0, size[1], 20)
+    y = size[0] * (0.5 + 0.3 * np.sin(x / size[1] * rng.uniform(2, 5) + rng.uniform(0, 6)))
+    cv2.polylines(mask, [np.column_stack([x, y]).astype(np.int32)], False, 1, width)
+    return mask.astype(bool)
+
+
+def write_dataset(folder: Path, n: int, size=(48, 64), width=5, seed=0) -> Path:
+    """`n` photos of bright cables on dark noise, with their masks."""
+    rng = np.random.default_rng(seed)
+    for name in ("imgs", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number in range(n):
+        mask = draw_cable(rng, size, width)
+        image = rng.integers(0, 60, (*size, 3)).astype(np.uint8)
+        image[mask] = rng.integers(170, 255, 3)
+        Image.fromarray(image).save(folder / "imgs" / f"{number}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+def write_backgrounds(folder: Path, n: int = 3, size=(70, 90)) -> Path:
+    """`n` dark textured pictures."""
+    rng = np.random.default_rng(9)
+    folder.mkdir(parents=True)
+    for number in range(n):
+        noise = rng.integers(0, 80, (*size, 3)).astype(np.uint8)
+        Image.fromarray(cv2.blur(noise, (3, 3))).save(folder / f"bg {number}.jpg")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder with `cables/` (6 pairs), `test/` (3 other pairs), and `backgrounds/`."""
+    write_dataset(tmp_path / "data" / "cables", 6)
+    write_dataset(tmp_path / "data" / "test", 3, seed=1)
+    write_backgrounds(tmp_path / "data" / "backgrounds")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def config_file(data):
+    """Write a config beside the data; keyword arguments change keys of its only train dataset."""
+
+    def write(with_test: bool = True, **train_keys) -> Path:
+        train = {"data_dir": "cables", "bg_paths": ["backgrounds"], "w_aug": True, **train_keys}
+        document = {"dataset": {"train": [train]}}
+        if with_test:
+            document["dataset"]["test"] = {"data_dir": "test"}
+        path = data / "config.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    return write

@@ -1,0 +1,139 @@
+import pytest
+import yaml
+
+from config import load_config
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("cables", "more", "test", "bg_1", "bg_2"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def load(folder, text):
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return load_config(path)
+
+
+EVERY_KEY = """
+dataset:
+  train:                                   # a list of datasets
+    - data_dir: cables
+      bg_paths:
+        - bg_1
+        - # left empty
+        - bg_2
+      w_aug: true
+      aug_details: [crop_foreground]
+      percentage: 0.1
+    - # nothing here
+    - data_dir: more
+  test:
+    data_dir: test
+    bg_paths: null
+    w_aug: false
+"""
+
+
+def test_every_key_is_read_and_empty_items_are_ignored(folders):
+    dataset = load(folders, EVERY_KEY).dataset
+    first, second = dataset.train
+    assert first.data_dir == folders / "cables"
+    assert first.bg_paths == (folders / "bg_1", folders / "bg_2")
+    assert first.w_aug and first.composites and first.percentage == 0.1
+    assert (second.bg_paths, second.w_aug, second.percentage) == ((), False, 1.0)
+    assert not second.composites
+    assert dataset.test.data_dir == folders / "test" and not dataset.test.composites
+
+
+def test_config_is_frozen(folders):
+    config = load(folders, EVERY_KEY)
+    with pytest.raises(ValueError, match="frozen"):
+        config.dataset.train[0].percentage = 0.5
+
+
+def test_relative_paths_start_at_the_current_directory_then_at_the_yaml(folders, monkeypatch):
+    text = "dataset: {train: [{data_dir: cables}]}"
+    elsewhere = folders / "elsewhere"
+    (elsewhere / "cables").mkdir(parents=True)
+    monkeypatch.chdir(folders / "test")
+    assert load(folders, text).dataset.train[0].data_dir == folders / "cables"
+    monkeypatch.chdir(elsewhere)
+    assert load(folders, text).dataset.train[0].data_dir == elsewhere / "cables"
+
+
+def test_backgrounds_without_aug_details_composite(folders):
+    config = load(folders, "dataset: {train: [{data_dir: cables, bg_paths: [bg_1]}]}")
+    assert config.dataset.train[0].composites
+
+
+@pytest.mark.parametrize("bg_paths", ["", "bg_paths: null, ", "bg_paths: [], "])
+def test_crop_foreground_without_backgrounds_warns_and_uses_photos(folders, bg_paths):
+    text = f"dataset: {{train: [{{data_dir: cables, {bg_paths}aug_details: [crop_foreground]}}]}}"
+    with pytest.warns(UserWarning, match="photos are used as they are"):
+        assert not load(folders, text).dataset.train[0].composites
+
+
+def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
+    document = {
+        "dataset": {
+            "train": [
+                {"data_dir": "cables", "percentage": 0},
+                None,
+                {"data_dir": "nowhere", "w_aug": "yes", "bg_path": ["bg_1"]},
+                {"bg_paths": "bg_1", "percentage": "half"},
+            ],
+            "test": [{"data_dir": "test"}],
+        },
+        "lr": 1e-3,
+    }
+    with pytest.raises(ValueError) as error:
+        load(folders, yaml.safe_dump(document))
+    message = str(error.value)
+    assert "c.yaml: 9 error(s)" in message
+    for part in (
+        "dataset.train[0].percentage: Input should be greater than 0 (got 0)",
+        "dataset.train[2].data_dir: no such folder (looked for",
+        "dataset.train[2].w_aug: Input should be a valid boolean (got 'yes')",
+        "dataset.train[2].bg_path: unknown key",
+        "dataset.train[3].data_dir: required key is missing",
+        "dataset.train[3].bg_paths: expected a list (got 'bg_1')",
+        "dataset.train[3].percentage: Input should be a valid number (got 'half')",
+        "dataset.test: Input should be a valid dictionary",
+        "lr: unknown key",
+    ):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset:\n  train: [\n", "line 3"),
+        ("dataset: {train: []}", "dataset.train: needs at least one dataset"),
+        ("dataset: {train: null}", "dataset.train: needs at least one dataset"),
+        ("dataset: {}", "dataset.train: required key is missing"),
+        ("", "expected a mapping"),
+        ("- a", "expected a mapping"),
+        ("dataset: {train: [{data_dir: cables, w_aug: true, w_aug: false}]}", "'w_aug' stands here twice"),
+        ("dataset: {train: [{data_dir: cables, percentage: .nan}]}", "finite number"),
+        ("dataset: {train: [{data_dir: cables, percentage: true}]}", "dataset.train[0].percentage"),
+        ("dataset: {train: [{data_dir: cables, bg_paths: [bg_1, 7]}]}", "dataset.train[0].bg_paths[1]"),
+        ("dataset: {train: [{data_dir: cables, aug_details: [blur]}]}", "'crop_foreground'"),
+        (
+            "dataset: {train: [{data_dir: cables, bg_paths: [bg_1], aug_details: []}]}",
+            "aug_details lacks crop_foreground",
+        ),
+        ("dataset: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_fault_is_named(folders, text, message):
+    with pytest.raises(ValueError) as error:
+        load(folders, text)
+    assert message in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.yaml"):
+        load_config(tmp_path / "absent.yaml")

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+from losses import dice_loss, focal_loss, iou_mse
+
+
+def column(*values):
+    """A (1, 1, n, 1) tensor."""
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
+
+
+ALL = torch.ones(1, 1, 2, 1, dtype=torch.bool)
+
+
+def test_focal_against_hand_computed_values():
+    # p = 0.75 on foreground, p = 0.25 on background, gamma 2, alpha 0.7
+    logits = column(math.log(3), -math.log(3))
+    expected = (0.7 * 0.25**2 * -math.log(0.75) + 0.3 * 0.25**2 * -math.log(0.75)) / 2
+    loss = focal_loss(logits, column(1, 0), ALL, alpha=0.7, gamma=2.0)
+    torch.testing.assert_close(loss, torch.tensor([expected]))
+
+
+def test_focal_alpha_weighs_foreground():
+    logits, target = column(-1.0, -9.0), column(1, 0)  # all the loss is on the missed foreground
+    high, low = (focal_loss(logits, target, ALL, alpha=a, gamma=2.0) for a in (0.8, 0.2))
+    torch.testing.assert_close(high / low, torch.tensor([4.0]), rtol=1e-3, atol=0)
+
+
+def test_focal_without_focus_is_half_the_cross_entropy():
+    logits, target = torch.randn(3, 1, 5, 7), torch.rand(3, 1, 5, 7)
+    valid = torch.ones_like(target, dtype=torch.bool)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    loss = focal_loss(logits, target, valid, alpha=0.5, gamma=0.0)
+    torch.testing.assert_close(loss, 0.5 * expected.mean(dim=(1, 2, 3)))
+
+
+def test_focal_is_finite_at_extreme_logits():
+    logits = column(-200.0, 200.0).requires_grad_()
+    loss = focal_loss(logits, column(1, 0), ALL, alpha=0.7, gamma=2.0)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, torch.tensor([(0.7 * 200 + 0.3 * 200) / 2]))
+    assert logits.grad.isfinite().all()
+
+
+def test_dice_against_hand_computed_values():
+    logits = column(math.log(3), 0.0)  # p = 0.75, 0.5
+    expected = 1 - (2 * 0.75 + 1) / (1.25 + 1 + 1)
+    torch.testing.assert_close(dice_loss(logits, column(1, 0), ALL), torch.tensor([expected]))
+
+
+def test_dice_of_empty_truth_and_empty_prediction_is_zero():
+    torch.testing.assert_close(dice_loss(column(-50.0, -50.0), column(0, 0), ALL), torch.zeros(1))
+
+
+def test_iou_mse_against_hand_computed_values():
+    logits = column(1.0, 1.0, -1.0, -1.0)
+    target = column(0.9, 0.4, 0.6, 0.0)  # truth: first and third; intersection 1, union 3
+    valid = torch.ones(1, 1, 4, 1, dtype=torch.bool)
+    loss = iou_mse(torch.tensor([[0.5]]), logits, target, valid)
+    torch.testing.assert_close(loss, torch.tensor([(0.5 - 1 / 3) ** 2]))
+    empty = iou_mse(torch.tensor([[0.25]]), column(-1.0, -1.0), column(0, 0), ALL)
+    torch.testing.assert_close(empty, torch.tensor([0.75**2]))
+
+
+LOSSES = {
+    "focal": lambda logits, target, valid: focal_loss(logits, target, valid, alpha=0.7, gamma=2.0),
+    "dice": dice_loss,
+    "iou_mse": lambda logits, target, valid: iou_mse(torch.full((len(logits), 1), 0.3), logits, target, valid),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_padding_does_not_count(loss):
+    logits, target = torch.randn(2, 1, 6, 6), torch.rand(2, 1, 6, 6)
+    valid = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    valid[:, :, :4, :5] = True
+    inside = loss(logits[:, :, :4, :5], target[:, :, :4, :5], valid[:, :, :4, :5])
+    torch.testing.assert_close(loss(logits, target, valid), inside)
+    noise = torch.where(valid, 0.0, 50 * torch.randn_like(logits))
+    torch.testing.assert_close(loss(logits + noise, target, valid), inside)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_samples_do_not_mix(loss):
+    logits, target = torch.randn(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    valid = torch.rand(3, 1, 4, 4) > 0.3
+    one_by_one = torch.cat([loss(logits[i : i + 1], target[i : i + 1], valid[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(loss(logits, target, valid), one_by_one)
