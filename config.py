@@ -58,9 +58,7 @@ class DatasetConfig(BaseModel):
         AfterValidator(_without_empty_items),
     ] = ()
     w_aug: bool = False
-    aug_details: (
-        Annotated[tuple[Literal["crop_foreground"], ...], BeforeValidator(_as_tuple)] | None
-    ) = None
+    aug_details: Annotated[tuple[Literal["crop_foreground"], ...], BeforeValidator(_as_tuple)] | None = None
     percentage: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     @property
@@ -70,12 +68,11 @@ class DatasetConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_compositing(self) -> "DatasetConfig":
-        if self.bg_paths and self.aug_details is not None:
-            if "crop_foreground" not in self.aug_details:
-                raise ValueError(
-                    "bg_paths asks for composites but aug_details lacks crop_foreground; "
-                    "add it, or drop one of the two keys"
-                )
+        if self.bg_paths and self.aug_details is not None and "crop_foreground" not in self.aug_details:
+            raise ValueError(
+                "bg_paths asks for composites but aug_details lacks crop_foreground; "
+                "add it, or drop one of the two keys"
+            )
         if self.aug_details and not self.bg_paths:
             warnings.warn(
                 f"{self.data_dir}: aug_details has crop_foreground but bg_paths names no folder; "

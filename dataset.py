@@ -373,9 +373,7 @@ def recolour_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def _shift_hsv(
-    image: np.ndarray, *, hue: float, saturation: tuple[float, float], gamma: float
-) -> np.ndarray:
+def _shift_hsv(image: np.ndarray, *, hue: float, saturation: tuple[float, float], gamma: float) -> np.ndarray:
     """Shift the hue (in OpenCV's half degrees), scale and offset saturation, bend brightness."""
     h, s, v = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     h = ((h.astype(np.float32) + hue) % 180).astype(np.uint8)
@@ -462,7 +460,7 @@ def draw_prompt(kind: str, mask: np.ndarray, rng: np.random.Generator) -> tuple[
         high = np.array([columns.max(), rows.max()], np.float32)
         jitter = rng.uniform(-BOX_JITTER, BOX_JITTER, (2, 2)) * (high - low + 1)
         frame = np.array(mask.shape[::-1]) - 1
-        points[:2] = np.clip([low, high] + jitter, 0, frame)
+        points[:2] = np.clip(np.stack([low, high]) + jitter, 0, frame)
         labels[:2] = BOX_CORNERS
     return points, labels
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -95,36 +94,85 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run = parser.add_argument_group("run")
     run.add_argument("-c", "--config", type=Path, required=True, help="YAML file that describes the data")
-    run.add_argument("-n", "--exp_name", type=folder_name, help="results go to exp/EXP_NAME (default: config name and time)")
-    run.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute; auto takes the first there is")
-    run.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 where the hardware computes in it")
-    run.add_argument("--num_workers", type=count, default=_default_workers(), help="processes that prepare data; 0: the main one")
+    run.add_argument(
+        "-n",
+        "--exp_name",
+        type=folder_name,
+        help="results go to exp/EXP_NAME (default: config name and time)",
+    )
+    run.add_argument(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="where to compute; auto takes the first there is",
+    )
+    run.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "off"],
+        default="auto",
+        help="mixed precision; auto: bf16 where the hardware computes in it",
+    )
+    run.add_argument(
+        "--num_workers",
+        type=count,
+        default=_default_workers(),
+        help="processes that prepare data; 0: the main one",
+    )
     run.add_argument("--seed", type=count, default=0, help="of every random choice")
-    run.add_argument("-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints")
-    run.add_argument("--test_interval", type=positive_int, default=100, help="iterations (batches) between tests")
-    run.add_argument("--log_interval", type=positive_int, default=10, help="iterations between logged scalars")
+    run.add_argument(
+        "-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints"
+    )
+    run.add_argument(
+        "--test_interval", type=positive_int, default=100, help="iterations (batches) between tests"
+    )
+    run.add_argument(
+        "--log_interval", type=positive_int, default=10, help="iterations between logged scalars"
+    )
 
     net = parser.add_argument_group("model")
     net.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
-    net.add_argument("--checkpoint", type=Path, help="weights to start from, official or this tool's (default: the published ones)")
-    net.add_argument("--prompt", choices=PROMPTS, default="none", help="what the decoder is told: nothing, 1 to 3 points, a box, or one of these per sample")
+    net.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="weights to start from, official or this tool's (default: the published ones)",
+    )
+    net.add_argument(
+        "--prompt",
+        choices=PROMPTS,
+        default="none",
+        help="what the decoder is told: nothing, 1 to 3 points, a box, or one of these per sample",
+    )
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("-e", "--epoch_num", type=positive_int, default=50, help="epochs to train")
     optim.add_argument("-b", "--batch_size", type=positive_int, default=4, help="samples per iteration")
-    optim.add_argument("--virtual_batch_size", type=positive_int, default=1, help="batches per optimizer step; the actual batch is batch_size x virtual_batch_size")
+    optim.add_argument(
+        "--virtual_batch_size",
+        type=positive_int,
+        default=1,
+        help="batches per optimizer step; the actual batch is batch_size x virtual_batch_size",
+    )
     optim.add_argument("--lr", type=positive, default=1e-3, help="maximum learning rate")
     optim.add_argument("--warmup_steps", type=count, default=10, help="optimizer steps of linear warm-up")
-    optim.add_argument("--lr_power", type=not_negative, default=1.0, help="power of the decay after warm-up; 0: constant")
+    optim.add_argument(
+        "--lr_power", type=not_negative, default=1.0, help="power of the decay after warm-up; 0: constant"
+    )
     optim.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW")
     optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest norm of the gradient")
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--alpha", type=fraction, default=0.7, help="focal loss: weight of foreground; background has 1 - alpha")
+    loss.add_argument(
+        "--alpha",
+        type=fraction,
+        default=0.7,
+        help="focal loss: weight of foreground; background has 1 - alpha",
+    )
     loss.add_argument("--gamma", type=not_negative, default=2.0, help="focal loss: focusing power")
     loss.add_argument("--focal_weight", type=not_negative, default=20.0, help="of the focal loss in the sum")
     loss.add_argument("--dice_weight", type=not_negative, default=1.0, help="of the Dice loss in the sum")
-    loss.add_argument("--iou_weight", type=not_negative, default=1.0, help="of the IoU head's squared error in the sum")
+    loss.add_argument(
+        "--iou_weight", type=not_negative, default=1.0, help="of the IoU head's squared error in the sum"
+    )
 
     args = parser.parse_args(argv)
     if args.exp_name is None:
@@ -240,7 +288,7 @@ def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) ->
         role = "test" if setup.test_set and source is setup.test_set.source else "train"
         print(
             f"{role + ' ' + shorten(str(config.data_dir), 34):40} {len(source.pairs):6} "
-            f"{len(source.backgrounds):12} {str(config.w_aug):>10} {config.percentage:11g}"
+            f"{len(source.backgrounds):12} {config.w_aug!s:>10} {config.percentage:11g}"
         )
     trainable = sum(p.numel() for p in setup.sam.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in setup.sam.parameters()) - trainable
@@ -288,9 +336,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
     encoded = []
     for sample in tqdm(loader, desc="encoding the test set", leave=False):
         image, size = sample["image"][None], sample["size"][None]
-        embedding = model.encode(
-            setup.sam, image.to(setup.device), size.to(setup.device), args.model_type
-        )
+        embedding = model.encode(setup.sam, image.to(setup.device), size.to(setup.device), args.model_type)
         encoded.append(
             EncodedTest(
                 embedding.cpu(),
@@ -305,7 +351,9 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
 
 
 @torch.no_grad()
-def predict(sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None) -> Iterator[np.ndarray]:
+def predict(
+    sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None
+) -> Iterator[np.ndarray]:
     """Predicted masks, bool (H, W) at each picture's own resolution."""
     device = sam.device
     for start in range(0, len(tests), batch_size):
@@ -459,7 +507,14 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
             means = (loss_sums / samples).tolist()
             rate = samples / (time.perf_counter() - start)
             loss = float(np.dot(means, weights.tolist()))
-            names = ("train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/images_per_s")
+            names = (
+                "train/loss",
+                "train/focal",
+                "train/dice",
+                "train/iou_mse",
+                "train/lr",
+                "train/images_per_s",
+            )
             for name, value in zip(names, (loss, *means, lr, rate), strict=True):
                 writer.add_scalar(name, value, iteration)
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{rate:.2f}")

@@ -331,7 +331,9 @@ def _attend(
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def upscale(sam: Sam, low_res_logits: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+def upscale(
+    sam: Sam, low_res_logits: Tensor, size: tuple[int, int], original_size: tuple[int, int]
+) -> Tensor:
     """Logits (B, 1, *original_size) of the picture alone: SAM's own upscaling with padding cut off.
 
     `size` is the picture's (h, w) in the model's input frame.

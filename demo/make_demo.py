@@ -42,7 +42,7 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
 
     It is painted piece by piece along its length, so that later pieces cross over earlier ones.
     """
-    radius = rng.uniform(1.3, 4.5) * OVERSAMPLING
+    radius = rng.uniform(2, 5.5) * OVERSAMPLING
     curve = draw_curve(rng, int(rng.uniform(0.7, 1.9) * SIZE[1]) * OVERSAMPLING)
     colour = cv2.cvtColor(
         np.array([[[rng.uniform(0, 360), rng.uniform(0, 1), rng.uniform(0.15, 1)]]], np.float32),
@@ -86,12 +86,12 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two to five cables on a plain desk: RGB uint8 (H, W, 3) and a mask of 0 and 255."""
+    """Two to four cables on a plain desk: RGB uint8 (H, W, 3) and a mask of 0 and 255."""
     height, width = (side * OVERSAMPLING for side in SIZE)
     slope = np.linspace(-1, 1, width)[None, :, None] * rng.normal(0, 0.06, 3)
     image = np.clip(rng.uniform(0.25, 0.85, 3) + slope + np.zeros((height, width, 3)), 0, 1)
     mask = np.zeros((height, width))
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(2, 5)):
         paint_cable(image, mask, rng)
     image = cv2.resize(image, SIZE[::-1], interpolation=cv2.INTER_AREA)
     mask = cv2.resize(mask, SIZE[::-1], interpolation=cv2.INTER_AREA)

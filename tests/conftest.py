@@ -19,8 +19,11 @@ from segment_anything.modeling import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint  # noqa: E402
-import model  # noqa: E402
+import checkpoint
+import model
+
+# Tiny tensors are slower on many threads, and far slower on a busy machine.
+torch.set_num_threads(1)
 
 TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
 

@@ -135,5 +135,5 @@ def test_fault_is_named(folders, text, message):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")

@@ -16,7 +16,11 @@ FRAME = Frame(64, 32)
 
 
 def source(data, *, backgrounds=True, name="cables", **keys):
-    keys = {"data_dir": str(data / name), "bg_paths": [str(data / "backgrounds")] if backgrounds else None, **keys}
+    keys = {
+        "data_dir": str(data / name),
+        "bg_paths": [str(data / "backgrounds")] if backgrounds else None,
+        **keys,
+    }
     config = DatasetConfig.model_validate(keys, context={"yaml_dir": data})
     return dataset.find_sources([config])[0]
 
@@ -70,7 +74,9 @@ def test_all_background_is_a_legal_mask(tmp_path):
 
 
 def test_smooth_edges_are_legal_in_a_mask(tmp_path):
-    smooth = cv2.resize(draw_cable(rng(), (400, 500), 50).astype(np.uint8) * 255, (50, 40), interpolation=cv2.INTER_AREA)
+    smooth = cv2.resize(
+        draw_cable(rng(), (400, 500), 50).astype(np.uint8) * 255, (50, 40), interpolation=cv2.INTER_AREA
+    )
     Image.fromarray(smooth).save(tmp_path / "m.png")
     assert (dataset.read_mask(tmp_path / "m.png") == (smooth > 127.5)).all()
 
@@ -112,8 +118,15 @@ def test_all_faults_in_the_data_are_listed(tmp_path):
         source(tmp_path, name="a")
     message = str(error.value)
     assert message.startswith("7 problem(s)")
-    for part in ("0.png: has no mask", "1.png: has no photo", "same stem as 2", "3.png: cannot be decoded",
-                 "4.png: is 48 x 64 (h x w) but its mask is 9 x 9", "5.png: not a binary", "backgrounds: no .png"):
+    for part in (
+        "0.png: has no mask",
+        "1.png: has no photo",
+        "same stem as 2",
+        "3.png: cannot be decoded",
+        "4.png: is 48 x 64 (h x w) but its mask is 9 x 9",
+        "5.png: not a binary",
+        "backgrounds: no .png",
+    ):
         assert part in message, message
 
 
@@ -298,7 +311,10 @@ def test_degrade_keeps_shape_and_range():
 
 def test_label_constants_are_those_of_the_decoder():
     assert (dataset.ABSENT, dataset.NOT_A_POINT, dataset.FOREGROUND_POINT, dataset.BOX_CORNERS) == (
-        model.ABSENT, model.NOT_A_POINT, model.FOREGROUND_POINT, (model.BOX_CORNER_1, model.BOX_CORNER_2)
+        model.ABSENT,
+        model.NOT_A_POINT,
+        model.FOREGROUND_POINT,
+        (model.BOX_CORNER_1, model.BOX_CORNER_2),
     )
 
 
@@ -379,7 +395,9 @@ def test_an_epoch_mixes_all_datasets_in_a_new_order():
 def run_of_batches(train_set, num_workers, seed):
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return list(dataset.train_loader(train_set, batch_size=4, epochs=2, num_workers=num_workers, pin_memory=False))
+    return list(
+        dataset.train_loader(train_set, batch_size=4, epochs=2, num_workers=num_workers, pin_memory=False)
+    )
 
 
 def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
@@ -402,7 +420,9 @@ def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
     tests = TestSet(source(data, percentage=0.5, w_aug=True), frame=FRAME, prompt="box", seed=0)
     again = TestSet(source(data, percentage=0.5, w_aug=True), frame=FRAME, prompt="box", seed=0)
     assert len(tests) == 3
-    for first, second in zip(DataLoader(tests, batch_size=None), DataLoader(again, batch_size=None, num_workers=2), strict=True):
+    for first, second in zip(
+        DataLoader(tests, batch_size=None), DataLoader(again, batch_size=None, num_workers=2), strict=True
+    ):
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert first["truth"].shape == (48, 64) and first["truth"].dtype == torch.bool
     assert len(TestSet(source(data, percentage=4.0), frame=FRAME, prompt="none", seed=0)) == 6

@@ -67,7 +67,9 @@ def test_iou_mse_against_hand_computed_values():
 LOSSES = {
     "focal": lambda logits, target, valid: focal_loss(logits, target, valid, alpha=0.7, gamma=2.0),
     "dice": dice_loss,
-    "iou_mse": lambda logits, target, valid: iou_mse(torch.full((len(logits), 1), 0.3), logits, target, valid),
+    "iou_mse": lambda logits, target, valid: iou_mse(
+        torch.full((len(logits), 1), 0.3), logits, target, valid
+    ),
 }
 
 

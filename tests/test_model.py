@@ -44,7 +44,10 @@ def test_batched_decode_equals_one_by_one(tiny_sam, registered, prompt):
         for i in range(len(SIZES)):
             used = batch["labels"][i] != model.ABSENT  # alone, nothing needs filling up
             one, one_iou = model.decode(
-                tiny_sam, embeddings[i : i + 1], batch["points"][i : i + 1, used], batch["labels"][i : i + 1, used]
+                tiny_sam,
+                embeddings[i : i + 1],
+                batch["points"][i : i + 1, used],
+                batch["labels"][i : i + 1, used],
             )
             torch.testing.assert_close(logits[i : i + 1], one)
             torch.testing.assert_close(iou[i : i + 1], one_iou)
@@ -112,7 +115,9 @@ def test_min_max_stretches_each_picture_and_ignores_padding():
         assert normalized[i].sum() == normalized[i, :, :height, :width].sum()
     garbage = torch.where(valid, images, 255).float()
     torch.testing.assert_close(model.normalize_min_max(garbage, valid), normalized)
-    assert model.normalize_min_max(torch.full((1, 3, 4, 4), 7.0), torch.ones(1, 1, 4, 4).bool()).isfinite().all()
+    assert (
+        model.normalize_min_max(torch.full((1, 3, 4, 4), 7.0), torch.ones(1, 1, 4, 4).bool()).isfinite().all()
+    )
 
 
 def test_lite_medsam_is_the_packages_own_network_with_its_weights():
@@ -197,7 +202,9 @@ def test_loading_is_strict(tiny_sam, registered, spoil):
 
 def test_fingerprints_tell_the_published_variants_apart():
     with torch.device("meta"):
-        shapes = {name: dict(model.VARIANTS[name].build().state_dict()) for name in ("vit_b", "vit_l", "vit_h")}
+        shapes = {
+            name: dict(model.VARIANTS[name].build().state_dict()) for name in ("vit_b", "vit_l", "vit_h")
+        }
     shapes["lite_medsam"] = model.VARIANTS["lite_medsam"].build().state_dict()
     for name, state_dict in shapes.items():
         fits = [other for other, variant in model.VARIANTS.items() if model._fits(state_dict, variant)]
@@ -266,7 +273,9 @@ def test_a_failed_download_leaves_no_file_and_says_what_to_do(weights_server, tm
     elif fault == "absent":
         weights_server(BODY, SHA256).clear()
     else:
-        variant = model.Variant(build_tiny, model.normalize_mean_std, ("none", 0), "http://127.0.0.1:9/tiny.pth", SHA256)
+        variant = model.Variant(
+            build_tiny, model.normalize_mean_std, ("none", 0), "http://127.0.0.1:9/tiny.pth", SHA256
+        )
         monkeypatch.setitem(model.VARIANTS, "tiny", variant)
     with pytest.raises(ConnectionError, match="--checkpoint PATH"):
         model.pretrained_path("tiny")

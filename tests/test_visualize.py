@@ -26,4 +26,8 @@ def test_prompts_are_drawn_where_they_are():
 
 
 def test_sheet_stacks_pictures_of_any_size():
-    assert visualize.sheet([np.zeros((10, 20, 3), np.uint8), np.zeros((30, 10, 3), np.uint8)], 100).shape == (350, 100, 3)
+    assert visualize.sheet([np.zeros((10, 20, 3), np.uint8), np.zeros((30, 10, 3), np.uint8)], 100).shape == (
+        350,
+        100,
+        3,
+    )

@@ -1,0 +1,454 @@
+"""The real command line in miniature, and the arithmetic of its schedule."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import build_tiny, write_dataset
+from PIL import Image
+from segment_anything import SamPredictor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import finetune
+import model
+from finetune import Schedule, learning_rate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Runs write to exp/ of the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*argv):
+    """Run the command line in this process; returns the exit code."""
+    try:
+        return finetune.main([str(part) for part in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def run_tiny(config, weights, *argv):
+    return run(
+        "--config", config, "--model_type", "tiny", "--checkpoint", weights, "--exp_name", "run",
+        "--device", "cpu", "--amp", "off", "--num_workers", 0, *argv,
+    )  # fmt: skip
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+# --- schedule ---
+
+
+def test_learning_rate_at_its_corners():
+    def lr(step, **changes):
+        return learning_rate(step, **{"total_steps": 100, "peak": 2.0, "warmup": 10, "power": 0.9, **changes})
+
+    assert lr(0) == pytest.approx(0.2)  # never zero on the first step
+    assert lr(9) == lr(10) == 2.0
+    assert lr(55) == pytest.approx(2.0 * 0.5**0.9)
+    assert lr(99) == pytest.approx(2.0 * (1 / 90) ** 0.9) and lr(99) > 0
+    assert lr(0, warmup=0) == 2.0
+    assert lr(77, power=0.0) == 2.0
+    assert lr(4, warmup=10, total_steps=5) == 1.0  # a run shorter than its warm-up
+    assert lr(0, warmup=10, total_steps=10) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "virtual", "iterations", "steps", "samples"),
+    [
+        (12, 4, 1, 3, 3, [4, 4, 4]),
+        (10, 4, 1, 3, 3, [4, 4, 2]),
+        (10, 2, 2, 5, 3, [4, 4, 4, 4, 2]),
+        (7, 2, 3, 4, 2, [6, 6, 6, 1]),
+        (3, 8, 4, 1, 1, [3]),
+    ],
+)
+def test_schedule(n, batch, virtual, iterations, steps, samples):
+    schedule = Schedule(n, batch, virtual, epochs=5)
+    assert (schedule.iterations, schedule.steps) == (5 * iterations, 5 * steps)
+    assert [schedule.samples_in_step(i) for i in range(iterations)] == samples
+    assert sum(schedule.ends_step(i) for i in range(iterations)) == steps and schedule.ends_step(
+        iterations - 1
+    )
+
+
+# --- whole runs ---
+
+
+def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config_file, capsys, data):
+    config = config_file(percentage=8.0)
+    code = run_tiny(
+        config, tiny_weights, "--epoch_num", 8, "--batch_size", 8, "--lr", 5e-3, "--save_interval", 4,
+        "--test_interval", 12, "--log_interval", 6, "--num_workers", 2,
+    )  # fmt: skip
+    assert code == 0
+    folder = Path("exp/run")
+    curves = scalars(folder)
+    assert set(curves) == {
+        "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/images_per_s",
+        "test/iou", "test/dice",
+    }  # fmt: skip
+    losses, ious = ([value for _, value in curves[tag]] for tag in ("train/loss", "test/iou"))
+    assert np.mean(losses[-2:]) < 0.7 * losses[0]
+    assert max(ious) > ious[0] + 0.2
+    assert [step for step, _ in curves["test/iou"]] == [0, 12, 24, 36, 48]
+    assert [step for step, _ in curves["train/loss"]] == list(range(6, 49, 6))
+    expected = 20 * curves["train/focal"][0][1] + curves["train/dice"][0][1] + curves["train/iou_mse"][0][1]
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+    assert curves["train/lr"][0][1] == pytest.approx(5e-3 * 6 / 10, rel=1e-4)
+
+    tags = EventAccumulator(str(folder)).Reload().Tags()
+    assert set(tags["images"]) == {"test/panel", "train/panel"}
+    assert tags["tensors"] == ["flags/text_summary"]
+    files = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert files == {"epoch_0004.pth", "epoch_0008.pth", "best.pth", "last.pth"}
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["lr"] == 5e-3 and args["prompt"] == "none" and args["config"] == str(config)
+    again = yaml.safe_load((folder / "config.yaml").read_text())
+    assert again["dataset"]["train"][0]["data_dir"] == str(data / "cables")
+    finetune.load_config(folder / "config.yaml")
+
+    output = capsys.readouterr().out
+    assert "8 epochs of 48 samples: 48 iterations, 48 optimizer steps" in output
+    assert f"untuned -> tuned: IoU {ious[0]:.4f} -> {max(ious):.4f}" in output
+    assert "exp/run/checkpoints/best.pth" in output
+
+
+def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, config_file, data):
+    assert run_tiny(config_file(), tiny_weights, "-e", 10, "--lr", 1e-2) == 0
+    fresh = build_tiny()
+    fresh.load_state_dict(torch.load("exp/run/checkpoints/last.pth", weights_only=True), strict=True)
+    predictor = SamPredictor(fresh)
+
+    argv = [
+        "-c",
+        str(config_file()),
+        "--model_type",
+        "tiny",
+        "--checkpoint",
+        "exp/run/checkpoints/last.pth",
+        "--num_workers",
+        "0",
+        "-n",
+        "again",
+        "--amp",
+        "off",
+    ]
+    args = finetune.parse_args(argv)
+    setup = finetune.prepare(args)
+    tests = finetune.encode_test_set(args, setup)
+    ours = list(finetune.predict(setup.sam, tests, 2, None))
+    assert any(mask.any() for mask in ours)
+    for mask, test in zip(ours, tests, strict=True):
+        predictor.set_image(test.picture)
+        official, _, _ = predictor.predict(multimask_output=False)
+        assert (official[0] == mask).all()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_frozen_parameters_stay_bit_identical(tiny_weights, config_file, amp):
+    assert (
+        run_tiny(config_file(), tiny_weights, "-e", 2, "--lr", 1e-2, "--prompt", "mixed", "--amp", amp) == 0
+    )
+    before = checkpoint.load_weights(tiny_weights)
+    for name in ("last", "best"):
+        after = checkpoint.load_weights(Path(f"exp/run/checkpoints/{name}.pth"))
+        assert before.keys() == after.keys()
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert changed and all(key.startswith("mask_decoder.") for key in changed)
+        assert all(after[key].dtype == before[key].dtype for key in before)
+
+
+def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
+    args = finetune.parse_args(
+        [
+            "-c",
+            str(config_file()),
+            "--model_type",
+            "tiny",
+            "--checkpoint",
+            str(tiny_weights),
+            "--num_workers",
+            "0",
+            "-e",
+            "2",
+            "-n",
+            "run",
+            "--amp",
+            "off",
+        ]
+    )
+    setup = finetune.prepare(args)
+    parts = (setup.sam.image_encoder, setup.sam.prompt_encoder)
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    finetune.train(args, setup)
+    for part, old in zip(parts, before, strict=True):
+        assert all(torch.equal(old[key], value) for key, value in part.state_dict().items())
+
+
+def test_accumulation_equals_one_big_batch(tiny_weights, config_file, monkeypatch):
+    # Plain gradient descent shows gradients as they are; Adam would hide their scale.
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr))
+    results = {}
+    config = config_file(percentage=7 / 6)  # 7 samples: batches of 4 and 3, or of 2, 2 | 2, 1
+    options = ("-e", 2, "--lr", 0.05, "--warmup_steps", 0, "--prompt", "point", "--grad_clip", 1e6)
+    for name, batch, virtual in (("big", 4, 1), ("accumulated", 2, 2), ("wrong", 2, 1)):
+        assert run_tiny(config, tiny_weights, *options, "-b", batch, "--virtual_batch_size", virtual) == 0
+        results[name] = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+        shutil.rmtree("exp/run")
+    start = checkpoint.load_weights(tiny_weights)
+    moved = [key for key in start if not torch.equal(start[key], results["big"][key])]
+    assert len(moved) > 20
+
+    def distance(name):
+        return max((results[name][key] - results["big"][key]).abs().max().item() for key in moved)
+
+    assert distance("accumulated") < 1e-5 < distance("wrong")
+
+
+def test_a_run_is_repeatable_and_independent_of_workers(tiny_weights, config_file):
+    results = []
+    for workers in (0, 2):
+        assert (
+            run_tiny(config_file(), tiny_weights, "-e", 2, "--prompt", "mixed", "--num_workers", workers) == 0
+        )
+        results.append(checkpoint.load_weights(Path("exp/run/checkpoints/last.pth")))
+        shutil.rmtree("exp/run")
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_a_run_without_a_test_set(tiny_weights, config_file, capsys):
+    assert run_tiny(config_file(with_test=False), tiny_weights, "-e", 1) == 0
+    assert {path.name for path in Path("exp/run/checkpoints").iterdir()} == {"last.pth"}
+    assert "test/iou" not in scalars("exp/run")
+    assert "untuned" not in capsys.readouterr().out
+
+
+def test_the_untuned_model_is_measured_at_iteration_0(tiny_weights, config_file):
+    assert run_tiny(config_file(), tiny_weights, "-e", 1, "-b", 2) == 0
+    measured = dict(scalars("exp/run")["test/iou"])
+    args = finetune.parse_args(
+        [
+            "-c",
+            str(config_file()),
+            "--model_type",
+            "tiny",
+            "--checkpoint",
+            str(tiny_weights),
+            "--num_workers",
+            "0",
+            "-n",
+            "x",
+            "--amp",
+            "off",
+        ]
+    )
+    setup = finetune.prepare(args)
+    iou, _, _ = finetune.evaluate(setup.sam, finetune.encode_test_set(args, setup), 1, None)
+    assert measured[0] == pytest.approx(iou, abs=1e-6) and set(measured) == {0, 3}
+
+
+def test_empty_masks_can_be_trained_and_tested_on(tiny_weights, config_file, data):
+    for path in [*(data / "cables" / "masks").iterdir(), *(data / "test" / "masks").iterdir()]:
+        Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
+    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--prompt", "mixed") == 0
+    assert all(np.isfinite(value) for _, value in scalars("exp/run")["train/loss"])
+
+
+def test_the_command_of_the_readme_parses():
+    argv = (
+        "--lr 1e-4 --epoch_num 500 --batch_size 16 --save_interval 50 --test_interval 100 "
+        "--exp_name EXPERIMENT_NAME --config path/to/config_file --alpha 0.7"
+    )
+    args = finetune.parse_args(argv.split())
+    assert (args.lr, args.epoch_num, args.batch_size, args.alpha) == (1e-4, 500, 16, 0.7)
+    assert (args.save_interval, args.test_interval, args.exp_name) == (50, 100, "EXPERIMENT_NAME")
+    assert (args.model_type, args.prompt, args.device, args.virtual_batch_size) == (
+        "vit_b",
+        "none",
+        "auto",
+        1,
+    )
+    short = finetune.parse_args(["-c", "x.yaml", "-e", "3", "-b", "2", "-s", "5", "-n", "name"])
+    assert (short.epoch_num, short.batch_size, short.save_interval, short.exp_name) == (3, 2, 5, "name")
+
+
+# --- bad input: a clear message, exit code 2, nothing written, no traceback ---
+
+
+def spoil(data, weights, fault):
+    """Break one thing; returns what the message must name."""
+    cables = data / "cables"
+    if fault == "unmatched":
+        (cables / "masks" / "0.png").unlink()
+        return "0.png: has no mask"
+    if fault == "duplicate":
+        shutil.copy(cables / "imgs" / "0.png", cables / "imgs" / "0.jpg")
+        return "has the same stem"
+    if fault == "undecodable":
+        (cables / "imgs" / "0.png").write_bytes(b"not a picture")
+        return "0.png: cannot be decoded"
+    if fault == "mismatch":
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(cables / "masks" / "0.png")
+        return "its mask is 9 x 9"
+    if fault == "not binary":
+        noise = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.uint8)
+        Image.fromarray(noise).save(cables / "masks" / "0.png")
+        return "not a binary mask"
+    if fault == "no masks folder":
+        shutil.rmtree(cables / "masks")
+        return "masks: no such folder"
+    if fault == "empty folder":
+        for path in (cables / "imgs").iterdir():
+            path.unlink()
+        return "imgs: no .png"
+    if fault == "empty backgrounds":
+        for path in (data / "backgrounds").iterdir():
+            path.unlink()
+        return "backgrounds: no .png"
+    if fault == "broken test set":
+        (data / "test" / "imgs" / "0.png").write_bytes(b"")
+        return "0.png: cannot be decoded"
+    if fault == "truncated checkpoint":
+        weights.write_bytes(weights.read_bytes()[:5000])
+        return "tiny.pth"
+    if fault == "hostile checkpoint":
+        torch.save(write_dataset, weights)
+        return "tiny.pth is refused"
+    if fault == "checkpoint of another variant":
+        torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)}, weights)
+        return "holds weights of vit_b, not of tiny"
+    weights.unlink()
+    return "checkpoint not found"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["unmatched", "duplicate", "undecodable", "mismatch", "not binary", "no masks folder", "empty folder",
+     "empty backgrounds", "broken test set", "truncated checkpoint", "hostile checkpoint",
+     "checkpoint of another variant", "no checkpoint"],
+)  # fmt: skip
+def test_broken_files_end_with_a_message(tiny_weights, config_file, data, capsys, fault):
+    expected = spoil(data, tiny_weights, fault)
+    assert run_tiny(config_file(), tiny_weights) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("error: ") and "Traceback" not in error
+    assert not Path("exp").exists()
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ("dataset: {train: [", "line 1"),
+        ("dataset: {train: [{data_dir: cables, percentage: 0}]}", "dataset.train[0].percentage"),
+        ("dataset: {train: [{data_dir: nowhere}]}", "dataset.train[0].data_dir: no such folder"),
+        ("dataset: {train: [{data_dir: cables, lr: 1}]}", "dataset.train[0].lr: unknown key"),
+        ("dataset: {train: [{w_aug: true}]}", "dataset.train[0].data_dir: required key is missing"),
+        ("dataset: {train: [{data_dir: cables, w_aug: 7}]}", "dataset.train[0].w_aug"),
+        ("dataset: {train: [{data_dir: cables, bg_paths: [backgrounds], aug_details: []}]}", "contra|lacks"),
+    ],
+)
+def test_bad_configs_end_with_a_message(tiny_weights, data, capsys, document, expected):
+    (data / "bad.yaml").write_text(document)
+    assert run_tiny(data / "bad.yaml", tiny_weights) == 2
+    error = capsys.readouterr().err
+    assert any(part in error for part in expected.split("|")) and "bad.yaml" in error
+    assert not Path("exp").exists()
+
+
+def test_a_missing_config_ends_with_a_message(tiny_weights, capsys):
+    assert run_tiny("absent.yaml", tiny_weights) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--alpha", "0", "between 0 and 1"),
+        ("--alpha", "1", "between 0 and 1"),
+        ("--alpha", "nan", "between 0 and 1"),
+        ("--lr", "0", "above 0"),
+        ("--lr", "-1e-4", "above 0"),
+        ("--lr", "inf", "above 0"),
+        ("--epoch_num", "0", "at least 1"),
+        ("--epoch_num", "1.5", "at least 1"),
+        ("--batch_size", "-2", "at least 1"),
+        ("--virtual_batch_size", "0", "at least 1"),
+        ("--save_interval", "0", "at least 1"),
+        ("--test_interval", "x", "at least 1"),
+        ("--warmup_steps", "-1", "at least 0"),
+        ("--gamma", "-1", "at least 0"),
+        ("--grad_clip", "0", "above 0"),
+        ("--prompt", "text", "invalid choice"),
+        ("--model_type", "vit_x", "invalid choice"),
+        ("--device", "tpu", "invalid choice"),
+        ("--exp_name", "../escape", "inside exp/"),
+        ("--exp_name", "/absolute", "inside exp/"),
+        ("--exp_name", "", "inside exp/"),
+    ],
+)
+def test_bad_flags_end_with_a_message(tiny_weights, config_file, capsys, flag, value, expected):
+    assert run_tiny(config_file(), tiny_weights, f"{flag}={value}") == 2
+    error = capsys.readouterr().err
+    assert flag in error and expected in error
+    assert not Path("exp").exists()
+
+
+def test_a_device_that_is_not_there(tiny_weights, config_file, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_tiny(config_file(), tiny_weights, "--device", "cuda") == 2
+    assert "--device cuda" in capsys.readouterr().err and not Path("exp").exists()
+
+
+def test_a_run_is_never_overwritten(tiny_weights, config_file, capsys):
+    kept = Path("exp/run/checkpoints/last.pth")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+    assert run_tiny(config_file(), tiny_weights) == 2
+    assert "exp/run already holds a run" in capsys.readouterr().err
+    assert kept.read_text() == "precious" and list(Path("exp/run").rglob("*.pth")) == [kept]
+
+
+def test_weights_that_cannot_be_had_end_with_a_message(config_file, capsys, monkeypatch):
+    variant = model.Variant(
+        build_tiny, model.normalize_mean_std, ("none", 0), "http://127.0.0.1:9/x.pth", "0"
+    )
+    monkeypatch.setitem(model.VARIANTS, "tiny", variant)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    assert run("-c", config_file(), "--model_type", "tiny") == 2
+    assert "--checkpoint PATH" in capsys.readouterr().err and not Path("exp").exists()
+
+
+def test_the_script_itself_ends_without_a_traceback(data):
+    (data / "bad.yaml").write_text("dataset: {train: [{data_dir: nowhere}]}")
+    command = [sys.executable, str(ROOT / "finetune.py"), "--config", "data/bad.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=data.parent)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: data/bad.yaml: 1 error(s)\n  dataset.train[0].data_dir")
+    assert "Traceback" not in result.stderr and not (data.parent / "exp").exists()
+
+
+def test_help_gives_every_default():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    for name, value in vars(finetune.parse_args(["-c", "x", "-n", "x"])).items():
+        assert f"--{name}" in text
+        if value is not None and name not in ("config", "exp_name"):
+            assert f"(default: {value})" in text, name
