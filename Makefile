@@ -5,7 +5,8 @@ BIN := .venv/bin
 
 # Two commands on a fresh machine: `make demo` and `make test`.
 demo: .venv/installed
-	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam $(DEMO_FLAGS)
+	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam \
+	  --batch_size 2 --epoch_num 14 --test_interval 56 $(DEMO_FLAGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

