@@ -617,5 +617,10 @@ def train_loader(
     )
 
 
+def test_loader(test_set: TestSet, *, num_workers: int) -> DataLoader:
+    """The test samples one by one, for their sizes differ."""
+    return DataLoader(test_set, batch_size=None, num_workers=num_workers, worker_init_fn=_init_worker)
+
+
 def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)  # one process per core is parallel enough

@@ -23,7 +23,6 @@ import torch
 import yaml
 from segment_anything.modeling import Sam
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from dataset import (
     TestSet,
     TrainSet,
     find_sources,
+    test_loader,
     train_loader,
 )
 from losses import dice_loss, focal_loss, iou_mse
@@ -332,7 +332,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
     """Encode every test sample once."""
-    loader = DataLoader(setup.test_set, batch_size=None, num_workers=args.num_workers)
+    loader = test_loader(setup.test_set, num_workers=args.num_workers)
     encoded = []
     for sample in tqdm(loader, desc="encoding the test set", leave=False):
         image, size = sample["image"][None], sample["size"][None]
@@ -419,7 +419,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    train(args, setup)
+    try:
+        train(args, setup)
+    except KeyboardInterrupt:
+        print(f"interrupted; what {setup.folder} holds so far is kept", file=sys.stderr)
+        return 130
     return 0
 
 
