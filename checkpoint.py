@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -39,16 +39,37 @@ def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
     write_atomically(path, lambda file: torch.save(on_cpu, file))
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a plain `state_dict` with `weights_only=True`: code in the file is never run.
+def save_resume_state(state: dict, path: Path) -> None:
+    """Save what a run needs to go on: nested dicts and lists of tensors, numbers and strings."""
+    write_atomically(path, lambda file: torch.save(state, file))
 
-    Raises FileNotFoundError, or ValueError naming the file if it is truncated, holds more than
-    tensors, or is no mapping of names to tensors.
+
+def load_resume_state(path: Path) -> dict:
+    """Read what `save_resume_state` wrote; raises as `load_weights` does."""
+    return _load(path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a plain `state_dict`.
+
+    Raises FileNotFoundError, or ValueError naming the file if it is truncated, holds what could run
+    code, or is no mapping of names to tensors.
     """
+    state_dict = _load(path)
+    is_plain = isinstance(state_dict, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
+    )
+    if not is_plain:
+        raise ValueError(f"{path} is not a plain state_dict (weight names mapped to tensors)")
+    return state_dict
+
+
+def _load(path: Path) -> Any:
+    """What is in a file of `torch.save`, with `weights_only=True`: code in it is never run."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint not found: {path}")
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged or holds more than weights, and could run code when "
@@ -56,9 +77,3 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint; is it cut off? ({error})") from error
-    is_plain = isinstance(state_dict, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
-    )
-    if not is_plain:
-        raise ValueError(f"{path} is not a plain state_dict (weight names mapped to tensors)")
-    return state_dict

@@ -589,28 +589,34 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 class RunSampler(Sampler):
-    """The batches of a whole run, epoch after epoch, as lists of (epoch, index)."""
+    """The batches of a whole run, epoch after epoch, as lists of (epoch, index).
 
-    def __init__(self, epoch_length: int, batch_size: int, epochs: int) -> None:
-        self.epoch_length, self.batch_size, self.epochs = epoch_length, batch_size, epochs
+    `start` is the number of batches to leave out, for they are done.
+    """
+
+    def __init__(self, epoch_length: int, batch_size: int, epochs: int, start: int = 0) -> None:
+        self.epoch_length, self.batch_size = epoch_length, batch_size
+        self.per_epoch = -(-epoch_length // batch_size)
+        self.batches = range(start, epochs * self.per_epoch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.epochs):
-            for start in range(0, self.epoch_length, self.batch_size):
-                stop = min(start + self.batch_size, self.epoch_length)
-                yield [(epoch, index) for index in range(start, stop)]
+        for batch in self.batches:
+            epoch, number = divmod(batch, self.per_epoch)
+            first = number * self.batch_size
+            last = min(first + self.batch_size, self.epoch_length)
+            yield [(epoch, index) for index in range(first, last)]
 
     def __len__(self) -> int:
-        return self.epochs * -(-self.epoch_length // self.batch_size)
+        return len(self.batches)
 
 
 def train_loader(
-    train_set: TrainSet, *, batch_size: int, epochs: int, num_workers: int, pin_memory: bool
+    train_set: TrainSet, *, batch_size: int, epochs: int, start: int, num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """One loader for the whole run: its workers start once and prefetch across epochs."""
+    """One loader for the rest of a run, from batch `start`: workers start once and prefetch on."""
     return DataLoader(
         train_set,
-        batch_sampler=RunSampler(train_set.epoch_length, batch_size, epochs),
+        batch_sampler=RunSampler(train_set.epoch_length, batch_size, epochs, start),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,

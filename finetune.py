@@ -43,6 +43,7 @@ from losses import dice_loss, focal_loss, iou_mse
 from metrics import iou_and_dice
 from visualize import draw_points, panel, sheet
 
+RESUME_FILE = "resume.pth"
 PANELS = 4  # pictures shown of the test set and of a training batch
 
 
@@ -87,6 +88,19 @@ def folder_name(text: str) -> str:
     return text
 
 
+# What a resumed run may set anew: nothing that changes which samples come or what is computed on them.
+# (Another epoch_num stretches or shortens the rest of the learning rate's decay.)
+MAY_CHANGE = (
+    "config",
+    "epoch_num",
+    "device",
+    "num_workers",
+    "save_interval",
+    "test_interval",
+    "log_interval",
+)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune SAM's mask decoder to segment cables.",
@@ -99,6 +113,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--exp_name",
         type=folder_name,
         help="results go to exp/EXP_NAME (default: config name and time)",
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with exp/EXP_NAME from its last saved state; flags and data must be the same but "
+        f"for {', '.join(MAY_CHANGE)}",
     )
     run.add_argument(
         "--device",
@@ -175,6 +195,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(argv)
+    if args.resume and args.exp_name is None:
+        parser.error("--resume needs the --exp_name of the run to go on with")
     if args.exp_name is None:
         args.exp_name = f"{args.config.stem}_{datetime.now():%Y%m%d-%H%M%S}"
     return args
@@ -243,15 +265,37 @@ class Setup:
     device: torch.device
     amp: torch.dtype | None
     folder: Path
+    resume: dict | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and the optimizer's state all that it needs to go on.
+
+    `loss_sums` (3,) and `samples` count since the last log. `untuned` and `best` are
+    (IoU, Dice, iteration) of the test set.
+    """
+
+    loss_sums: Tensor
+    samples: int = 0
+    iteration: int = 0
+    step: int = 0
+    untuned: tuple[float, float, int] | None = None
+    best: tuple[float, float, int] | None = None
 
 
 def prepare(args: argparse.Namespace) -> Setup:
     """Check every input and build the model. Raises ValueError or OSError for a user's mistake."""
     folder = Path("exp") / args.exp_name
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} already holds a run; choose another --exp_name or remove it")
+    if not args.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
+        )
     device = pick_device(args.device)
     config = load_config(args.config)
+    resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
+    if resume:
+        check_same_run(resume, args, config)
     test_config = config.dataset.test
     sources = find_sources([*config.dataset.train, *([test_config] if test_config else [])])
     train_sources = sources[: len(config.dataset.train)]
@@ -267,7 +311,20 @@ def prepare(args: argparse.Namespace) -> Setup:
     options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
     train_set = TrainSet(train_sources, **options)
     test_set = TestSet(sources[-1], **options) if test_config else None
-    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, folder)
+    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, folder, resume)
+
+
+def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> None:
+    """Raise ValueError naming both values of every flag or data setting that may not change."""
+    faults = [
+        f"--{name}: was {resume['flags'].get(name)}, is now {value}"
+        for name, value in settings(args).items()
+        if name not in MAY_CHANGE and resume["flags"].get(name) != value
+    ]
+    if resume["config"] != (now := config.model_dump_json()):
+        faults.append(f"the data: was {resume['config']}, is now {now}")
+    if faults:
+        raise ValueError("\n  ".join([f"exp/{args.exp_name} cannot go on with other settings:", *faults]))
 
 
 def pick_device(choice: str) -> torch.device:
@@ -422,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(args, setup)
     except KeyboardInterrupt:
-        print(f"interrupted; what {setup.folder} holds so far is kept", file=sys.stderr)
+        print(f"interrupted; --resume goes on from the last state in {setup.folder}", file=sys.stderr)
         return 130
     return 0
 
@@ -436,47 +493,61 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     )
     print_summary(args, setup, schedule)
     checkpoints = setup.folder / "checkpoints"
-    checkpoints.mkdir(parents=True)
+    checkpoints.mkdir(parents=True, exist_ok=args.resume)
     write_settings(args, setup)
-    writer = SummaryWriter(setup.folder)
-    writer.add_text("flags", f"```\n{yaml.safe_dump(settings(args), sort_keys=False)}```")
-
-    tests = encode_test_set(args, setup) if setup.test_set else []
-    best = untuned = None
-
-    def test_now(iteration: int) -> tuple[float, float, int]:
-        iou, dice, predictions = evaluate(sam, tests, args.batch_size, amp)
-        writer.add_scalar("test/iou", iou, iteration)
-        writer.add_scalar("test/dice", dice, iteration)
-        writer.add_image("test/panel", show_test(tests, predictions), iteration, dataformats="HWC")
-        tqdm.write(f"iteration {iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
-        return iou, dice, iteration
-
-    if tests:
-        untuned = test_now(0)
 
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    progress = Progress(loss_sums=torch.zeros(3, device=device))
+    if setup.resume:
+        sam.mask_decoder.load_state_dict(setup.resume["mask_decoder"])
+        optimizer.load_state_dict(setup.resume["optimizer"])
+        progress = Progress(**setup.resume["progress"])
+        progress.loss_sums = progress.loss_sums.to(device)
+        print(f"resumed     after iteration {progress.iteration}")
+    writer = SummaryWriter(setup.folder, purge_step=progress.iteration + 1 if setup.resume else None)
+    writer.add_text("flags", f"```\n{yaml.safe_dump(settings(args), sort_keys=False)}```", progress.iteration)
+
+    tests = encode_test_set(args, setup) if setup.test_set else []
+
+    def test_now() -> tuple[float, float, int]:
+        iou, dice, predictions = evaluate(sam, tests, args.batch_size, amp)
+        writer.add_scalar("test/iou", iou, progress.iteration)
+        writer.add_scalar("test/dice", dice, progress.iteration)
+        picture = show_test(tests, predictions)
+        writer.add_image("test/panel", picture, progress.iteration, dataformats="HWC")
+        tqdm.write(f"iteration {progress.iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
+        return iou, dice, progress.iteration
+
+    if tests and not setup.resume:
+        progress.untuned = test_now()
+
     loader = train_loader(
         setup.train_set,
         batch_size=args.batch_size,
         epochs=args.epoch_num,
+        start=progress.iteration,
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
     grid = model.mask_grid(sam)
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
-    loss_sums = torch.zeros(3, device=device)  # read every log_interval: reading waits for the device
-    samples = step = 0
-    start = time.perf_counter()
-    bar = tqdm(total=schedule.iterations, unit="it", dynamic_ncols=True)
-    for iteration, batch in enumerate(loader, start=1):
-        epoch, batch_index = divmod(iteration - 1, schedule.batches_per_epoch)
+    state_is_due = False
+    seen, start = 0, time.perf_counter()
+    bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", dynamic_ncols=True)
+    for batch in loader:
+        epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
+        progress.iteration += 1
+        last = progress.iteration == schedule.iterations
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
         # learning rate of this optimizer step
         lr = learning_rate(
-            step, total_steps=schedule.steps, peak=args.lr, warmup=args.warmup_steps, power=args.lr_power
+            progress.step,
+            total_steps=schedule.steps,
+            peak=args.lr,
+            warmup=args.warmup_steps,
+            power=args.lr_power,
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -497,52 +568,75 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
 
         # backward; sums over samples, so that every sample of the step weighs the same
         ((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
-        loss_sums += losses.detach()
-        samples += len(logits)
-        if schedule.ends_step(batch_index):
+        progress.loss_sums += losses.detach()
+        progress.samples += len(logits)
+        seen += len(logits)
+        step_ends = schedule.ends_step(batch_index)
+        if step_ends:
             torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
+            progress.step += 1
 
-        # log
+        # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
-        if iteration % args.log_interval == 0 or iteration == schedule.iterations:
-            means = (loss_sums / samples).tolist()
-            rate = samples / (time.perf_counter() - start)
-            loss = float(np.dot(means, weights.tolist()))
-            names = (
-                "train/loss",
-                "train/focal",
-                "train/dice",
-                "train/iou_mse",
-                "train/lr",
-                "train/images_per_s",
+        if progress.iteration % args.log_interval == 0 or last:
+            means = (progress.loss_sums / progress.samples).tolist()
+            scalars = {
+                "train/loss": float(np.dot(means, weights.tolist())),
+                "train/focal": means[0],
+                "train/dice": means[1],
+                "train/iou_mse": means[2],
+                "train/lr": lr,
+                "train/images_per_s": seen / (time.perf_counter() - start),
+            }
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, progress.iteration)
+            bar.set_postfix_str(
+                f"loss {scalars['train/loss']:.3f}, lr {lr:.1e}, {scalars['train/images_per_s']:.2f} images/s"
             )
-            for name, value in zip(names, (loss, *means, lr, rate), strict=True):
-                writer.add_scalar(name, value, iteration)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{rate:.2f}")
-            loss_sums.zero_()
-            samples, start = 0, time.perf_counter()
+            progress.loss_sums.zero_()
+            progress.samples = 0
+            seen, start = 0, time.perf_counter()
 
         # test and save; the clock of images/s stands still
         paused = time.perf_counter()
-        last = iteration == schedule.iterations
-        if iteration % args.test_interval == 0 or last:
-            writer.add_image("train/panel", show_train(sam, batch, logits), iteration, dataformats="HWC")
+        if progress.iteration % args.test_interval == 0 or last:
+            state_is_due = True
+            picture = show_train(sam, batch, logits)
+            writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
             if tests:
-                result = test_now(iteration)
-                if best is None or result[0] > best[0]:
-                    best = result
+                result = test_now()
+                if progress.best is None or result[0] > progress.best[0]:
+                    progress.best = result
                     checkpoint.save_weights(weights_to_save(setup), checkpoints / "best.pth")
         if batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0:
+            state_is_due = True
             checkpoint.save_weights(weights_to_save(setup), checkpoints / f"epoch_{epoch + 1:04d}.pth")
         if last:
             checkpoint.save_weights(weights_to_save(setup), checkpoints / "last.pth")
+        if state_is_due and step_ends:  # between steps a state would lack the gradients so far
+            writer.flush()
+            state = resume_state(args, setup, optimizer, progress)
+            checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
+            state_is_due = False
         start += time.perf_counter() - paused
     bar.close()
     writer.close()
-    print_result(untuned, best, checkpoints)
+    print_result(progress, checkpoints)
+
+
+def resume_state(
+    args: argparse.Namespace, setup: Setup, optimizer: torch.optim.Optimizer, progress: Progress
+) -> dict:
+    """What `--resume` needs. Samples and prompts are functions of seed, epoch and index: no RNG is kept."""
+    return {
+        "progress": vars(progress),
+        "mask_decoder": setup.sam.mask_decoder.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "flags": settings(args),
+        "config": setup.config.model_dump_json(),
+    }
 
 
 def weights_to_save(setup: Setup) -> dict[str, Tensor]:
@@ -553,7 +647,9 @@ def weights_to_save(setup: Setup) -> dict[str, Tensor]:
 
 def settings(args: argparse.Namespace) -> dict:
     """The flags as plain values that YAML can hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del flags["resume"]
+    return flags
 
 
 def write_settings(args: argparse.Namespace, setup: Setup) -> None:
@@ -564,12 +660,13 @@ def write_settings(args: argparse.Namespace, setup: Setup) -> None:
         checkpoint.write_atomically(setup.folder / name, lambda file, text=text: file.write(text.encode()))
 
 
-def print_result(untuned, best, checkpoints: Path) -> None:
+def print_result(progress: Progress, checkpoints: Path) -> None:
     """The closing lines of a run: untuned against tuned, and where things lie."""
-    if best:
+    if progress.untuned and progress.best:
+        (iou, dice, _), (best_iou, best_dice, iteration) = progress.untuned, progress.best
         print(
-            f"untuned -> tuned: IoU {untuned[0]:.4f} -> {best[0]:.4f}, "
-            f"Dice {untuned[1]:.4f} -> {best[1]:.4f} (best at iteration {best[2]})"
+            f"untuned -> tuned: IoU {iou:.4f} -> {best_iou:.4f}, "
+            f"Dice {dice:.4f} -> {best_dice:.4f} (best at iteration {iteration})"
         )
         print(f"best weights     {checkpoints / 'best.pth'}")
     print(f"last weights     {checkpoints / 'last.pth'}")

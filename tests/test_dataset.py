@@ -396,7 +396,9 @@ def run_of_batches(train_set, num_workers, seed):
     np.random.seed(seed)
     torch.manual_seed(seed)
     return list(
-        dataset.train_loader(train_set, batch_size=4, epochs=2, num_workers=num_workers, pin_memory=False)
+        dataset.train_loader(
+            train_set, batch_size=4, epochs=2, start=0, num_workers=num_workers, pin_memory=False
+        )
     )
 
 
@@ -414,6 +416,16 @@ def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
     other_seed = TrainSet(sources, frame=FRAME, prompt="mixed", seed=6)
     assert not torch.equal(other_seed[1, 3]["image"], shifted["image"])
     assert not torch.equal(train_set[0, 3]["image"], shifted["image"])
+
+
+def test_a_run_can_start_at_any_batch():
+    whole = list(dataset.RunSampler(epoch_length=7, batch_size=3, epochs=4))
+    assert whole[:4] == [
+        [(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)], [(0, 6)], [(1, 0), (1, 1), (1, 2)]
+    ]  # fmt: skip
+    for start in range(13):
+        sampler = dataset.RunSampler(epoch_length=7, batch_size=3, epochs=4, start=start)
+        assert list(sampler) == whole[start:] and len(sampler) == 12 - start
 
 
 def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):

@@ -231,6 +231,57 @@ def test_a_run_is_repeatable_and_independent_of_workers(tiny_weights, config_fil
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys):
+    # 9 samples in batches of 2: 5 iterations an epoch in steps of 2, 2 and 1 batches. A state is due
+    # at the test after iteration 6, amid a step, so it is saved after 7; training ends in the 10th.
+    config = config_file(percentage=1.5)
+    options = (
+        "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
+        "--log_interval", 3, "--lr", 1e-2,
+    )  # fmt: skip
+    assert run_tiny(config, tiny_weights, *options) == 0
+    whole = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    whole_curves, output = scalars("exp/run"), capsys.readouterr().out
+    shutil.rmtree("exp/run")
+
+    calls = []
+
+    def die_in_iteration_10(*args):
+        calls.append(args)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return finetune_dice(*args)
+
+    finetune_dice = finetune.dice_loss
+    monkeypatch.setattr(finetune, "dice_loss", die_in_iteration_10)
+    assert run_tiny(config, tiny_weights, *options) == 130
+    assert not Path("exp/run/checkpoints/last.pth").exists()
+    monkeypatch.setattr(finetune, "dice_loss", finetune_dice)
+    assert run_tiny(config, tiny_weights, *options, "--resume", "--num_workers", 2) == 0
+    resumed_output = capsys.readouterr().out
+    assert "resumed     after iteration 7" in resumed_output
+    assert output.splitlines()[-4:] == resumed_output.splitlines()[-4:]
+    resumed = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    curves = scalars("exp/run")
+    for tag in whole_curves.keys() - {"train/images_per_s"}:
+        assert curves[tag] == whole_curves[tag], tag
+
+
+def test_a_resumed_run_takes_no_other_settings(tiny_weights, config_file, capsys):
+    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--resume") == 2
+    assert "exp/run/resume.pth" in capsys.readouterr().err and not Path("exp").exists()
+    assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
+    assert run_tiny(config_file(percentage=0.5), tiny_weights, "-e", 2, "--lr", 7, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "--lr: was 0.001, is now 7.0" in error and '"percentage":0.5' in error
+    assert "epoch_num" not in error
+    assert before == {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
+    assert run("-c", config_file(), "--resume") == 2
+    assert "--resume needs the --exp_name" in capsys.readouterr().err
+
+
 def test_a_run_without_a_test_set(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(with_test=False), tiny_weights, "-e", 1) == 0
     assert {path.name for path in Path("exp/run/checkpoints").iterdir()} == {"last.pth"}
