@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import DatasetConfig
@@ -46,7 +46,7 @@ class Source:
 def read_image(path: Path) -> np.ndarray:
     """An image file as RGB uint8 (H, W, 3), turned upright as its EXIF says.
 
-    Raises ValueError naming the file if it cannot be decoded whole.
+    Raises ValueError naming the file if it cannot be decoded whole or has more than 8 bits.
     """
     return np.asarray(_open(path).convert("RGB"))
 
@@ -58,13 +58,11 @@ def read_mask(path: Path) -> np.ndarray:
     cannot be decoded whole, has more than 8 bits, or has many values between its two ends.
     """
     image = _open(path)
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise ValueError(f"{path}: expected an 8-bit grey or colour mask, got mode {image.mode!r}")
     if image.mode in ("1", "L"):
         values = np.asarray(image.convert("L"))
     else:
         values = np.asarray(image.convert("RGB")).max(axis=2)
-    top = 255 if image.format == "JPEG" else max(int(values.max()), 1)
+    top = 255 if image.format in ("JPEG", "MPO") else max(int(values.max()), 1)
     _check_binary(values, top, path)
     return values > top / 2
 
@@ -90,9 +88,11 @@ def _open(path: Path) -> Image.Image:
             image.load()
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format
-            return upright
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    if upright.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"{path}: expected 8-bit grey or colour, got Pillow's mode {upright.mode!r}")
+    return upright
 
 
 def find_sources(configs: list[DatasetConfig]) -> list[Source]:

@@ -106,13 +106,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Fine-tune SAM's mask decoder to segment cables.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("-c", "--config", type=Path, required=True, help="YAML file that describes the data")
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_optimisation_flags(parser.add_argument_group("optimisation"))
+    _add_loss_flags(parser.add_argument_group("loss"))
+    args = parser.parse_args(argv)
+    if args.resume and args.exp_name is None:
+        parser.error("--resume needs the --exp_name of the run to go on with")
+    if args.exp_name is None:
+        args.exp_name = f"{args.config.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+    return args
+
+
+def _add_run_flags(run: argparse._ArgumentGroup) -> None:
+    run.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="YAML file that describes the data",
+    )
     run.add_argument(
         "-n",
         "--exp_name",
         type=folder_name,
-        help="results go to exp/EXP_NAME (default: config name and time)",
+        help="results go to exp/EXP_NAME (default %(default)s: config name and time)",
     )
     run.add_argument(
         "--resume",
@@ -149,12 +168,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--log_interval", type=positive_int, default=10, help="iterations between logged scalars"
     )
 
-    net = parser.add_argument_group("model")
+
+def _add_model_flags(net: argparse._ArgumentGroup) -> None:
     net.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
     net.add_argument(
         "--checkpoint",
         type=Path,
-        help="weights to start from, official or this tool's (default: the published ones)",
+        help="weights to start from, official or this tool's (default %(default)s: the published ones)",
     )
     net.add_argument(
         "--prompt",
@@ -163,7 +183,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="what the decoder is told: nothing, 1 to 3 points, a box, or one of these per sample",
     )
 
-    optim = parser.add_argument_group("optimisation")
+
+def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
     optim.add_argument("-e", "--epoch_num", type=positive_int, default=50, help="epochs to train")
     optim.add_argument("-b", "--batch_size", type=positive_int, default=4, help="samples per iteration")
     optim.add_argument(
@@ -180,7 +201,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW")
     optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest norm of the gradient")
 
-    loss = parser.add_argument_group("loss")
+
+def _add_loss_flags(loss: argparse._ArgumentGroup) -> None:
     loss.add_argument(
         "--alpha",
         type=fraction,
@@ -193,13 +215,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument(
         "--iou_weight", type=not_negative, default=1.0, help="of the IoU head's squared error in the sum"
     )
-
-    args = parser.parse_args(argv)
-    if args.resume and args.exp_name is None:
-        parser.error("--resume needs the --exp_name of the run to go on with")
-    if args.exp_name is None:
-        args.exp_name = f"{args.config.stem}_{datetime.now():%Y%m%d-%H%M%S}"
-    return args
 
 
 def _default_workers() -> int:

@@ -43,6 +43,12 @@ def test_images_are_read_as_upright_rgb(tmp_path):
     assert (upright[:3] == [200, 0, 0]).all() and (upright[3:] == 0).all()
 
 
+def test_16_bit_photos_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: expected 8-bit"):
+        dataset.read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("top", [255, 1, 3, 128])
 def test_png_mask_is_above_half_of_its_maximum(tmp_path, top):
     mask = draw_cable(rng(), (40, 50), 5)
@@ -90,7 +96,7 @@ def test_what_is_no_binary_mask_is_named(tmp_path, kind):
         "16 bit": np.full((40, 50), 65535),
     }[kind]
     Image.fromarray(values.astype(np.uint16 if kind == "16 bit" else np.uint8)).save(tmp_path / "m.png")
-    with pytest.raises(ValueError, match=r"m\.png: (not a binary mask|expected an 8-bit)"):
+    with pytest.raises(ValueError, match=r"m\.png: (not a binary mask|expected 8-bit)"):
         dataset.read_mask(tmp_path / "m.png")
 
 
