@@ -138,7 +138,7 @@ def load_config(path: str | Path) -> Config:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected a mapping with the key 'dataset' at the top level")

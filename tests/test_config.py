@@ -134,6 +134,13 @@ def test_fault_is_named(folders, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a JPEG", b"[" * 100_000])
+def test_a_file_that_is_no_text_or_nested_without_end_is_named(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read .*c\.yaml"):
+        load_config(tmp_path / "c.yaml")
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
