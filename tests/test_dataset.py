@@ -194,7 +194,7 @@ def test_cut_out_leaves_no_trace_of_the_old_background():
     mask = draw_cable(rng(), (60, 80), 6)
     image = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)
     image = cv2.GaussianBlur(image, (0, 0), 0.8)  # as a camera mixes the edge
-    foreground, alpha = dataset.cut_out(image, mask)
+    foreground, alpha = dataset.cut_out(image, mask.astype(np.float32))
     green = dataset.paste(foreground, alpha, np.zeros_like(image))[..., 1]
     green_of_the_photo_itself = dataset.paste(image, alpha, np.zeros_like(image))[..., 1]
     assert green_of_the_photo_itself.max() > 70
@@ -203,7 +203,7 @@ def test_cut_out_leaves_no_trace_of_the_old_background():
 
 def test_cut_out_has_a_soft_edge_where_the_mask_is():
     mask = draw_cable(rng(), (60, 80), 6)
-    _, alpha = dataset.cut_out(np.zeros((60, 80, 3), np.uint8), mask)
+    _, alpha = dataset.cut_out(np.zeros((60, 80, 3), np.uint8), mask.astype(np.float32))
     assert ((alpha > 0.5) == mask).mean() > 0.99
     assert ((alpha > 0.05) & (alpha < 0.95)).any()
     assert alpha.sum() == pytest.approx(mask.sum(), rel=0.02)
@@ -213,8 +213,22 @@ def test_cut_out_has_a_soft_edge_where_the_mask_is():
 def test_cut_out_keeps_the_colour_of_very_thin_cables(width):
     mask = draw_cable(rng(), (60, 80), width)
     image = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)
-    foreground, _ = dataset.cut_out(image, mask)
+    foreground, _ = dataset.cut_out(image, mask.astype(np.float32))
     assert (foreground == (200, 30, 30)).all()
+
+
+def test_large_photos_are_brought_down_before_cutting_out_and_keep_thin_cables(tmp_path):
+    write_dataset(tmp_path / "large", 1, size=(1500, 2000), width=1)
+    pair = source(tmp_path, name="large", backgrounds=False).pairs[0]
+    image, mask = dataset.read_pair(pair, longest=500)
+    assert image.shape == (375, 500, 3) and mask.shape == (375, 500)
+    assert mask.sum() == pytest.approx(dataset.read_mask(pair.mask_path).sum() / 16, rel=1e-3)
+    assert 0 < mask.max() < 0.5  # a pixel's cable fills a quarter of a pixel
+    foreground, alpha = dataset.cut_out(image, mask)
+    cable = image[mask == mask.max()].min()
+    assert foreground.min() >= cable and alpha.sum() == pytest.approx(mask.sum(), rel=0.01)
+    whole, _ = dataset.read_pair(pair, longest=2000)
+    assert whole.shape == (1500, 2000, 3)
 
 
 def test_without_augmentation_cables_stay_where_and_as_they_were(data):
