@@ -1,22 +1,27 @@
 """From folders to batches: pair photos with masks, cut out, composite, augment, draw prompts, load.
 
-Images are RGB uint8 (H, W, 3). A mask file is read as bool (H, W); from there on a mask is soft,
-float32 (H, W) in 0..1, so that thin cables survive being resized. Every random choice comes from a
-generator made of (seed, epoch, index), never from global state.
+Images are RGB uint8 (H, W, 3). A mask file is read as bool (H, W); from there on a mask is soft, so
+that thin cables survive being resized: float32 (H, W) in 0..1, or uint8 in 0..255 as the fourth channel
+of a picture (H, W, 4). Every random choice comes from a generator made of (seed, epoch, slot), never
+from global state.
 """
 
 import io
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from cache import DecodedFiles
 from config import DatasetConfig
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -41,6 +46,11 @@ class Source:
     config: DatasetConfig
     pairs: tuple[Pair, ...]
     backgrounds: tuple[Path, ...]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its samples are the same in every epoch: photos, neither composited nor augmented."""
+        return not self.config.composites and not self.config.w_aug
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -186,6 +196,12 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a uint8 picture of any channels to (h, w), fast: by area averaging if it shrinks."""
+    shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a soft mask to (h, w) by area averaging, which keeps a thin cable's total area."""
     if mask.shape == size:
@@ -193,23 +209,55 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA)
 
 
+def to_u8(mask: np.ndarray) -> np.ndarray:
+    """A soft mask in 0..1 as uint8 in 0..255."""
+    return np.rint(mask * 255).astype(np.uint8)
+
+
 def pad_to_square(array: np.ndarray, side: int) -> np.ndarray:
     """Pad with zeros at the bottom and right to (side, side, ...)."""
-    height, width = array.shape[:2]
-    rest = [(0, 0)] * (array.ndim - 2)
-    return np.pad(array, [(0, side - height), (0, side - width), *rest])
+    if array.shape[:2] == (side, side):
+        return array
+    square = np.zeros((side, side, *array.shape[2:]), array.dtype)
+    square[: array.shape[0], : array.shape[1]] = array
+    return square
 
 
-def read_pair(pair: Pair, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """A photo and its soft mask, brought down to `longest` pixels if larger.
+# --- Reading for training ---------------------------------------------------------------------
+# What the data workers keep decoded: functions of a file and of the longest side to keep, since
+# cutting out costs time by the pixel, and a phone has ten times more of them than a model sees.
 
-    Cutting out costs time by the pixel, and a phone has ten times more of them than a model sees.
-    """
-    image, mask = read_image(pair.image_path), read_mask(pair.mask_path).astype(np.float32)
-    if max(mask.shape) > longest:
-        size = fit_size(mask.shape, longest)
-        image, mask = resize_image(image, size), resize_mask(mask, size)
-    return image, mask
+
+def load_pair(pair: Pair, longest: int) -> np.ndarray:
+    """A photo with its soft mask as the fourth channel: uint8 (H, W, 4)."""
+    image, mask = read_image(pair.image_path), read_mask(pair.mask_path)
+    size = _bounded_size(mask.shape, longest)
+    mask = resize_mask(mask.astype(np.float32), size)
+    return cv2.merge([resize_image(image, size), to_u8(mask)])
+
+
+def load_cut_out(pair: Pair, longest: int) -> np.ndarray:
+    """A photo's cables with soft edges: RGBA uint8 (H, W, 4); see `cut_out`."""
+    return cut_out(load_pair(pair, longest))
+
+
+def load_background(path: Path, longest: int) -> np.ndarray:
+    """A background picture: RGB uint8 (H, W, 3)."""
+    image = read_image(path)
+    return resize_image(image, _bounded_size(image.shape[:2], longest))
+
+
+def longest_side(canvas: tuple[int, int]) -> int:
+    """The longest side of what is read for a canvas: enough to zoom into."""
+    return max(2 * max(canvas), 1024)
+
+
+def _bounded_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    return size if max(size) <= longest else fit_size(size, longest)
+
+
+def _read_anew(make: Callable[..., np.ndarray], item: Hashable, longest: int) -> np.ndarray:
+    return make(item, longest)
 
 
 # --- Compositing ------------------------------------------------------------------------------
@@ -218,7 +266,7 @@ def read_pair(pair: Pair, longest: int) -> tuple[np.ndarray, np.ndarray]:
 TRUSTED_DEPTH = 2.0
 
 
-def cut_out(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
     """Cut the cables of a photo out, with a soft edge and no trace of the old background.
 
     A photo's edge pixels mix cable and background, and masks are rarely exact to the pixel. Pasted
@@ -226,15 +274,15 @@ def cut_out(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     outside the cables' core takes the colour of the nearest core pixel; the mask's edge is smoothed.
 
     Args:
-        image: RGB uint8 (H, W, 3).
-        mask: float32 (H, W) in 0..1.
+        image_and_mask: uint8 (H, W, 4).
 
     Returns:
-        The image with cable colours spread everywhere, and the soft mask, float32 (H, W).
+        uint8 (H, W, 4): cable colours spread everywhere, and the soft mask.
     """
+    image, mask = image_and_mask[..., :3], image_and_mask[..., 3].copy()
     if not mask.any():
-        return image, mask
-    inside = mask >= min(0.5, mask.max())
+        return image_and_mask
+    inside = mask >= min(128, mask.max())
     depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 3)
     # Cables thinner than twice the trusted depth keep their ridge, the deepest pixels around.
     ridge = cv2.dilate(depth, np.ones((5, 5), np.uint8))
@@ -244,41 +292,59 @@ def cut_out(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     )
     colour_of_label = np.zeros((labels.max() + 1, 3), np.uint8)
     colour_of_label[labels[core]] = image[core]
-    return colour_of_label[labels], cv2.GaussianBlur(mask, (0, 0), 0.7)
+    return cv2.merge([colour_of_label[labels], cv2.GaussianBlur(mask, (0, 0), 0.7)])
 
 
-def paste(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Blend a cut-out over a background of the same size by its soft mask."""
-    alpha = mask[..., None]
-    return np.rint(foreground * alpha + background * (1 - alpha)).astype(np.uint8)
+def paste(
+    cut_out: np.ndarray,
+    image: np.ndarray,
+    mask: np.ndarray,
+    recolour: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:
+    """Blend a cut-out into an image by its soft mask, and add that to the image's mask, in place.
+
+    Only the pixels that the cables touch are computed, a few in a hundred; `recolour` changes their
+    colours first. `cut_out` uint8 (H, W, 4), `image` uint8 (H, W, 3), `mask` float32 (H, W) in 0..1.
+    """
+    touched = np.flatnonzero(cut_out[..., 3])
+    if len(touched) == 0:
+        return
+    cables = cut_out.reshape(-1, 4)[touched]
+    colours = np.ascontiguousarray(cables[:, None, :3])  # (n, 1, 3), a picture for OpenCV
+    colours = (recolour(colours) if recolour else colours)[:, 0].astype(np.float32)
+    alpha = cables[:, 3:].astype(np.float32) / 255
+    image_pixels, mask_pixels = image.reshape(-1, 3), mask.reshape(-1)  # views
+    below = image_pixels[touched]
+    image_pixels[touched] = np.rint(below + (colours - below) * alpha)
+    mask_pixels[touched] = 1 - (1 - mask_pixels[touched]) * (1 - alpha[:, 0])
 
 
 def composite(
-    source: Source, pair_index: int, canvas: tuple[int, int], rng: np.random.Generator
+    source: Source,
+    pair_index: int,
+    canvas: tuple[int, int],
+    rng: np.random.Generator,
+    read: Callable[..., np.ndarray] = _read_anew,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paste a pair's cables on a random background: image uint8 and soft mask of size `canvas`."""
-    augmented = source.config.w_aug
-    background = read_image(source.backgrounds[rng.integers(len(source.backgrounds))])
-    background = random_crop(background, canvas, rng)
+    """Paste a pair's cables on a random background: image uint8 and soft mask of size `canvas`.
+
+    `read(load, item, longest)` returns what `load(item, longest)` does, from a cache perhaps.
+    """
+    augmented, longest = source.config.w_aug, longest_side(canvas)
+    background = read(load_background, source.backgrounds[rng.integers(len(source.backgrounds))], longest)
+    image = random_crop(background, canvas, rng)
+    mask = np.zeros(canvas, np.float32)
+    if not augmented:
+        paste(resize(read(load_cut_out, source.pairs[pair_index], longest), canvas), image, mask)
+        return image, mask
+    image = recolour_scene(flip(image, rng), rng)
     indices = [pair_index]
-    if augmented:
-        background = flip(background, np.zeros(canvas, np.float32), rng)[0]
-        background = recolour_scene(background, rng)
-        if rng.random() < SECOND_CUT_OUT:
-            indices.insert(0, int(rng.integers(len(source.pairs))))
-    image, mask = background, np.zeros(canvas, np.float32)
+    if rng.random() < SECOND_CUT_OUT:
+        indices.insert(0, int(rng.integers(len(source.pairs))))
     for index in indices:
-        pair = source.pairs[index]
-        foreground, alpha = cut_out(*read_pair(pair, longest=max(2 * max(canvas), 1024)))
-        if augmented:
-            foreground, alpha = flip(foreground, alpha, rng)
-            foreground, alpha = move(foreground, alpha, canvas, rng)
-            foreground = recolour_cables(foreground, rng)
-        else:
-            foreground, alpha = resize_image(foreground, canvas), resize_mask(alpha, canvas)
-        image = paste(foreground, alpha, image)
-        mask = 1 - (1 - mask) * (1 - alpha)
-    return (degrade(image, rng) if augmented else image), mask
+        cables = flip(read(load_cut_out, source.pairs[index], longest), rng)
+        paste(move(cables, canvas, rng), image, mask, partial(recolour_cables, rng=rng))
+    return degrade(image, rng), mask
 
 
 # --- Augmentation -----------------------------------------------------------------------------
@@ -287,36 +353,33 @@ SECOND_CUT_OUT = 0.3  # probability
 SCALE = (0.6, 1.6)  # relative to the whole photo filling the canvas
 SHIFT = 0.3  # of the canvas side, to either direction
 MIN_IN_FRAME = 0.25  # of the cables' pixels
+NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
-def flip(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror left-right and top-bottom, each half of the time."""
-    if rng.random() < 0.5:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-    if rng.random() < 0.5:
-        image, mask = image[::-1], mask[::-1]
-    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy mirrored left-right and top-bottom, each half of the time."""
+    code = (None, 0, 1, -1)[rng.integers(4)]
+    return image.copy() if code is None else cv2.flip(image, code)
 
 
-def move(
-    image: np.ndarray, mask: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rotate, scale and shift a cut-out on a canvas of size (h, w), never out of the frame.
+def move(cut_out: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Rotate, scale and shift a cut-out (H, W, 4) on a canvas of size (h, w), never out of the frame.
 
     At least a quarter of the pixels that the cables have after scaling stay in the frame.
     """
-    fit = min(canvas[0] / mask.shape[0], canvas[1] / mask.shape[1])
-    cable = np.argwhere(mask > 0.5)[::7, ::-1].astype(np.float32)  # (n, 2) as (x, y)
+    size = cut_out.shape[:2]
+    fit = min(canvas[0] / size[0], canvas[1] / size[1])
+    cable = 2 * np.argwhere(cut_out[::2, ::2, 3] > 127)[:, ::-1]  # (n, 2) as (x, y), one pixel in four
     for _ in range(20):
         scale = fit * np.exp(rng.uniform(*np.log(SCALE)))
         angle = rng.uniform(-180, 180)
         shift = rng.uniform(-SHIFT, SHIFT, 2) * canvas[::-1]
-        matrix = _similarity(mask.shape, canvas, scale, angle, shift)
+        matrix = _similarity(size, canvas, scale, angle, shift)
         if _share_in_frame(cable, matrix, canvas) >= MIN_IN_FRAME:
             break
     else:  # far off-centre cables: as they were in the photo
-        scale, matrix = fit, _similarity(mask.shape, canvas, fit, 0.0, np.zeros(2))
-    return _warp(image, mask, matrix, canvas, scale)
+        scale, matrix = fit, _similarity(size, canvas, fit, 0.0, np.zeros(2))
+    return _warp(cut_out, matrix, canvas, scale)
 
 
 def _similarity(
@@ -337,20 +400,20 @@ def _share_in_frame(points: np.ndarray, matrix: np.ndarray, canvas: tuple[int, i
     return float(inside.all(axis=1).mean())
 
 
-def _warp(
-    image: np.ndarray, mask: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int], scale: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _warp(cut_out: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int], scale: float) -> np.ndarray:
     """Warp with antialiasing: what shrinks is first averaged down to its final scale."""
+    size = cut_out.shape[:2]
     if scale < 1:
-        size = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
-        ratio = np.array(mask.shape[::-1]) / size[::-1]  # old pixels per new one, (x, y)
-        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-        mask = resize_mask(mask, size)
+        shrunk = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        ratio = np.array(size[::-1]) / shrunk[::-1]  # old pixels per new one, (x, y)
+        cut_out = resize(cut_out, shrunk)
         # Pixel centres of the shrunk picture in coordinates of the old one: (x + 0.5) * ratio - 0.5.
         offset = matrix[:, :2] @ (0.5 * ratio - 0.5) + matrix[:, 2]
         matrix = np.column_stack([matrix[:, :2] * ratio, offset])
-    image = cv2.warpAffine(image, matrix, canvas[::-1], borderMode=cv2.BORDER_REPLICATE)
-    return image, cv2.warpAffine(mask, matrix, canvas[::-1])
+    # Outside, colours go on and the mask is 0: a transparent rim to repeat, with no dark edge.
+    cut_out[[0, -1], :, 3] = 0
+    cut_out[:, [0, -1], 3] = 0
+    return cv2.warpAffine(cut_out, matrix, canvas[::-1], borderMode=cv2.BORDER_REPLICATE)
 
 
 def random_crop(image: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -363,7 +426,7 @@ def random_crop(image: np.ndarray, canvas: tuple[int, int], rng: np.random.Gener
     scale = largest * rng.uniform(0.4, 1.0)
     crop_h, crop_w = max(1, int(canvas[0] * scale)), max(1, int(canvas[1] * scale))
     top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
-    return resize_image(image[top : top + crop_h, left : left + crop_w], canvas)
+    return resize(image[top : top + crop_h, left : left + crop_w], canvas)
 
 
 def recolour_cables(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -388,12 +451,17 @@ def recolour_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _shift_hsv(image: np.ndarray, *, hue: float, saturation: tuple[float, float], gamma: float) -> np.ndarray:
     """Shift the hue (in OpenCV's half degrees), scale and offset saturation, bend brightness."""
-    h, s, v = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
-    h = ((h.astype(np.float32) + hue) % 180).astype(np.uint8)
     levels = np.arange(256, dtype=np.float32)
-    s = cv2.LUT(s, np.clip(levels * saturation[0] + saturation[1], 0, 255).astype(np.uint8))
-    v = cv2.LUT(v, (255 * (levels / 255) ** gamma).astype(np.uint8))
-    return cv2.cvtColor(cv2.merge([h, s, v]), cv2.COLOR_HSV2RGB)
+    table = np.stack(
+        [
+            (levels + hue) % 180,
+            np.clip(levels * saturation[0] + saturation[1], 0, 255),
+            255 * (levels / 255) ** gamma,
+        ],
+        axis=-1,
+    )
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB)
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -403,8 +471,10 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.2))
     if rng.random() < 0.3:
-        noise = rng.normal(0, rng.uniform(2, 10), image.shape)
-        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+        # Random bytes through a table of quantiles: many times faster than normal numbers.
+        table = np.rint(NORMAL_QUANTILES * rng.uniform(2, 10)).astype(np.int16)
+        noise = table[rng.integers(256, size=image.shape, dtype=np.uint8)]
+        image = cv2.add(image, noise, dtype=cv2.CV_8U)
     if rng.random() < 0.3:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
@@ -412,28 +482,30 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def zoom(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A random part of a photo and its mask, with sides from 60 % to all of the whole."""
+def zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random part of a picture, with sides from 60 % to all of the whole."""
     share = rng.uniform(0.6, 1.0)
-    height, width = (max(1, round(side * share)) for side in mask.shape)
-    top = rng.integers(mask.shape[0] - height + 1)
-    left = rng.integers(mask.shape[1] - width + 1)
-    part = np.s_[top : top + height, left : left + width]
-    return image[part], mask[part]
+    height, width = (max(1, round(side * share)) for side in image.shape[:2])
+    top = rng.integers(image.shape[0] - height + 1)
+    left = rng.integers(image.shape[1] - width + 1)
+    return image[top : top + height, left : left + width]
 
 
 def photo(
-    source: Source, pair_index: int, canvas: tuple[int, int], rng: np.random.Generator
+    source: Source,
+    pair_index: int,
+    canvas: tuple[int, int],
+    rng: np.random.Generator,
+    read: Callable[..., np.ndarray] = _read_anew,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A photo that is used as it is: image uint8 and soft mask of size `canvas`."""
+    """A photo that is used as it is: image uint8 and soft mask of size `canvas`; see `composite`."""
     pair = source.pairs[pair_index]
-    image, mask = read_image(pair.image_path), read_mask(pair.mask_path).astype(np.float32)
-    if source.config.w_aug:
-        image, mask = zoom(*flip(image, mask, rng), rng)
-    image, mask = resize_image(image, canvas), resize_mask(mask, canvas)
-    if source.config.w_aug:
-        image = degrade(recolour_scene(image, rng), rng)
-    return image, mask
+    if not source.config.w_aug:
+        image, mask = read_image(pair.image_path), read_mask(pair.mask_path).astype(np.float32)
+        return resize_image(image, canvas), resize_mask(mask, canvas)
+    part = resize(zoom(flip(read(load_pair, pair, longest_side(canvas)), rng), rng), canvas)
+    image = degrade(recolour_scene(np.ascontiguousarray(part[..., :3]), rng), rng)
+    return image, part[..., 3].astype(np.float32) / 255
 
 
 # --- Prompts ----------------------------------------------------------------------------------
@@ -444,36 +516,41 @@ PROMPT_TOKENS = {"none": 0, "point": 4, "box": 2, "mixed": 4}
 ABSENT, NOT_A_POINT, FOREGROUND_POINT, BOX_CORNERS = -2, -1, 1, (2, 3)
 
 
-def draw_prompt(kind: str, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_prompt(
+    kind: str, target: np.ndarray, size: tuple[int, int], img_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw a prompt for a mask: 1 to 3 points on the cables, their box (jittered), or none.
 
     Args:
         kind: one of PROMPTS; "mixed" is one of the other three.
-        mask: soft mask (h, w) in the model's input frame. An empty one gets no prompt.
+        target: soft mask uint8 (grid, grid). An empty one gets no prompt.
+        size: (h, w) of the picture in the model's input frame.
+        img_size: side of that frame; prompts are as exact as the grid's cells in it.
 
     Returns:
-        Points float32 (N, 2) as (x, y) and their labels int64 (N,), N = PROMPT_TOKENS[kind].
+        Points float32 (N, 2) as (x, y) in the frame and their labels int64 (N,), N = PROMPT_TOKENS[kind].
     """
     points = np.zeros((PROMPT_TOKENS[kind], 2), np.float32)
     labels = np.full(PROMPT_TOKENS[kind], ABSENT, np.int64)
     if kind == "mixed":
         kind = ("none", "point", "box")[rng.integers(3)]
-    if kind == "none" or not (mask > 0).any():
+    if kind == "none" or not target.any():
         return points, labels
-    # A very thin cable may cover no pixel of the frame by half: take its best covered ones.
-    rows, columns = np.nonzero(mask >= min(0.5, mask.max()))
+    # A very thin cable may cover no cell of the grid by half: take its best covered ones.
+    rows, columns = np.nonzero(target >= min(128, target.max()))
+    cell = img_size / len(target)
+    last = np.array(size[::-1], np.float32) - 1
     if kind == "point":
         count = int(rng.integers(1, 4))
-        chosen = rng.integers(len(rows), size=count)
-        points[:count] = np.column_stack([columns, rows])[chosen]
+        centres = (np.column_stack([columns, rows])[rng.integers(len(rows), size=count)] + 0.5) * cell - 0.5
+        points[:count] = np.minimum(centres, last)
         labels[:count] = FOREGROUND_POINT
         labels[count] = NOT_A_POINT
     else:
-        low = np.array([columns.min(), rows.min()], np.float32)
-        high = np.array([columns.max(), rows.max()], np.float32)
+        low = np.array([columns.min(), rows.min()], np.float32) * cell
+        high = np.array([columns.max() + 1, rows.max() + 1], np.float32) * cell - 1
         jitter = rng.uniform(-BOX_JITTER, BOX_JITTER, (2, 2)) * (high - low + 1)
-        frame = np.array(mask.shape[::-1]) - 1
-        points[:2] = np.clip(np.stack([low, high]) + jitter, 0, frame)
+        points[:2] = np.clip(np.stack([low, high]) + jitter, 0, last)
         labels[:2] = BOX_CORNERS
     return points, labels
 
@@ -495,14 +572,17 @@ def make_rng(seed: int, *key: int) -> np.random.Generator:
 
 
 # First part of every generator's key: what the generator is for.
-PLAN, TRAIN, TEST = range(3)
+PLAN, TRAIN, TEST, PROMPT = range(4)
 
 
-def epoch_plan(sources: list[Source], seed: int, epoch: int) -> np.ndarray:
-    """Which pairs one epoch uses, shuffled: int (n, 2) rows of (source, pair).
+def epoch_plan(sources: list[Source], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs one epoch uses, and in which order.
 
     Of each dataset `round(percentage * n_pairs)` samples (at least 1): whole passes, plus a subset
     drawn anew each epoch in which no pair occurs twice.
+
+    Returns:
+        int (n, 2) rows of (source, pair), one per slot of the epoch, and a permutation of the slots.
     """
     rng = make_rng(seed, PLAN, epoch)
     rows = []
@@ -511,60 +591,172 @@ def epoch_plan(sources: list[Source], seed: int, epoch: int) -> np.ndarray:
         passes, rest = divmod(max(1, round(source.config.percentage * n_pairs)), n_pairs)
         drawn = np.concatenate([np.tile(np.arange(n_pairs), passes), rng.permutation(n_pairs)[:rest]])
         rows.append(np.column_stack([np.full(len(drawn), number), drawn]))
-    return rng.permutation(np.concatenate(rows))
+    rows = np.concatenate(rows)
+    return rows, rng.permutation(len(rows))
 
 
 def make_sample(
-    source: Source, pair_index: int, canvas: tuple[int, int], rng: np.random.Generator
+    source: Source,
+    pair_index: int,
+    canvas: tuple[int, int],
+    rng: np.random.Generator,
+    read: Callable[..., np.ndarray] = _read_anew,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A composite or a photo as the dataset's config says: image uint8 and soft mask."""
     make = composite if source.config.composites else photo
-    return make(source, pair_index, canvas, rng)
+    return make(source, pair_index, canvas, rng, read)
 
 
-def model_input(
-    image: np.ndarray, mask: np.ndarray, frame: Frame, prompt: str, rng: np.random.Generator
-) -> dict[str, torch.Tensor]:
-    """Bring an image and its soft mask to the model's frame and draw a prompt.
+def model_input(image: np.ndarray, mask: np.ndarray, frame: Frame) -> dict[str, torch.Tensor]:
+    """Bring an image and its soft mask to the model's frame.
 
     Returns:
-        image: uint8 (3, S, S), longest side S = img_size, padded at the bottom and right.
+        image: uint8 (S, S, 3), longest side S = img_size, padded at the bottom and right.
         size: int64 (2,), the (h, w) of the picture in it.
-        target: float32 (1, grid, grid), the soft mask averaged over the cells of the logits' grid.
-        points, labels: see `draw_prompt`.
+        target: uint8 (1, grid, grid), 255 times the mask averaged over the cells of the logits' grid.
     """
     size = fit_size(mask.shape, frame.img_size)
     image, mask = resize_image(image, size), resize_mask(mask, size)
-    points, labels = draw_prompt(prompt, mask, rng)
     target = resize_mask(pad_to_square(mask, frame.img_size), (frame.grid, frame.grid))
-    square = pad_to_square(image, frame.img_size)
     return {
-        "image": torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))),
+        "image": torch.from_numpy(pad_to_square(image, frame.img_size)),
         "size": torch.tensor(size),
-        "target": torch.from_numpy(target)[None],
-        "points": torch.from_numpy(points),
-        "labels": torch.from_numpy(labels),
+        "target": torch.from_numpy(to_u8(target))[None],
     }
 
 
+@dataclass(frozen=True)
+class Use:
+    """One use of a sample in training.
+
+    The sample is that of `slot` in the epoch it was `born` in, which chose its `source`, its `pair`
+    and its augmentation. `epoch` uses it, with a prompt of its own. `place` is where its embedding is
+    kept for later epochs, or None.
+    """
+
+    epoch: int
+    slot: int
+    born: int
+    source: int
+    pair: int
+    place: int | None
+
+
 class TrainSet(Dataset):
-    """Training samples, each a function of (seed, epoch, index) alone; keys are (epoch, index)."""
+    """Training samples, each a function of (seed, epoch, slot) alone; keys are of type `Use`.
 
-    def __init__(self, sources: list[Source], *, frame: Frame, prompt: str, seed: int) -> None:
-        self.sources, self.frame, self.prompt, self.seed = sources, frame, prompt, seed
-        self.epoch_length = len(epoch_plan(sources, seed, 0))
-        self._plan = (-1, np.empty((0, 2), int))
+    Args:
+        reuse: epochs in which a composite or an augmented photo is used before it is made anew.
+        keep_photos: whether to keep the embeddings of photos that are neither, in all epochs the same.
+        cache_bytes: memory for decoded files.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = key
-        if self._plan[0] != epoch:
-            self._plan = (epoch, epoch_plan(self.sources, self.seed, epoch))
-        number, pair_index = self._plan[1][index]
-        source = self.sources[number]
-        rng = make_rng(self.seed, TRAIN, epoch, index)
-        canvas = fit_size(image_size(source.pairs[pair_index].image_path), self.frame.img_size)
-        image, mask = make_sample(source, pair_index, canvas, rng)
-        return model_input(image, mask, self.frame, self.prompt, rng)
+    def __init__(
+        self,
+        sources: list[Source],
+        *,
+        frame: Frame,
+        prompt: str,
+        seed: int,
+        reuse: int = 1,
+        keep_photos: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.sources, self.frame, self.prompt, self.seed, self.reuse = sources, frame, prompt, seed, reuse
+        rows, _ = epoch_plan(sources, seed, 0)
+        self.epoch_length = len(rows)
+        self.read = DecodedFiles(_shapes(sources, longest_side((frame.img_size, 0))), cache_bytes)
+        # Where each source's places begin: places of slots, or of pairs if its photos never change.
+        self.first_slot, self.first_place, self.places = [], [], 0
+        for number, source in enumerate(sources):
+            self.first_slot.append(int(np.argmax(rows[:, 0] == number)))
+            self.first_place.append(self.places)
+            if source.is_constant:
+                self.places += len(source.pairs) if keep_photos else 0
+            elif reuse > 1:
+                self.places += int(np.sum(rows[:, 0] == number))
+        self.keep_photos = keep_photos
+
+    def epoch(self, epoch: int) -> list[Use]:
+        """The uses of one epoch, in order.
+
+        The sample of a slot is made anew in every epoch with (epoch + slot) % reuse == 0.
+        """
+        plan, order = epoch_plan(self.sources, self.seed, epoch)
+        born = np.maximum(0, epoch - (epoch + np.arange(len(plan))) % self.reuse)
+        plans = {int(e): epoch_plan(self.sources, self.seed, int(e))[0] for e in np.unique(born)}
+        return [self._use(epoch, int(slot), int(born[slot]), plan, plans) for slot in order]
+
+    def _use(self, epoch: int, slot: int, born: int, plan: np.ndarray, plans: dict[int, np.ndarray]) -> Use:
+        number = int(plan[slot, 0])
+        if self.sources[number].is_constant:
+            pair = int(plan[slot, 1])
+            place = self.first_place[number] + pair if self.keep_photos else None
+            return Use(epoch, slot, 0, number, pair, place)
+        place = self.first_place[number] + slot - self.first_slot[number] if self.reuse > 1 else None
+        return Use(epoch, slot, born, number, int(plans[born][slot, 1]), place)
+
+    def batches(self, *, batch_size: int, epochs: int, start: int) -> Iterator[list[Use]]:
+        """The batches of a whole run, epoch after epoch, without the first `start`, which are done."""
+        per_epoch = -(-self.epoch_length // batch_size)
+        for epoch in range(start // per_epoch, epochs):
+            uses = self.epoch(epoch)
+            skipped = start - epoch * per_epoch if epoch == start // per_epoch else 0
+            for batch in range(skipped, per_epoch):
+                yield uses[batch * batch_size : (batch + 1) * batch_size]
+
+    def batches_to_make(self, *, batch_size: int, epochs: int, start: int) -> Iterator[list[Use]]:
+        """The samples to make for `batches`, in the order of their first use, epoch by epoch.
+
+        With nothing kept these are the very batches; else they hold only what is not in the pool.
+        """
+        born, made, epoch = {}, [], None
+        for batch in self.batches(batch_size=batch_size, epochs=epochs, start=start):
+            if made and batch[0].epoch != epoch:
+                yield made
+                made = []
+            epoch = batch[0].epoch
+            for use in batch:
+                if use.place is None or born.get(use.place) != use.born:
+                    born[use.place] = use.born
+                    made.append(use)
+                if len(made) == batch_size:
+                    yield made
+                    made = []
+        if made:
+            yield made
+
+    def __getitem__(self, use: Use) -> dict[str, torch.Tensor]:
+        source = self.sources[use.source]
+        rng = make_rng(self.seed, TRAIN, use.born, use.slot)
+        canvas = fit_size(image_size(source.pairs[use.pair].image_path), self.frame.img_size)
+        image, mask = make_sample(source, use.pair, canvas, rng, self.read)
+        sample = model_input(image, mask, self.frame)
+        return {**sample, **self.draw_prompt(use, sample["target"], sample["size"])}
+
+    def draw_prompt(self, use: Use, target: torch.Tensor, size: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The prompt of one use, a function of (seed, epoch, slot): `points` (N, 2), `labels` (N,)."""
+        rng = make_rng(self.seed, PROMPT, use.epoch, use.slot)
+        return _prompt_tensors(self.prompt, target, size, self.frame, rng)
+
+
+def _prompt_tensors(kind, target, size, frame, rng) -> dict[str, torch.Tensor]:
+    points, labels = draw_prompt(kind, target[0].numpy(), tuple(size.tolist()), frame.img_size, rng)
+    return {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
+
+
+def _shapes(sources: list[Source], longest: int) -> dict[Hashable, tuple[int, ...]]:
+    """Shapes of what is read for training, by (function, item), as `DecodedFiles` takes them."""
+    shapes = {}
+    for source in sources:
+        if source.is_constant:
+            continue
+        load = load_cut_out if source.config.composites else load_pair
+        for pair in source.pairs:
+            shapes[load, pair] = (*_bounded_size(image_size(pair.image_path), longest), 4)
+        for path in source.backgrounds:
+            shapes[load_background, path] = (*_bounded_size(image_size(path), longest), 3)
+    return shapes
 
 
 class TestSet(Dataset):
@@ -589,8 +781,9 @@ class TestSet(Dataset):
         rng = make_rng(self.seed, TEST, index)
         size = image_size(self.source.pairs[pair_index].image_path)
         image, mask = make_sample(self.source, pair_index, size, rng)
-        sample = model_input(image, mask, self.frame, self.prompt, rng)
-        return {**sample, "picture": torch.tensor(image), "truth": torch.from_numpy(mask > 0.5)}
+        sample = model_input(image, mask, self.frame)
+        prompt = _prompt_tensors(self.prompt, sample["target"], sample["size"], self.frame, rng)
+        return {**sample, **prompt, "picture": torch.tensor(image), "truth": torch.from_numpy(mask > 0.5)}
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -601,36 +794,24 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-class RunSampler(Sampler):
-    """The batches of a whole run, epoch after epoch, as lists of (epoch, index).
+# --- Loaders ----------------------------------------------------------------------------------
 
-    `start` is the number of batches to leave out, for they are done.
-    """
-
-    def __init__(self, epoch_length: int, batch_size: int, epochs: int, start: int = 0) -> None:
-        self.epoch_length, self.batch_size = epoch_length, batch_size
-        self.per_epoch = -(-epoch_length // batch_size)
-        self.batches = range(start, epochs * self.per_epoch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches:
-            epoch, number = divmod(batch, self.per_epoch)
-            first = number * self.batch_size
-            last = min(first + self.batch_size, self.epoch_length)
-            yield [(epoch, index) for index in range(first, last)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
+# Workers that are forked see the memory of decoded files; those that are spawned do not.
+WORKER_CONTEXT = "fork" if sys.platform == "linux" else None
 
 
 def train_loader(
     train_set: TrainSet, *, batch_size: int, epochs: int, start: int, num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """One loader for the rest of a run, from batch `start`: workers start once and prefetch on."""
+    """One loader for the rest of a run, from batch `start`: workers start once and prefetch on.
+
+    It gives the batches of `TrainSet.batches_to_make`, once.
+    """
     return DataLoader(
         train_set,
-        batch_sampler=RunSampler(train_set.epoch_length, batch_size, epochs, start),
+        batch_sampler=train_set.batches_to_make(batch_size=batch_size, epochs=epochs, start=start),
         num_workers=num_workers,
+        multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,
     )

@@ -9,10 +9,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import model
+from cache import MIB, EmbeddingPool, check_room
 from config import Config, load_config
 from dataset import (
     PROMPTS,
@@ -35,6 +37,7 @@ from dataset import (
     Source,
     TestSet,
     TrainSet,
+    Use,
     find_sources,
     test_loader,
     train_loader,
@@ -95,6 +98,7 @@ MAY_CHANGE = (
     "epoch_num",
     "device",
     "num_workers",
+    "cache_mb",
     "save_interval",
     "test_interval",
     "log_interval",
@@ -147,15 +151,32 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     )
     run.add_argument(
         "--amp",
-        choices=["auto", "bf16", "off"],
+        choices=["auto", "bf16", "fp16", "off"],
         default="auto",
-        help="mixed precision; auto: bf16 where the hardware computes in it",
+        help="mixed precision; auto: bf16 where the hardware computes in it, fp16 on older CUDA",
+    )
+    run.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="compile encoder and decoder; takes a minute and a C++ compiler; auto: for long runs on CUDA",
+    )
+    run.add_argument(
+        "--embedding_reuse",
+        type=positive_int,
+        default=1,
+        metavar="R",
+        help="use every composite and its embedding in R epochs, with new prompts each time, so that an "
+        "epoch encodes only 1/R of its samples",
     )
     run.add_argument(
         "--num_workers",
         type=count,
         default=_default_workers(),
         help="processes that prepare data; 0: the main one",
+    )
+    run.add_argument(
+        "--cache_mb", type=count, default=2048, help="memory for decoded files, shared by the data workers"
     )
     run.add_argument("--seed", type=count, default=0, help="of every random choice")
     run.add_argument(
@@ -219,7 +240,7 @@ def _add_loss_flags(loss: argparse._ArgumentGroup) -> None:
 
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores - 1))
+    return max(1, min(16, cores - 1))
 
 
 # --- Schedule ---------------------------------------------------------------------------------
@@ -279,6 +300,7 @@ class Setup:
     loaded: dict[str, Tensor]
     device: torch.device
     amp: torch.dtype | None
+    compile: bool
     folder: Path
     resume: dict | None
 
@@ -324,9 +346,47 @@ def prepare(args: argparse.Namespace) -> Setup:
 
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
     options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
-    train_set = TrainSet(train_sources, **options)
     test_set = TestSet(sources[-1], **options) if test_config else None
-    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, folder, resume)
+    options |= {"reuse": args.embedding_reuse, "cache_bytes": args.cache_mb * MIB}
+    train_set = TrainSet(train_sources, **options, keep_photos=args.epoch_num > 1)
+    try:
+        check_room(folder, EmbeddingPool.size(**pool_layout(train_set, sam, amp)), "keeping the embeddings")
+    except OSError as error:
+        if args.embedding_reuse > 1:
+            raise
+        warnings.warn(f"{error}: photos are encoded anew in every epoch", stacklevel=2)
+        train_set = TrainSet(train_sources, **options)
+    to_compile = compiles(
+        args.compile, device, args.epoch_num * train_set.epoch_length // args.embedding_reuse
+    )
+    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, to_compile, folder, resume)
+
+
+def pool_layout(train_set: TrainSet, sam: Sam, amp: torch.dtype | None) -> dict:
+    """Arguments of the run's `EmbeddingPool`: float16, or float32 where nothing may be rounded."""
+    return {
+        "places": train_set.places,
+        "shape": (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
+        "dtype": np.dtype(np.float16 if amp else np.float32),
+        "grid": train_set.frame.grid,
+    }
+
+
+# Pictures to encode from which on "auto" compiles. Not measured on CUDA: a minute of compiling
+# against an encoder that gets, say, a quarter faster than its 150 pictures a second.
+COMPILE_PAYS = 40_000
+
+
+def compiles(choice: str, device: torch.device, pictures: int) -> bool:
+    """Whether to compile, for a run that encodes so many pictures.
+
+    Raises ValueError if it is asked for and torch.compile finds no C++ compiler.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    if choice == "on" and not compiler:
+        raise ValueError("--compile on: needs a C++ compiler (g++ or clang++), and none is found")
+    long_on_cuda = device.type == "cuda" and pictures >= COMPILE_PAYS and compiler is not None
+    return choice == "on" or (choice == "auto" and long_on_cuda)
 
 
 def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> None:
@@ -370,9 +430,16 @@ def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) ->
         f"{schedule.iterations} iterations, {schedule.steps} optimizer steps\n"
         f"model       {args.model_type}, prompt {args.prompt}: {trainable / 1e6:.2f} M parameters "
         f"trained, {frozen / 1e6:.2f} M frozen\n"
-        f"device      {setup.device}, {precision}, {args.num_workers} data workers\n"
+        f"device      {setup.device}, {precision}{', compiled' * setup.compile}, "
+        f"{args.num_workers} data workers\n"
         f"results     {setup.folder}"
     )
+    if setup.train_set.places:
+        layout = pool_layout(setup.train_set, setup.sam, setup.amp)
+        print(
+            f"embeddings  {EmbeddingPool.size(**layout) / MIB:.0f} MiB on disk until the end; "
+            f"composites are used in {args.embedding_reuse} epoch(s), unchanging photos in all"
+        )
 
 
 def shorten(text: str, length: int) -> str:
@@ -464,19 +531,96 @@ def show_test(tests: list[EncodedTest], predictions: list[np.ndarray]) -> np.nda
     return sheet(panels)
 
 
-def show_train(sam: Sam, batch: dict[str, Tensor], logits: Tensor) -> np.ndarray:
-    """The same of a training batch, in the model's input frame."""
+def show_train(sam: Sam, train_set: TrainSet, uses: list[Use], logits: Tensor) -> np.ndarray:
+    """The same of the first samples of a training batch, in the model's input frame."""
     panels = []
-    for index in range(min(PANELS, len(logits))):
-        height, width = size = tuple(batch["size"][index].tolist())
-        picture = batch["image"][index].permute(1, 2, 0).cpu().numpy()[:height, :width]
-        prompt = batch["points"][index].cpu().numpy(), batch["labels"][index].cpu().numpy()
+    for use, predicted in zip(uses[:PANELS], logits.detach().cpu(), strict=False):
+        sample = train_set[use]
+        height, width = size = tuple(sample["size"].tolist())
+        picture = sample["image"].numpy()[:height, :width]
+        prompt = sample["points"].numpy(), sample["labels"].numpy()
         truth, prediction = (
-            model.upscale(sam, low_res[index : index + 1], size, size)[0, 0].cpu().numpy()
-            for low_res in (batch["target"] - 0.5, logits.detach())
+            model.upscale(sam, low_res[None], size, size)[0, 0].numpy()
+            for low_res in (sample["target"] / 255 - 0.5, predicted)
         )
         panels.append(panel(draw_points(picture, *prompt), truth > 0, prediction > 0))
     return sheet(panels)
+
+
+# --- Embeddings -------------------------------------------------------------------------------
+
+
+def embedded_batches(
+    args: argparse.Namespace, setup: Setup, start: int
+) -> Iterator[tuple[list[Use], dict[str, Tensor], float]]:
+    """The run's batches from iteration `start`, on the device, with their embeddings.
+
+    Samples are made and encoded in the order of their first use. Where any are used again they go
+    through an `EmbeddingPool`, which is but a cache: a resumed run makes anew what it needs.
+
+    Yields:
+        The batch's uses; `embedding` (B, C, e, e), `target` uint8 (B, 1, grid, grid), `size`, `points`
+        and `labels`; and the seconds that it waited for data.
+    """
+    device, train_set = setup.device, setup.train_set
+    span = {"batch_size": args.batch_size, "epochs": args.epoch_num, "start": start}
+    pin = device.type == "cuda"
+    loader = train_loader(train_set, **span, num_workers=args.num_workers, pin_memory=pin)
+    made = zip(train_set.batches_to_make(**span), loader, strict=True)
+    pool = None
+    if train_set.places:
+        pool = EmbeddingPool(setup.folder, **pool_layout(train_set, setup.sam, setup.amp))
+
+    def make() -> tuple[list[Use], dict[str, Tensor], float]:
+        asked = time.perf_counter()
+        uses, samples = next(made)
+        waited = time.perf_counter() - asked
+        samples = to_device(samples, device)
+        images, sizes = samples.pop("image"), samples["size"]
+        samples["embedding"] = model.encode(setup.sam, images, sizes, args.model_type)
+        return uses, samples, waited
+
+    for uses in train_set.batches(**span):
+        if pool is None:
+            yield make()
+            continue
+        total_wait = 0.0
+        while not all(pool.holds(use) for use in uses):
+            made_uses, samples, waited = make()
+            total_wait += waited
+            parts = (samples[name].cpu() for name in ("embedding", "target", "size"))
+            for use, *sample in zip(made_uses, *parts, strict=True):
+                pool.put(use, *sample)
+        yield uses, to_device(from_pool(pool, train_set, uses), device), total_wait
+
+
+def from_pool(pool: EmbeddingPool, train_set: TrainSet, uses: list[Use]) -> dict[str, Tensor]:
+    """A batch of kept samples, each with the prompt of this use."""
+    embeddings, targets, sizes = zip(*map(pool.get, uses), strict=True)
+    prompts = [train_set.draw_prompt(*sample) for sample in zip(uses, targets, sizes, strict=True)]
+    return {
+        "embedding": torch.stack(embeddings),
+        "target": torch.stack(targets),
+        "size": torch.stack(sizes),
+        "points": torch.stack([prompt["points"] for prompt in prompts]),
+        "labels": torch.stack([prompt["labels"] for prompt in prompts]),
+    }
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch without waiting for it, from pinned memory where the device is a CUDA one."""
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def compiled(function: Callable, batch_size: int) -> Callable:
+    """`function(..., batch)` compiled for whole batches.
+
+    An epoch's last, smaller batch runs as it is: to compile for it would take longer than it saves.
+    """
+    fast = torch.compile(function, dynamic=False)
+    return lambda *args: (fast if len(args[-1]) == batch_size else function)(*args)
 
 
 # --- Training ---------------------------------------------------------------------------------
@@ -513,16 +657,23 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
 
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     progress = Progress(loss_sums=torch.zeros(3, device=device))
     if setup.resume:
         sam.mask_decoder.load_state_dict(setup.resume["mask_decoder"])
         optimizer.load_state_dict(setup.resume["optimizer"])
+        scaler.load_state_dict(setup.resume["scaler"])
         progress = Progress(**setup.resume["progress"])
         progress.loss_sums = progress.loss_sums.to(device)
         print(f"resumed     after iteration {progress.iteration}")
     writer = SummaryWriter(setup.folder, purge_step=progress.iteration + 1 if setup.resume else None)
     writer.add_text("flags", f"```\n{yaml.safe_dump(settings(args), sort_keys=False)}```", progress.iteration)
 
+    decode = model.decode
+    if setup.compile:
+        at_once = 1 if device.type == "cpu" else args.batch_size
+        sam.image_encoder.forward = compiled(sam.image_encoder.forward, at_once)
+        decode = compiled(decode, args.batch_size)
     tests = encode_test_set(args, setup) if setup.test_set else []
 
     def test_now() -> tuple[float, float, int]:
@@ -537,24 +688,16 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     if tests and not setup.resume:
         progress.untuned = test_now()
 
-    loader = train_loader(
-        setup.train_set,
-        batch_size=args.batch_size,
-        epochs=args.epoch_num,
-        start=progress.iteration,
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-    )
     grid = model.mask_grid(sam)
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
     state_is_due = False
-    seen, start = 0, time.perf_counter()
+    first = progress.iteration + 1
+    seen, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", dynamic_ncols=True)
-    for batch in loader:
+    for uses, batch, wait in embedded_batches(args, setup, progress.iteration):
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
         progress.iteration += 1
         last = progress.iteration == schedule.iterations
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
         # learning rate of this optimizer step
         lr = learning_rate(
@@ -568,10 +711,9 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
             group["lr"] = lr
 
         # forward; losses in float32, on the decoder's grid, away from padding
-        embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
         with autocast(device, amp):
-            logits, iou_pred = model.decode(sam, embeddings, batch["points"], batch["labels"])
-        logits, target = logits.float(), batch["target"]
+            logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
+        logits, target = logits.float(), batch["target"].float() / 255
         valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
         losses = torch.stack(
             [
@@ -582,43 +724,50 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
         )
 
         # backward; sums over samples, so that every sample of the step weighs the same
-        ((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
+        scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
         progress.loss_sums += losses.detach()
         progress.samples += len(logits)
-        seen += len(logits)
         step_ends = schedule.ends_step(batch_index)
         if step_ends:
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
 
         # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
+        seen, waited = seen + len(logits), waited + wait
         if progress.iteration % args.log_interval == 0 or last:
             means = (progress.loss_sums / progress.samples).tolist()
+            elapsed = time.perf_counter() - start
             scalars = {
                 "train/loss": float(np.dot(means, weights.tolist())),
                 "train/focal": means[0],
                 "train/dice": means[1],
                 "train/iou_mse": means[2],
                 "train/lr": lr,
-                "train/images_per_s": seen / (time.perf_counter() - start),
+                "train/images_per_s": seen / elapsed,
+                "train/data_wait": waited / elapsed,
             }
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.iteration)
             bar.set_postfix_str(
-                f"loss {scalars['train/loss']:.3f}, lr {lr:.1e}, {scalars['train/images_per_s']:.2f} images/s"
+                f"loss {scalars['train/loss']:.3f}, lr {lr:.1e}, "
+                f"{scalars['train/images_per_s']:.2f} images/s, {scalars['train/data_wait']:.0%} data wait"
             )
             progress.loss_sums.zero_()
             progress.samples = 0
-            seen, start = 0, time.perf_counter()
+        if progress.iteration % args.log_interval == 0 or progress.iteration == first:
+            # the clock starts anew; not in what it shows: the first iteration, which warms up
+            seen, waited, start = 0, 0.0, time.perf_counter()
 
         # test and save; the clock of images/s stands still
         paused = time.perf_counter()
         if progress.iteration % args.test_interval == 0 or last:
             state_is_due = True
-            picture = show_train(sam, batch, logits)
+            picture = show_train(sam, setup.train_set, uses, logits)
             writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
             if tests:
                 result = test_now()
@@ -632,7 +781,7 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
             checkpoint.save_weights(weights_to_save(setup), checkpoints / "last.pth")
         if state_is_due and step_ends:  # between steps a state would lack the gradients so far
             writer.flush()
-            state = resume_state(args, setup, optimizer, progress)
+            state = resume_state(args, setup, optimizer, scaler, progress)
             checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
             state_is_due = False
         start += time.perf_counter() - paused
@@ -642,13 +791,18 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
 
 
 def resume_state(
-    args: argparse.Namespace, setup: Setup, optimizer: torch.optim.Optimizer, progress: Progress
+    args: argparse.Namespace,
+    setup: Setup,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
 ) -> dict:
     """What `--resume` needs. Samples and prompts are functions of seed, epoch and index: no RNG is kept."""
     return {
         "progress": vars(progress),
         "mask_decoder": setup.sam.mask_decoder.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "flags": settings(args),
         "config": setup.config.model_dump_json(),
     }

@@ -15,6 +15,8 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 
+import encoder
+
 # Point labels as in segment_anything's prompt encoder and its ONNX export.
 NOT_A_POINT, FOREGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2 = -1, 1, 2, 3
 # Ours: fills up the prompts of a batch to one length and is masked out of every attention.
@@ -159,12 +161,14 @@ def _fits(state_dict: dict[str, Tensor], variant: Variant) -> bool:
 
 
 def place(sam: Sam, device: torch.device, low_precision: torch.dtype | None) -> None:
-    """Move a loaded model to its device, with the frozen image encoder in its compute type.
+    """Move a loaded model to its device, with the frozen image encoder in its fastest form.
 
-    That halves the encoder's memory and, with channels last, its time on a CPU; what trains stays
-    float32. A checkpoint takes the encoder from the weights as they were loaded, not from here.
+    The encoder is accelerated and takes its compute type, which halves its memory and, with channels
+    last, its time on a CPU; what trains stays float32. A checkpoint takes the encoder from the weights
+    as they were loaded, not from here.
     """
     sam.to(device)
+    encoder.accelerate(sam.image_encoder)
     sam.image_encoder.to(low_precision or torch.float32).to(memory_format=torch.channels_last)
 
 
@@ -189,20 +193,19 @@ def freeze(sam: Sam) -> list[nn.Parameter]:
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """The low precision that `--amp` asks for, or None for float32.
 
-    "auto" takes bfloat16 where the hardware computes in it: CUDA 8.0+, CPUs with AVX512-BF16 or AMX.
+    "auto" takes bfloat16 where the hardware computes in it (CUDA 8.0+, CPUs with AVX512-BF16 or AMX),
+    and float16 on older CUDA.
     """
-    if choice == "off":
-        return None
-    if choice == "bf16":
-        return torch.bfloat16
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu":
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which, by torch version
-        native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    else:
-        native = False
-    return torch.bfloat16 if native else None
+        if any(getattr(torch.cpu, check, lambda: False)() for check in checks):
+            return torch.bfloat16
+    return None
 
 
 # --- Forward ----------------------------------------------------------------------------------
@@ -230,22 +233,26 @@ def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
 def preprocess(images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
     """Normalise as the variant was trained; padding becomes 0.
 
-    `images` (B, 3, S, S) uint8 RGB padded bottom/right, `sizes` (B, 2) int (h, w) of the pictures
-    in it. Returns (B, 3, S, S) float32 on the same device.
+    `images` (B, S, S, 3) uint8 RGB padded bottom/right, `sizes` (B, 2) int (h, w) of the pictures
+    in it. Returns (B, 3, S, S) float32, channels last, on the same device.
     """
-    valid = valid_pixels(sizes, images.shape[-1])
-    return VARIANTS[model_type].normalize(images.float(), valid)
+    valid = valid_pixels(sizes, images.shape[1])
+    return VARIANTS[model_type].normalize(images.permute(0, 3, 1, 2).float(), valid)
 
 
 @torch.no_grad()
 def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
     """Image embeddings (B, 256, e, e) of uint8 pictures, in the encoder's own precision.
 
-    See `preprocess` for the arguments.
+    A CPU takes one picture after the other: its caches hold one, and a picture's embedding is then
+    the same to the bit whatever it is batched with. See `preprocess` for the arguments.
     """
     x = preprocess(images, sizes, model_type)
     dtype = next(sam.image_encoder.parameters()).dtype
-    return sam.image_encoder(x.to(dtype, memory_format=torch.channels_last))
+    x = x.to(dtype, memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        return torch.cat([sam.image_encoder(picture) for picture in x.split(1)])
+    return sam.image_encoder(x)
 
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

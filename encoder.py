@@ -1,0 +1,75 @@
+"""Make the image encoders of SAM and LiteMedSAM run faster, with the same weights and results."""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from torch import Tensor, nn
+
+# Elements of the bias that `vit_attention` builds at a time on a CPU: 32 MiB in bfloat16.
+BIAS_SLICE = 1 << 24
+
+
+def accelerate(encoder: nn.Module) -> None:
+    """Give ViT's attention a fused kernel, and fold TinyViT's BatchNorm into its convolutions.
+
+    For encoders that do not train: the names of TinyViT's weights change. (A fused kernel for TinyViT's
+    attention, over windows of 49 or 196 pixels, makes it slower on a CPU.)
+    """
+    for module in list(encoder.modules()):
+        if isinstance(module, Attention):
+            module.forward = MethodType(vit_attention, module)
+        for name, child in list(module.named_children()):
+            if hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
+                setattr(module, name, child.fuse())
+
+
+def vit_attention(self: Attention, x: Tensor) -> Tensor:
+    """What the official layer computes for x (B, h, w, C), without its matrix of (h w)^2 scores.
+
+    SAM adds to the score of a query and a key a bias for their rows and one for their columns
+    (Li et al., MViTv2, CVPR 2022, eq. 4): q.k / sqrt(d) + row[query, key's row] + column[query, key's
+    column]. On a CPU a slice of that bias at a time is the fastest. Elsewhere it is never built: with
+    the two terms appended to q, and one-hot rows and columns to k, one product of longer vectors is
+    that sum.
+    """
+    batch, height, width, _ = x.shape
+    tokens = height * width
+    qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, h w, d)
+    if not self.use_rel_pos:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        of_rows = get_rel_pos(height, height, self.rel_pos_h)  # (h, h, d)
+        of_columns = get_rel_pos(width, width, self.rel_pos_w)
+        query = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwd,hkd->bnhwk", query, of_rows).flatten(2, 3)  # (B, heads, h w, h)
+        columns = torch.einsum("bnhwd,wkd->bnhwk", query, of_columns).flatten(2, 3)
+        attend = _with_bias_in_slices if x.device.type == "cpu" else _with_longer_vectors
+        out = attend(q, k, v, rows, columns)
+    return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def _with_bias_in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention (B, heads, h w, d) with the bias rows (B, heads, h w, h) + columns (..., w)."""
+    batch, heads, tokens, _ = q.shape
+    step = max(1, BIAS_SLICE // (batch * heads * tokens))
+    parts = []
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        bias = (rows[:, :, part, :, None] + columns[:, :, part, None, :]).flatten(3)
+        parts.append(F.scaled_dot_product_attention(q[:, :, part], k, v, attn_mask=bias))
+    return torch.cat(parts, dim=2)
+
+
+def _with_longer_vectors(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same in one kernel without a bias, which flash attention takes."""
+    batch, heads, tokens, width = q.shape
+    token = torch.arange(tokens, device=q.device)
+    row, column = token // columns.shape[-1], token % columns.shape[-1]
+    one_hot = torch.cat([F.one_hot(row, rows.shape[-1]), F.one_hot(column, columns.shape[-1])], dim=-1)
+    k = torch.cat([k, one_hot.to(k.dtype).expand(batch, heads, -1, -1)], dim=-1)
+    q = torch.cat([q * width**-0.5, rows, columns], dim=-1)
+    v = F.pad(v, (0, q.shape[-1] - width))  # flash attention wants one width for all
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]
