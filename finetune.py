@@ -591,7 +591,9 @@ def embedded_batches(
             parts = (samples[name].cpu() for name in ("embedding", "target", "size"))
             for use, *sample in zip(made_uses, *parts, strict=True):
                 pool.put(use, *sample)
-        yield uses, to_device(from_pool(pool, train_set, uses), device), total_wait
+        batch = to_device(from_pool(pool, train_set, uses), device)
+        batch["embedding"] = batch["embedding"].to(setup.amp or torch.float32)
+        yield uses, batch, total_wait
 
 
 def from_pool(pool: EmbeddingPool, train_set: TrainSet, uses: list[Use]) -> dict[str, Tensor]:
@@ -751,6 +753,8 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
                 "train/images_per_s": seen / elapsed,
                 "train/data_wait": waited / elapsed,
             }
+            if device.type == "cuda":
+                scalars["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.iteration)
             bar.set_postfix_str(
