@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
+    parts = ["encoder", "decoder", "loader", "iteration"]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--config", type=Path, default=HERE / "configs/demo.yaml", help="data to load")
@@ -47,24 +48,30 @@ def main() -> None:
     parser.add_argument("--compile", choices=["on", "off"], default="off", help="in our whole iterations")
     parser.add_argument("--num_workers", type=int, default=1, help="data workers of whole iterations")
     parser.add_argument("--reuse", type=int, default=4, help="--embedding_reuse of the last row")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
     parser.add_argument("--seconds", type=float, default=20, help="about, for each number")
     args = parser.parse_args()
     args.config = args.config.resolve()
     print(f"{args.model_type}, batch {args.batch_size}, {args.device}, {os.cpu_count()} cores\n")
     print("| | plain, images/s | this tool, images/s | ratio | plain, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
-    encoders = compare("encoder", fresh(encoder, args, True), fresh(encoder, args, False))
-    compare("decoder step", fresh(decoder_step, args, True), fresh(decoder_step, args, False))
-    compare("loader, one core", fresh(loader, args, True), fresh(loader, args, False))
-    plain = fresh(iteration, args)
-    for reuse in (1, args.reuse):
-        *ours, waited = fresh(run_command, args, reuse)
-        compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", plain, ours)
-    work, (peak, _) = picture_flops(args) / 1e9, fresh(matrix_product, args)
-    print(
-        f"\nencoder: {work:.0f} GFLOP a picture, {work * encoders:.0f} GFLOP/s; "
-        f"a large matrix product: {peak:.0f} GFLOP/s ({work * encoders / peak:.0%})"
-    )
+    if "encoder" in args.parts:
+        encoded = compare("encoder", fresh(encoder, args, True), fresh(encoder, args, False))
+    if "decoder" in args.parts:
+        compare("decoder step", fresh(decoder, args, True), fresh(decoder, args, False))
+    if "loader" in args.parts:
+        compare("loader, one core", fresh(loader, args, True), fresh(loader, args, False))
+    if "iteration" in args.parts:
+        plain = fresh(iteration, args)
+        for reuse in (1, args.reuse):
+            *ours, waited = fresh(run_command, args, reuse)
+            compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", plain, ours)
+    if "encoder" in args.parts:
+        work, (peak, _) = picture_flops(args) / 1e9, fresh(matrix_product, args)
+        print(
+            f"\nencoder: {work:.0f} GFLOP a picture, {work * encoded:.0f} GFLOP/s; "
+            f"a large matrix product: {peak:.0f} GFLOP/s ({work * encoded / peak:.0%})"
+        )
 
 
 def compare(name: str, plain: tuple[float, float], ours: tuple[float, float]) -> float:
@@ -126,7 +133,7 @@ def plain_encode(sam, images, sizes, model_type):
     return sam.image_encoder(model.preprocess(images, sizes, model_type).contiguous())
 
 
-def decoder_step(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
+def decoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
     sam, amp = build(args, plain)
     n, side = args.batch_size, sam.prompt_encoder.image_embedding_size[0]
     embeddings = torch.randn(n, 256, side, side, device=args.device, dtype=amp)
