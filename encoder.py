@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
 
-# Elements of the bias that `vit_attention` builds at a time on a CPU: 32 MiB in bfloat16.
-BIAS_SLICE = 1 << 24
+# Scores that `vit_attention` builds at a time on a CPU: 128 MiB in bfloat16.
+SCORES_AT_ONCE = 1 << 26
 
 
 def accelerate(encoder: nn.Module) -> None:
@@ -30,9 +30,9 @@ def vit_attention(self: Attention, x: Tensor) -> Tensor:
 
     SAM adds to the score of a query and a key a bias for their rows and one for their columns
     (Li et al., MViTv2, CVPR 2022, eq. 4): q.k / sqrt(d) + row[query, key's row] + column[query, key's
-    column]. On a CPU a slice of that bias at a time is the fastest. Elsewhere it is never built: with
-    the two terms appended to q, and one-hot rows and columns to k, one product of longer vectors is
-    that sum.
+    column]. Elsewhere than on a CPU they are never built: with the two terms appended to q, and one-hot
+    rows and columns to k, one product of longer vectors in a fused kernel is that sum. A CPU is faster
+    with plain products, a slice of the queries at a time.
     """
     batch, height, width, _ = x.shape
     tokens = height * width
@@ -46,20 +46,22 @@ def vit_attention(self: Attention, x: Tensor) -> Tensor:
         query = q.unflatten(2, (height, width))
         rows = torch.einsum("bnhwd,hkd->bnhwk", query, of_rows).flatten(2, 3)  # (B, heads, h w, h)
         columns = torch.einsum("bnhwd,wkd->bnhwk", query, of_columns).flatten(2, 3)
-        attend = _with_bias_in_slices if x.device.type == "cpu" else _with_longer_vectors
+        attend = _in_slices if x.device.type == "cpu" else _with_longer_vectors
         out = attend(q, k, v, rows, columns)
     return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
 
 
-def _with_bias_in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Attention (B, heads, h w, d) with the bias rows (B, heads, h w, h) + columns (..., w)."""
-    batch, heads, tokens, _ = q.shape
-    step = max(1, BIAS_SLICE // (batch * heads * tokens))
+    batch, heads, tokens, width = q.shape
+    step = max(1, SCORES_AT_ONCE // (batch * heads * tokens))
+    k = (k * width**-0.5).transpose(-2, -1)
     parts = []
     for start in range(0, tokens, step):
         part = slice(start, start + step)
-        bias = (rows[:, :, part, :, None] + columns[:, :, part, None, :]).flatten(3)
-        parts.append(F.scaled_dot_product_attention(q[:, :, part], k, v, attn_mask=bias))
+        scores = (q[:, :, part] @ k).unflatten(3, (rows.shape[-1], columns.shape[-1]))
+        scores = scores + rows[:, :, part, :, None] + columns[:, :, part, None, :]
+        parts.append(scores.flatten(3).softmax(dim=-1) @ v)
     return torch.cat(parts, dim=2)
 
 

@@ -22,15 +22,15 @@ def relative_error(ours, official):
     return ((ours - official).norm() / official.norm()).item()
 
 
-@pytest.mark.parametrize("attend", [encoder._with_bias_in_slices, encoder._with_longer_vectors])
+@pytest.mark.parametrize("attend", [encoder._in_slices, encoder._with_longer_vectors])
 @pytest.mark.parametrize(("batch", "side"), [(2, 32), (6, 14)])  # global, windowed
 @torch.no_grad()
 def test_attention_equals_the_official_layer(monkeypatch, attend, batch, side):
     layer = random_attention(side)
     x = torch.randn(batch, side, side, 48)
     official = layer(x)
-    monkeypatch.setattr(encoder, "_with_bias_in_slices", attend)
-    monkeypatch.setattr(encoder, "BIAS_SLICE", 300_000)  # several slices
+    monkeypatch.setattr(encoder, "_in_slices", attend)
+    monkeypatch.setattr(encoder, "SCORES_AT_ONCE", 300_000)  # several slices
     assert relative_error(encoder.vit_attention(layer, x), official) < 1e-5
     layer.rel_pos_w.zero_()
     assert relative_error(layer(x), official) > 0.01  # the bias matters in this test
