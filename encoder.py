@@ -1,27 +1,31 @@
-"""Make the image encoders of SAM and LiteMedSAM run faster, with the same weights and results."""
+"""The image encoders of SAM and LiteMedSAM: faster with the same results, and made to train."""
 
+import warnings
+from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Scores that `vit_attention` builds at a time on a CPU: 128 MiB in bfloat16.
 SCORES_AT_ONCE = 1 << 26
 
 
-def accelerate(encoder: nn.Module) -> None:
-    """Give ViT's attention a fused kernel, and fold TinyViT's BatchNorm into its convolutions.
+def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
+    """Give ViT's attention a fused kernel, and `fold` TinyViT's BatchNorm into its convolutions.
 
-    For encoders that do not train: the names of TinyViT's weights change. (A fused kernel for TinyViT's
-    attention, over windows of 49 or 196 pixels, makes it slower on a CPU.)
+    Folding changes the names of TinyViT's weights: it is for those that do not train. (A fused kernel
+    for TinyViT's attention, over windows of 49 or 196 pixels, makes it slower on a CPU.)
     """
     for module in list(encoder.modules()):
         if isinstance(module, Attention):
             module.forward = MethodType(vit_attention, module)
         for name, child in list(module.named_children()):
-            if hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
+            if fold and hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
                 setattr(module, name, child.fuse())
 
 
@@ -46,7 +50,9 @@ def vit_attention(self: Attention, x: Tensor) -> Tensor:
         query = q.unflatten(2, (height, width))
         rows = torch.einsum("bnhwd,hkd->bnhwk", query, of_rows).flatten(2, 3)  # (B, heads, h w, h)
         columns = torch.einsum("bnhwd,wkd->bnhwk", query, of_columns).flatten(2, 3)
-        attend = _in_slices if x.device.type == "cpu" else _with_longer_vectors
+        # In the backward pass the slices would be kept, all of them.
+        sliced = x.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad)
+        attend = _in_slices if sliced else _with_longer_vectors
         out = attend(q, k, v, rows, columns)
     return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
 
@@ -75,3 +81,67 @@ def _with_longer_vectors(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns:
     q = torch.cat([q * width**-0.5, rows, columns], dim=-1)
     v = F.pad(v, (0, q.shape[-1] - width))  # flash attention wants one width for all
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]
+
+
+# --- Training an encoder ------------------------------------------------------------------------
+
+# Attention and MLP projections of SAM's ViT and of TinyViT.
+PROJECTIONS = r".*(attn\.(qkv|proj)|mlp\.(lin1|lin2|fc1|fc2))"
+
+
+def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
+    """Add trainable low-rank adapters to the projections (Hu et al., LoRA, ICLR 2022), in float32."""
+    with warnings.catch_warnings():  # of bitsandbytes and other packages that are not there
+        warnings.simplefilter("ignore")
+        from peft import LoraConfig, inject_adapter_in_model
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS), encoder)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
+    """What the adapters add to the official weights, by their names inside the encoder."""
+    return {
+        f"{name}.weight": module.get_delta_weight("default").detach()
+        for name, module in encoder.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def unfreeze(encoder: nn.Module) -> None:
+    """Let all weights train; BatchNorm keeps its statistics, since the encoder stays in eval mode."""
+    encoder.requires_grad_(True)
+    for module in encoder.modules():
+        if hasattr(module, "attention_bias_idxs"):
+            # In eval mode TinyViT's attention uses biases cached when they were loaded.
+            module.train()
+
+
+def checkpoint_blocks(encoder: nn.Module) -> None:
+    """Keep only the inputs of the blocks for the backward pass, which computes the rest again."""
+    for block in blocks(encoder):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The blocks of a ViT or a TinyViT, in order."""
+    if hasattr(encoder, "blocks"):
+        return list(encoder.blocks)
+    return [block for layer in encoder.layers for block in layer.blocks]
+
+
+def by_depth(encoder: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
+    """The trainable parameters with their distance from the output: 0 for the neck, 1 for the last block.
+
+    What stands before a block, such as an embedding or a downsampling, counts as part of it.
+    """
+    order = blocks(encoder)
+    depth = {id(p): len(order) - i for i, block in enumerate(order) for p in block.parameters()}
+    neck = {id(p) for p in encoder.neck.parameters()}
+    current = len(order)
+    for parameter in encoder.parameters():  # in the order of the forward pass, but for the position's
+        current = 0 if id(parameter) in neck else depth.get(id(parameter), current)
+        if parameter.requires_grad:
+            yield current, parameter

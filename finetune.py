@@ -73,6 +73,10 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 
 
+def layer_decay(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
 def _number(text, kind, is_good, expected):
     try:
         value = kind(text)
@@ -107,7 +111,7 @@ MAY_CHANGE = (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Fine-tune SAM's mask decoder to segment cables.",
+        description="Fine-tune SAM to segment cables.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_run_flags(parser.add_argument_group("run"))
@@ -115,6 +119,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_optimisation_flags(parser.add_argument_group("optimisation"))
     _add_loss_flags(parser.add_argument_group("loss"))
     args = parser.parse_args(argv)
+    if args.encoder_lr is None:
+        args.encoder_lr = args.lr / 2
+    if args.embedding_reuse > 1 and args.train != "decoder":
+        parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {args.train}")
     if args.resume and args.exp_name is None:
         parser.error("--resume needs the --exp_name of the run to go on with")
     if args.exp_name is None:
@@ -198,6 +206,19 @@ def _add_model_flags(net: argparse._ArgumentGroup) -> None:
         help="weights to start from, official or this tool's (default %(default)s: the published ones)",
     )
     net.add_argument(
+        "--train",
+        choices=["decoder", "lora", "encoder"],
+        default="decoder",
+        help="what learns: the mask decoder alone, or also low-rank adapters in the encoder, or all of it",
+    )
+    net.add_argument("--lora_rank", type=positive_int, default=8, help="of the adapters")
+    net.add_argument("--lora_alpha", type=positive, default=16.0, help="adapters count alpha / rank times")
+    net.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="keep less of a training encoder in memory, and compute it again",
+    )
+    net.add_argument(
         "--prompt",
         choices=PROMPTS,
         default="none",
@@ -215,6 +236,15 @@ def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
         help="batches per optimizer step; the actual batch is batch_size x virtual_batch_size",
     )
     optim.add_argument("--lr", type=positive, default=1e-3, help="maximum learning rate")
+    optim.add_argument(
+        "--encoder_lr", type=positive, help="that of the encoder or its adapters (default: half of --lr)"
+    )
+    optim.add_argument(
+        "--layer_decay",
+        type=layer_decay,
+        default=0.9,
+        help="--train encoder: factor on the rate for every block further from the output",
+    )
     optim.add_argument("--warmup_steps", type=count, default=10, help="optimizer steps of linear warm-up")
     optim.add_argument(
         "--lr_power", type=not_negative, default=1.0, help="power of the decay after warm-up; 0: constant"
@@ -296,6 +326,8 @@ class Setup:
     sources: list[Source]
     train_set: TrainSet
     test_set: TestSet | None
+    model_type: str
+    train: str
     sam: Sam
     loaded: dict[str, Tensor]
     device: torch.device
@@ -303,6 +335,11 @@ class Setup:
     compile: bool
     folder: Path
     resume: dict | None
+
+    def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """`model.encode` on the device; an encoder that trains in float32 computes in the compute type."""
+        with autocast(self.device, self.amp if self.train == "encoder" else None):
+            return model.encode(self.sam, images.to(self.device), sizes.to(self.device), self.model_type)
 
 
 @dataclass
@@ -342,13 +379,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     loaded = checkpoint.load_weights(path)
     sam = model.VARIANTS[args.model_type].build()
     model.load_weights(sam, loaded, args.model_type, path)
-    model.place(sam, device, amp)
+    model.place(sam, device, amp, train=args.train)
 
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
     options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
     test_set = TestSet(sources[-1], **options) if test_config else None
     options |= {"reuse": args.embedding_reuse, "cache_bytes": args.cache_mb * MIB}
-    train_set = TrainSet(train_sources, **options, keep_photos=args.epoch_num > 1)
+    train_set = TrainSet(train_sources, **options, keep_photos=args.epoch_num > 1 and args.train == "decoder")
     try:
         check_room(folder, EmbeddingPool.size(**pool_layout(train_set, sam, amp)), "keeping the embeddings")
     except OSError as error:
@@ -359,7 +396,21 @@ def prepare(args: argparse.Namespace) -> Setup:
     to_compile = compiles(
         args.compile, device, args.epoch_num * train_set.epoch_length // args.embedding_reuse
     )
-    return Setup(config, sources, train_set, test_set, sam, loaded, device, amp, to_compile, folder, resume)
+    return Setup(
+        config=config,
+        sources=sources,
+        train_set=train_set,
+        test_set=test_set,
+        model_type=args.model_type,
+        train=args.train,
+        sam=sam,
+        loaded=loaded,
+        device=device,
+        amp=amp,
+        compile=to_compile,
+        folder=folder,
+        resume=resume,
+    )
 
 
 def pool_layout(train_set: TrainSet, sam: Sam, amp: torch.dtype | None) -> dict:
@@ -428,8 +479,8 @@ def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) ->
     print(
         f"training    {schedule.epochs} epochs of {schedule.epoch_length} samples: "
         f"{schedule.iterations} iterations, {schedule.steps} optimizer steps\n"
-        f"model       {args.model_type}, prompt {args.prompt}: {trainable / 1e6:.2f} M parameters "
-        f"trained, {frozen / 1e6:.2f} M frozen\n"
+        f"model       {args.model_type}, prompt {args.prompt}, training the {args.train}: "
+        f"{trainable / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen\n"
         f"device      {setup.device}, {precision}{', compiled' * setup.compile}, "
         f"{args.num_workers} data workers\n"
         f"results     {setup.folder}"
@@ -451,13 +502,15 @@ def shorten(text: str, length: int) -> str:
 
 @dataclass(frozen=True)
 class EncodedTest:
-    """A test sample with its embedding, which the frozen encoder computes once per run.
+    """A test sample with its embedding, which a frozen encoder computes once per run.
 
-    `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16. `picture` RGB
-    uint8 (H, W, 3) is kept for the samples that are shown, `truth` bool (H, W) for all.
+    `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16; it is None if the
+    encoder trains. `image` uint8 (1, S, S, 3) is the model's input. `picture` RGB uint8 (H, W, 3) is
+    kept for the samples that are shown, `truth` bool (H, W) for all.
     """
 
-    embedding: Tensor
+    image: Tensor
+    embedding: Tensor | None
     points: Tensor
     labels: Tensor
     size: tuple[int, int]
@@ -470,15 +523,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
-    """Encode every test sample once."""
+    """Read every test sample, and encode it if its embedding will stay the same."""
     loader = test_loader(setup.test_set, num_workers=args.num_workers)
     encoded = []
     for sample in tqdm(loader, desc="encoding the test set", leave=False):
         image, size = sample["image"][None], sample["size"][None]
-        embedding = model.encode(setup.sam, image.to(setup.device), size.to(setup.device), args.model_type)
+        embedding = setup.encode(image, size).cpu() if setup.train == "decoder" else None
         encoded.append(
             EncodedTest(
-                embedding.cpu(),
+                image,
+                embedding,
                 sample["points"][None],
                 sample["labels"][None],
                 tuple(sample["size"].tolist()),
@@ -490,18 +544,19 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
 
 
 @torch.no_grad()
-def predict(
-    sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None
-) -> Iterator[np.ndarray]:
+def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator[np.ndarray]:
     """Predicted masks, bool (H, W) at each picture's own resolution."""
-    device = sam.device
+    sam, device = setup.sam, setup.device
     for start in range(0, len(tests), batch_size):
         batch = tests[start : start + batch_size]
-        embeddings, points, labels = (
-            torch.cat([getattr(test, name) for test in batch]).to(device)
-            for name in ("embedding", "points", "labels")
-        )
-        with autocast(device, amp):
+        points = torch.cat([test.points for test in batch]).to(device)
+        labels = torch.cat([test.labels for test in batch]).to(device)
+        if setup.train == "decoder":
+            embeddings = torch.cat([test.embedding for test in batch]).to(device)
+        else:
+            sizes = torch.tensor([test.size for test in batch])
+            embeddings = setup.encode(torch.cat([test.image for test in batch]), sizes)
+        with autocast(device, setup.amp):
             logits, _ = model.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
             upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
@@ -509,11 +564,11 @@ def predict(
 
 
 def evaluate(
-    sam: Sam, tests: list[EncodedTest], batch_size: int, amp: torch.dtype | None
+    setup: Setup, tests: list[EncodedTest], batch_size: int
 ) -> tuple[float, float, list[np.ndarray]]:
     """Mean IoU and Dice over the test pictures, and the first few predictions."""
     scores, shown = [], []
-    for test, prediction in zip(tests, predict(sam, tests, batch_size, amp), strict=True):
+    for test, prediction in zip(tests, predict(setup, tests, batch_size), strict=True):
         scores.append(iou_and_dice(prediction, test.truth))
         if test.picture is not None:
             shown.append(prediction)
@@ -577,7 +632,7 @@ def embedded_batches(
         waited = time.perf_counter() - asked
         samples = to_device(samples, device)
         images, sizes = samples.pop("image"), samples["size"]
-        samples["embedding"] = model.encode(setup.sam, images, sizes, args.model_type)
+        samples["embedding"] = setup.encode(images, sizes)
         return uses, samples, waited
 
     for uses in train_set.batches(**span):
@@ -646,9 +701,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, setup: Setup) -> None:
-    """Train the mask decoder, test on the way, and write `setup.folder`."""
+    """Train what `--train` says, test on the way, and write `setup.folder`."""
     sam, device, amp = setup.sam, setup.device, setup.amp
-    parameters = model.freeze(sam)
+    torch.manual_seed(args.seed)
+    groups = model.prepare_training(
+        sam,
+        train=args.train,
+        lr=args.lr,
+        encoder_lr=args.encoder_lr,
+        layer_decay=args.layer_decay,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        grad_checkpointing=args.grad_checkpointing,
+    )
+    parameters = [parameter for group in groups for parameter in group["params"]]
     schedule = Schedule(
         setup.train_set.epoch_length, args.batch_size, args.virtual_batch_size, args.epoch_num
     )
@@ -657,12 +723,11 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     checkpoints.mkdir(parents=True, exist_ok=args.resume)
     write_settings(args, setup)
 
-    torch.manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     progress = Progress(loss_sums=torch.zeros(3, device=device))
     if setup.resume:
-        sam.mask_decoder.load_state_dict(setup.resume["mask_decoder"])
+        model.load_trained_weights(sam, setup.resume["weights"])
         optimizer.load_state_dict(setup.resume["optimizer"])
         scaler.load_state_dict(setup.resume["scaler"])
         progress = Progress(**setup.resume["progress"])
@@ -679,13 +744,16 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     tests = encode_test_set(args, setup) if setup.test_set else []
 
     def test_now() -> tuple[float, float, int]:
-        iou, dice, predictions = evaluate(sam, tests, args.batch_size, amp)
+        iou, dice, predictions = evaluate(setup, tests, args.batch_size)
         writer.add_scalar("test/iou", iou, progress.iteration)
         writer.add_scalar("test/dice", dice, progress.iteration)
         picture = show_test(tests, predictions)
         writer.add_image("test/panel", picture, progress.iteration, dataformats="HWC")
         tqdm.write(f"iteration {progress.iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
         return iou, dice, progress.iteration
+
+    def save_now(name: str) -> None:
+        checkpoint.save_weights(model.official_weights(sam, setup.loaded), checkpoints / name)
 
     if tests and not setup.resume:
         progress.untuned = test_now()
@@ -701,16 +769,16 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
         progress.iteration += 1
         last = progress.iteration == schedule.iterations
 
-        # learning rate of this optimizer step
-        lr = learning_rate(
-            progress.step,
-            total_steps=schedule.steps,
-            peak=args.lr,
-            warmup=args.warmup_steps,
-            power=args.lr_power,
-        )
+        # learning rates of this optimizer step
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(
+                progress.step,
+                total_steps=schedule.steps,
+                peak=group["peak_lr"],
+                warmup=args.warmup_steps,
+                power=args.lr_power,
+            )
+        lr = optimizer.param_groups[0]["lr"]
 
         # forward; losses in float32, on the decoder's grid, away from padding
         with autocast(device, amp):
@@ -777,12 +845,12 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
                 result = test_now()
                 if progress.best is None or result[0] > progress.best[0]:
                     progress.best = result
-                    checkpoint.save_weights(weights_to_save(setup), checkpoints / "best.pth")
+                    save_now("best.pth")
         if batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0:
             state_is_due = True
-            checkpoint.save_weights(weights_to_save(setup), checkpoints / f"epoch_{epoch + 1:04d}.pth")
+            save_now(f"epoch_{epoch + 1:04d}.pth")
         if last:
-            checkpoint.save_weights(weights_to_save(setup), checkpoints / "last.pth")
+            save_now("last.pth")
         if state_is_due and step_ends:  # between steps a state would lack the gradients so far
             writer.flush()
             state = resume_state(args, setup, optimizer, scaler, progress)
@@ -804,18 +872,12 @@ def resume_state(
     """What `--resume` needs. Samples and prompts are functions of seed, epoch and index: no RNG is kept."""
     return {
         "progress": vars(progress),
-        "mask_decoder": setup.sam.mask_decoder.state_dict(),
+        "weights": model.trained_weights(setup.sam),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "flags": settings(args),
         "config": setup.config.model_dump_json(),
     }
-
-
-def weights_to_save(setup: Setup) -> dict[str, Tensor]:
-    """The official `state_dict`: the decoder as trained, the frozen rest exactly as loaded."""
-    trained = {f"mask_decoder.{k}": v for k, v in setup.sam.mask_decoder.state_dict().items()}
-    return {**setup.loaded, **trained}
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -160,18 +160,21 @@ def _fits(state_dict: dict[str, Tensor], variant: Variant) -> bool:
     return weight is not None and weight.ndim > 0 and len(weight) == length
 
 
-def place(sam: Sam, device: torch.device, low_precision: torch.dtype | None) -> None:
-    """Move a loaded model to its device, with the frozen image encoder in its fastest form.
+def place(
+    sam: Sam, device: torch.device, low_precision: torch.dtype | None, *, train: str = "decoder"
+) -> None:
+    """Move a loaded model to its device, with the image encoder in its fastest form for `train`.
 
-    The encoder is accelerated and takes its compute type, which halves its memory and, with channels
-    last, its time on a CPU; what trains stays float32. A checkpoint takes the encoder from the weights
-    as they were loaded, not from here.
+    The encoder is accelerated and, unless it trains itself, takes its compute type, which halves its
+    memory and, with channels last, its time on a CPU; what trains stays float32. A checkpoint takes
+    frozen weights from what was loaded, not from here.
     """
     if device.type == "cpu":
         _keep_freed_memory()
     sam.to(device)
-    encoder.accelerate(sam.image_encoder)
-    sam.image_encoder.to(low_precision or torch.float32).to(memory_format=torch.channels_last)
+    encoder.accelerate(sam.image_encoder, fold=train != "encoder")
+    dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
+    sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
 
 
 def _keep_freed_memory() -> None:
@@ -202,6 +205,63 @@ def freeze(sam: Sam) -> list[nn.Parameter]:
     sam.mask_decoder.requires_grad_(True)
     sam.mask_decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
     return [parameter for parameter in sam.parameters() if parameter.requires_grad]
+
+
+def prepare_training(
+    sam: Sam,
+    *,
+    train: str,
+    lr: float,
+    encoder_lr: float,
+    layer_decay: float,
+    lora_rank: int,
+    lora_alpha: float,
+    grad_checkpointing: bool,
+) -> list[dict]:
+    """Make what `train` names trainable in a placed model; returns the optimizer's parameter groups.
+
+    "decoder": the mask decoder at `lr`. "lora": also adapters on the encoder's projections, at
+    `encoder_lr`. "encoder": also all of the encoder, at `encoder_lr` in its neck and `layer_decay`
+    times that with every block before it. Each group has its `params` and its maximum rate `peak_lr`.
+    """
+    groups = [{"params": freeze(sam), "peak_lr": lr}]
+    net = sam.image_encoder
+    if train == "lora":
+        encoder.add_lora(net, rank=lora_rank, alpha=lora_alpha)
+        adapters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        groups.append({"params": adapters, "peak_lr": encoder_lr})
+    elif train == "encoder":
+        encoder.unfreeze(net)
+        levels = {}
+        for depth, parameter in encoder.by_depth(net):
+            levels.setdefault(depth, []).append(parameter)
+        for depth, parameters in levels.items():
+            groups.append({"params": parameters, "peak_lr": encoder_lr * layer_decay**depth})
+    if grad_checkpointing and train != "decoder":
+        encoder.checkpoint_blocks(net)
+    return groups
+
+
+def trained_weights(sam: Sam) -> dict[str, Tensor]:
+    """What trains, by its name in the model: all that a resumed run needs beside the loaded weights."""
+    return {name: p.detach() for name, p in sam.named_parameters() if p.requires_grad}
+
+
+def load_trained_weights(sam: Sam, weights: dict[str, Tensor]) -> None:
+    """Set what `trained_weights` returned."""
+    parameters = dict(sam.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def official_weights(sam: Sam, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official `state_dict`: what trained as it is now, adapters merged, the rest as it was loaded."""
+    weights = dict(loaded)
+    for name, delta in encoder.lora_deltas(sam.image_encoder).items():
+        merged = loaded[f"image_encoder.{name}"].float() + delta.cpu()
+        weights[f"image_encoder.{name}"] = merged.to(loaded[f"image_encoder.{name}"].dtype)
+    return weights | {name: weight for name, weight in trained_weights(sam).items() if name in loaded}
 
 
 # --- Precision --------------------------------------------------------------------------------
@@ -257,7 +317,6 @@ def preprocess(images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
     return VARIANTS[model_type].normalize(images.permute(0, 3, 1, 2).float(), valid)
 
 
-@torch.no_grad()
 def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
     """Image embeddings (B, 256, e, e) of uint8 pictures, in the encoder's own precision.
 
@@ -267,9 +326,11 @@ def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
     x = preprocess(images, sizes, model_type)
     dtype = next(sam.image_encoder.parameters()).dtype
     x = x.to(dtype, memory_format=torch.channels_last)
-    if x.device.type == "cpu":
-        return torch.cat([sam.image_encoder(picture) for picture in x.split(1)])
-    return sam.image_encoder(x)
+    trains = any(parameter.requires_grad for parameter in sam.image_encoder.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        if x.device.type == "cpu":
+            return torch.cat([sam.image_encoder(picture) for picture in x.split(1)])
+        return sam.image_encoder(x)
 
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The accelerated encoders compute what the official ones do."""
+"""The accelerated encoders compute what the official ones do, forward and backward."""
 
 import copy
 
@@ -83,3 +83,95 @@ def test_tiny_vit_without_batch_norm_equals_the_official_one():
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     x = torch.rand(1, 3, 256, 256)
     assert relative_error(folded(x), official(x)) < 1e-4
+
+
+# --- training ---
+
+
+def test_gradients_of_attention_equal_the_official_ones():
+    layer = random_attention(14)
+    x = torch.randn(2, 14, 14, 48, requires_grad=True)
+    weight = torch.randn(2, 14, 14, 48)
+    inputs = [x, *layer.parameters()]
+    official = torch.autograd.grad((layer(x) * weight).sum(), inputs)
+    ours = torch.autograd.grad((encoder.vit_attention(layer, x) * weight).sum(), inputs)
+    for a, b in zip(ours, official, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def small_encoder(name, tiny_sam):
+    """A ViT or TinyViT that `model.place` made ready to train, and a picture."""
+    torch.manual_seed(0)
+    if name == "vit":
+        return tiny_sam, torch.rand(1, 3, 64, 64)
+    return model.VARIANTS["lite_medsam"].build().eval(), torch.rand(1, 3, 256, 256)
+
+
+def prepare(sam, train, **options):
+    model.place(sam, torch.device("cpu"), None, train=train)
+    settings = {"lr": 1.0, "encoder_lr": 0.5, "layer_decay": 0.5, "lora_rank": 2, "lora_alpha": 4.0}
+    return model.prepare_training(sam, train=train, **{"grad_checkpointing": False, **settings, **options})
+
+
+@pytest.mark.parametrize("name", ["vit", "tiny_vit"])
+@pytest.mark.parametrize("train", ["lora", "encoder"])
+def test_all_that_trains_has_a_gradient_and_a_group_and_nothing_else_moves(tiny_sam, name, train):
+    sam, x = small_encoder(name, tiny_sam)
+    groups = prepare(sam, train)
+    net = sam.image_encoder
+    statistics = {key: value.clone() for key, value in net.named_buffers() if "running" in key}
+    net(x).square().mean().backward()
+    trained = {key for key, p in net.named_parameters() if p.requires_grad}
+    assert {key for key, p in net.named_parameters() if p.grad is not None} == trained
+    assert all((".lora_" in key) == (train == "lora") for key in trained)
+    in_groups = [id(p) for group in groups[1:] for p in group["params"]]
+    assert sorted(in_groups) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+    assert all(torch.equal(value, dict(net.named_buffers())[key]) for key, value in statistics.items())
+    assert bool(statistics) == (name == "tiny_vit" and train == "encoder")
+
+
+def test_rates_fall_with_every_block_from_the_output(tiny_sam):
+    groups = prepare(tiny_sam, "encoder")
+    rate = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    rates = {key: rate[id(p)] for key, p in tiny_sam.named_parameters() if p.requires_grad}
+    assert rates["mask_decoder.iou_token.weight"] == 1.0
+    assert rates["image_encoder.neck.2.weight"] == 0.5
+    assert rates["image_encoder.blocks.1.attn.qkv.weight"] == 0.25
+    assert rates["image_encoder.blocks.0.norm1.bias"] == 0.125
+    assert rates["image_encoder.patch_embed.proj.weight"] == rates["image_encoder.pos_embed"] == 0.125
+    lite = model.VARIANTS["lite_medsam"].build().eval()
+    prepare(lite, "encoder")
+    depths = [depth for depth, _ in encoder.by_depth(lite.image_encoder)]
+    assert depths == sorted(depths, reverse=True) and set(depths) == set(range(13))
+
+
+@pytest.mark.parametrize("name", ["vit", "tiny_vit"])
+@torch.no_grad()
+def test_merged_adapters_compute_the_same_under_official_keys(tiny_sam, name):
+    sam, x = small_encoder(name, tiny_sam)
+    fresh = copy.deepcopy(sam)
+    loaded = {key: value.clone() for key, value in sam.state_dict().items()}
+    prepare(sam, "lora")
+    before = sam.image_encoder(x)
+    for key, parameter in sam.image_encoder.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted = sam.image_encoder(x)
+    fresh.load_state_dict(model.official_weights(sam, loaded), strict=True)
+    fresh.eval()
+    assert relative_error(before, adapted) > 0.01
+    assert relative_error(fresh.image_encoder(x), adapted) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["vit", "tiny_vit"])
+@pytest.mark.parametrize("train", ["lora", "encoder"])
+def test_checkpointing_computes_the_same_gradients(tiny_sam, name, train):
+    gradients = []
+    for grad_checkpointing in (False, True):
+        sam, x = small_encoder(name, copy.deepcopy(tiny_sam))
+        torch.manual_seed(1)  # of the adapters
+        prepare(sam, train, grad_checkpointing=grad_checkpointing)
+        out = sam.image_encoder(x)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        gradients.append([p.grad for p in sam.image_encoder.parameters() if p.requires_grad])
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*gradients, strict=True) if b.any())

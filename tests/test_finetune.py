@@ -1,5 +1,6 @@
 """The real command line in miniature, and the arithmetic of its schedule."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
     args = finetune.parse_args(argv)
     setup = finetune.prepare(args)
     tests = finetune.encode_test_set(args, setup)
-    ours = list(finetune.predict(setup.sam, tests, 2, None))
+    ours = list(finetune.predict(setup, tests, 2))
     assert any(mask.any() for mask in ours)
     for mask, test in zip(ours, tests, strict=True):
         predictor.set_image(test.picture)
@@ -172,6 +173,40 @@ def test_frozen_parameters_stay_bit_identical(tiny_weights, config_file, amp):
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         assert changed and all(key.startswith("mask_decoder.") for key in changed)
         assert all(after[key].dtype == before[key].dtype for key in before)
+
+
+@pytest.mark.parametrize("train", ["lora", "encoder"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_trained_encoder_is_saved_under_the_official_keys(tiny_weights, config_file, train, amp):
+    options = ("-e", 3, "--lr", 1e-2, "--train", train, "--amp", amp, "--prompt", "mixed")
+    assert run_tiny(config_file(), tiny_weights, *options) == 0
+    before = checkpoint.load_weights(tiny_weights)
+    after = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
+    build_tiny().load_state_dict(after, strict=True)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    encoder_keys = {key for key in before if key.startswith("image_encoder.")}
+    projections = {key for key in encoder_keys if re.search(r"(attn\.(qkv|proj)|mlp\.lin[12])\.weight$", key)}
+    assert len(projections) == 8
+    assert changed & encoder_keys == (projections if train == "lora" else encoder_keys)
+    assert any(key.startswith("mask_decoder.") for key in changed)
+    assert not any(key.startswith("prompt_encoder.") for key in changed)
+
+
+@pytest.mark.parametrize("train", ["lora", "encoder"])
+def test_a_trained_encoder_is_tested_as_it_is(tiny_weights, config_file, train):
+    options = ("-e", 8, "--lr", 1e-2, "--train", train, "--test_interval", 5)
+    assert run_tiny(config_file(), tiny_weights, *options) == 0
+    in_the_run = scalars("exp/run")["test/iou"][-1][1]
+    last = Path("exp/run/checkpoints/last.pth")
+    assert run_tiny(config_file(), last, "-e", 1, "-n", "again") == 0
+    assert in_the_run > 0.05
+    assert scalars("exp/again")["test/iou"][0] == (0, pytest.approx(in_the_run, abs=0.01))
+
+
+def test_reuse_needs_a_frozen_encoder(tiny_weights, config_file, capsys):
+    assert run_tiny(config_file(), tiny_weights, "--train", "lora", "--embedding_reuse", 2) == 2
+    assert "--embedding_reuse above 1 needs a frozen encoder, but --train is lora" in capsys.readouterr().err
+    assert not Path("exp").exists()
 
 
 def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
@@ -203,7 +238,7 @@ def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
 
 def test_accumulation_equals_one_big_batch(tiny_weights, config_file, monkeypatch):
     # Plain gradient descent shows gradients as they are; Adam would hide their scale.
-    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, weight_decay: torch.optim.SGD(params, lr=1.0))
     results = {}
     config = config_file(percentage=7 / 6)  # 7 samples: batches of 4 and 3, or of 2, 2 | 2, 1
     options = ("-e", 2, "--lr", 0.05, "--warmup_steps", 0, "--prompt", "point", "--grad_clip", 1e6)
@@ -257,7 +292,7 @@ def train_plainly(*argv):
             )
         optimizer.step()
         optimizer.zero_grad()
-    return finetune.weights_to_save(setup)
+    return model.official_weights(sam, setup.loaded)
 
 
 @pytest.mark.parametrize("options", [(), ("--embedding_reuse", 3)])
@@ -356,14 +391,17 @@ def test_compiling_is_chosen_for_long_runs_on_cuda(monkeypatch):
         finetune.compiles("on", cpu, 1)
 
 
-@pytest.mark.parametrize("reuse", [1, 3])
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys, reuse):
+@pytest.mark.parametrize(
+    "mode",
+    [(), ("--embedding_reuse", 3), ("--train", "lora"), ("--train", "encoder", "--grad_checkpointing")],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys, mode):
     # 9 samples in batches of 2: 5 iterations an epoch in steps of 2, 2 and 1 batches. A state is due
     # at the test after iteration 6, amid a step, so it is saved after 7; training ends in the 10th.
     config = config_file(percentage=1.5)
     options = (
         "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
-        "--log_interval", 3, "--lr", 1e-2, "--embedding_reuse", reuse,
+        "--log_interval", 3, "--lr", 1e-2, *mode,
     )  # fmt: skip
     assert run_tiny(config, tiny_weights, *options) == 0
     whole = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
@@ -435,7 +473,7 @@ def test_the_untuned_model_is_measured_at_iteration_0(tiny_weights, config_file)
         ]
     )
     setup = finetune.prepare(args)
-    iou, _, _ = finetune.evaluate(setup.sam, finetune.encode_test_set(args, setup), 1, None)
+    iou, _, _ = finetune.evaluate(setup, finetune.encode_test_set(args, setup), 1)
     assert measured[0] == pytest.approx(iou, abs=1e-6) and set(measured) == {0, 3}
 
 
@@ -627,5 +665,5 @@ def test_help_gives_every_default():
     text = " ".join(result.stdout.split())
     for name, value in vars(finetune.parse_args(["-c", "x", "-n", "x"])).items():
         assert f"--{name}" in text
-        if value is not None and name not in ("config", "exp_name"):
+        if value is not None and name not in ("config", "exp_name", "encoder_lr"):
             assert f"(default: {value})" in text, name
