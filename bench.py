@@ -110,9 +110,9 @@ def resident_memory(who: int) -> float:
 
 
 def build(args: argparse.Namespace, plain: bool) -> tuple[torch.nn.Module, torch.dtype | None]:
-    """A SAM with random weights on the device, and its compute type."""
+    """A frozen SAM with random weights on the device, and its compute type."""
     device = torch.device(args.device)
-    sam = model.VARIANTS[args.model_type].build().to(device).eval()
+    sam = model.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
     amp = None if plain else model.amp_dtype(args.amp, device)
     if not plain:
         model.place(sam, device, amp)

@@ -26,7 +26,7 @@ def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
             module.forward = MethodType(vit_attention, module)
         for name, child in list(module.named_children()):
             if fold and hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
-                setattr(module, name, child.fuse())
+                setattr(module, name, child.fuse().requires_grad_(False))
 
 
 def vit_attention(self: Attention, x: Tensor) -> Tensor:
