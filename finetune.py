@@ -505,11 +505,11 @@ class EncodedTest:
     """A test sample with its embedding, which a frozen encoder computes once per run.
 
     `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16; it is None if the
-    encoder trains. `image` uint8 (1, S, S, 3) is the model's input. `picture` RGB uint8 (H, W, 3) is
-    kept for the samples that are shown, `truth` bool (H, W) for all.
+    encoder trains, which then needs `image` uint8 (1, S, S, 3), the model's input. `picture` RGB uint8
+    (H, W, 3) is kept for the samples that are shown, `truth` bool (H, W) for all.
     """
 
-    image: Tensor
+    image: Tensor | None
     embedding: Tensor | None
     points: Tensor
     labels: Tensor
@@ -531,7 +531,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
         embedding = setup.encode(image, size).cpu() if setup.train == "decoder" else None
         encoded.append(
             EncodedTest(
-                image,
+                image if embedding is None else None,
                 embedding,
                 sample["points"][None],
                 sample["labels"][None],
