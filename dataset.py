@@ -478,7 +478,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
-        image = np.asarray(Image.open(buffer))
+        image = np.array(Image.open(buffer))
     return image
 
 

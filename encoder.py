@@ -16,17 +16,41 @@ SCORES_AT_ONCE = 1 << 26
 
 
 def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
-    """Give ViT's attention a fused kernel, and `fold` TinyViT's BatchNorm into its convolutions.
+    """Give ViT's attention a fused kernel, and compute TinyViT's BatchNorm as part of its convolutions.
 
-    Folding changes the names of TinyViT's weights: it is for those that do not train. (A fused kernel
-    for TinyViT's attention, over windows of 49 or 196 pixels, makes it slower on a CPU.)
+    `fold` does the latter once and for all, which changes the names of the weights: it is for those that
+    do not train. Else it is done anew in every pass. (A fused kernel for TinyViT's attention, over windows
+    of 49 or 196 pixels, makes it slower on a CPU.)
     """
     for module in list(encoder.modules()):
         if isinstance(module, Attention):
             module.forward = MethodType(vit_attention, module)
         for name, child in list(module.named_children()):
-            if fold and hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
+            if not hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
+                continue
+            if fold:
                 setattr(module, name, child.fuse().requires_grad_(False))
+            else:
+                child.forward = MethodType(convolution_with_frozen_statistics, child)
+
+
+def convolution_with_frozen_statistics(self: nn.Sequential, x: Tensor) -> Tensor:
+    """What TinyViT's convolution `c` and BatchNorm `bn` in eval mode compute, as one convolution.
+
+    Only weights are scaled instead of every pixel, and gradients flow to those of both.
+    """
+    conv, norm = self.c, self.bn
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = (conv.weight * scale[:, None, None, None]).to(memory_format=torch.channels_last)
+    return F.conv2d(
+        x,
+        weight,
+        norm.bias - norm.running_mean * scale,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
 
 
 def vit_attention(self: Attention, x: Tensor) -> Tensor:

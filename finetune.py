@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,7 +42,7 @@ from dataset import (
     train_loader,
 )
 from losses import dice_loss, focal_loss, iou_mse
-from metrics import iou_and_dice
+from metrics import score
 from visualize import draw_points, panel, sheet
 
 RESUME_FILE = "resume.pth"
@@ -338,7 +337,7 @@ class Setup:
 
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`model.encode` on the device; an encoder that trains in float32 computes in the compute type."""
-        with autocast(self.device, self.amp if self.train == "encoder" else None):
+        with model.autocast(self.device, self.amp if self.train == "encoder" else None):
             return model.encode(self.sam, images.to(self.device), sizes.to(self.device), self.model_type)
 
 
@@ -365,7 +364,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         raise ValueError(
             f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
         )
-    device = pick_device(args.device)
+    device = model.pick_device(args.device)
     config = load_config(args.config)
     resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
     if resume:
@@ -453,16 +452,6 @@ def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> No
         raise ValueError("\n  ".join([f"exp/{args.exp_name} cannot go on with other settings:", *faults]))
 
 
-def pick_device(choice: str) -> torch.device:
-    """The device asked for, or for "auto" the first there is of cuda, mps, cpu."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if choice == "auto":
-        choice = next(name for name, there in available.items() if there)
-    if not available[choice]:
-        raise ValueError(f"--device {choice}: PyTorch finds no such device on this machine")
-    return torch.device(choice)
-
-
 def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) -> None:
     """Say in a few lines what is about to run."""
     print(f"{'dataset':40} {'pairs':>6} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}")
@@ -518,10 +507,6 @@ class EncodedTest:
     picture: np.ndarray | None
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
     """Read every test sample, and encode it if its embedding will stay the same."""
     loader = test_loader(setup.test_set, num_workers=args.num_workers)
@@ -556,7 +541,7 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
         else:
             sizes = torch.tensor([test.size for test in batch])
             embeddings = setup.encode(torch.cat([test.image for test in batch]), sizes)
-        with autocast(device, setup.amp):
+        with model.autocast(device, setup.amp):
             logits, _ = model.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
             upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
@@ -569,7 +554,8 @@ def evaluate(
     """Mean IoU and Dice over the test pictures, and the first few predictions."""
     scores, shown = [], []
     for test, prediction in zip(tests, predict(setup, tests, batch_size), strict=True):
-        scores.append(iou_and_dice(prediction, test.truth))
+        agreement = score(prediction, test.truth)
+        scores.append((agreement.iou, agreement.dice))
         if test.picture is not None:
             shown.append(prediction)
     iou, dice = np.mean(scores, axis=0)
@@ -781,7 +767,7 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
         lr = optimizer.param_groups[0]["lr"]
 
         # forward; losses in float32, on the decoder's grid, away from padding
-        with autocast(device, amp):
+        with model.autocast(device, amp):
             logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
         logits, target = logits.float(), batch["target"].float() / 255
         valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)

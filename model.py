@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -137,11 +138,9 @@ def load_weights(sam: Sam, state_dict: dict[str, Tensor], model_type: str, sourc
 
     Raises ValueError that names `source`, and the variant it fits if it is another one's.
     """
-    fits = [name for name, variant in VARIANTS.items() if _fits(state_dict, variant)]
-    if fits and model_type not in fits:
-        raise ValueError(
-            f"{source} holds weights of {fits[0]}, not of {model_type}: give --model_type {fits[0]}"
-        )
+    fits = recognise(state_dict)
+    if fits not in (None, model_type):
+        raise ValueError(f"{source} holds weights of {fits}, not of {model_type}: give --model_type {fits}")
     try:
         sam.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
@@ -154,10 +153,14 @@ def load_weights(sam: Sam, state_dict: dict[str, Tensor], model_type: str, sourc
     sam.eval()
 
 
-def _fits(state_dict: dict[str, Tensor], variant: Variant) -> bool:
-    name, length = variant.fingerprint
-    weight = state_dict.get(name)
-    return weight is not None and weight.ndim > 0 and len(weight) == length
+def recognise(state_dict: dict[str, Tensor]) -> str | None:
+    """The variant whose weights these are, by its fingerprint, or None."""
+    for model_type, variant in VARIANTS.items():
+        name, length = variant.fingerprint
+        weight = state_dict.get(name)
+        if weight is not None and weight.ndim > 0 and len(weight) == length:
+            return model_type
+    return None
 
 
 def place(
@@ -264,7 +267,17 @@ def official_weights(sam: Sam, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights | {name: weight for name, weight in trained_weights(sam).items() if name in loaded}
 
 
-# --- Precision --------------------------------------------------------------------------------
+# --- Device and precision ---------------------------------------------------------------------
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device asked for, or for "auto" the first there is of cuda, mps, cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        choice = next(name for name, there in available.items() if there)
+    if not available[choice]:
+        raise ValueError(f"--device {choice}: PyTorch finds no such device on this machine")
+    return torch.device(choice)
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
@@ -283,6 +296,11 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
         if any(getattr(torch.cpu, check, lambda: False)() for check in checks):
             return torch.bfloat16
     return None
+
+
+def autocast(device: torch.device, low_precision: torch.dtype | None) -> AbstractContextManager:
+    """What `amp_dtype` chose, as a context to compute in."""
+    return torch.autocast(device.type, low_precision) if low_precision else nullcontext()
 
 
 # --- Forward ----------------------------------------------------------------------------------

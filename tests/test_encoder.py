@@ -99,6 +99,28 @@ def test_gradients_of_attention_equal_the_official_ones():
         assert relative_error(a, b) < 1e-4
 
 
+def test_gradients_through_frozen_statistics_equal_the_official_ones():
+    torch.manual_seed(0)
+    official = model.VARIANTS["lite_medsam"].build().eval().image_encoder.patch_embed
+    for module in official.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_(0.5, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    ours = copy.deepcopy(official)
+    encoder.accelerate(ours, fold=False)
+    assert list(ours.state_dict()) == list(official.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    outputs, gradients = [], []
+    for net in (official, ours):
+        outputs.append(net(x))
+        weight = torch.linspace(-1, 1, outputs[-1].numel()).view_as(outputs[-1])
+        gradients.append(torch.autograd.grad((outputs[-1] * weight).sum(), list(net.parameters())))
+    assert relative_error(*outputs) < 1e-5
+    assert len(gradients[0]) == 6
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*gradients, strict=True))
+
+
 def small_encoder(name, tiny_sam):
     """A ViT or TinyViT that `model.place` made ready to train, and a picture."""
     torch.manual_seed(0)
