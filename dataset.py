@@ -215,9 +215,7 @@ def to_u8(mask: np.ndarray) -> np.ndarray:
 
 
 def pad_to_square(array: np.ndarray, side: int) -> np.ndarray:
-    """Pad with zeros at the bottom and right to (side, side, ...)."""
-    if array.shape[:2] == (side, side):
-        return array
+    """A copy padded with zeros at the bottom and right to (side, side, ...)."""
     square = np.zeros((side, side, *array.shape[2:]), array.dtype)
     square[: array.shape[0], : array.shape[1]] = array
     return square
@@ -478,7 +476,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
-        image = np.array(Image.open(buffer))
+        image = np.asarray(Image.open(buffer))
     return image
 
 

@@ -184,6 +184,13 @@ def test_model_input_pads_bottom_right_and_averages_the_target():
     assert valid[0, 0].sum() == 16 * 32 and valid[0, 0, :16].all()
 
 
+def test_model_input_is_never_a_view_of_a_picture_that_others_read():
+    image = np.zeros((64, 64, 3), np.uint8)  # square and of the model's size: nothing to resize or pad
+    image.flags.writeable = False
+    sample = dataset.model_input(image, np.zeros((64, 64), np.float32), FRAME)
+    assert not np.shares_memory(sample["image"].numpy(), image)
+
+
 def test_cells_partly_in_the_padding_are_not_valid():
     valid = model.valid_pixels(torch.tensor([[33, 64], [1, 1]]), 32, 0.5)
     assert valid[0, 0].any(dim=1).sum() == 16
