@@ -23,6 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from segment_anything.modeling import Sam
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,11 +38,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    parts = ["encoder", "decoder", "loader", "iteration"]
+    parts = ["encoder", "step", "loader", "iteration"]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--config", type=Path, default=HERE / "configs/demo.yaml", help="data to load")
     parser.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
+    parser.add_argument("--train", choices=["decoder", "lora", "encoder"], default="decoder", help="what")
+    parser.add_argument("--grad_checkpointing", action="store_true", help="in our training encoder")
     parser.add_argument("--batch_size", type=int, default=4, help="samples per iteration")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="where to compute")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision")
@@ -52,18 +55,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="about, for each number")
     args = parser.parse_args()
     args.config = args.config.resolve()
-    print(f"{args.model_type}, batch {args.batch_size}, {args.device}, {os.cpu_count()} cores\n")
+    print(
+        f"{args.model_type}, {args.train}, batch {args.batch_size}, {args.device}, {os.cpu_count()} cores\n"
+    )
     print("| | plain, images/s | this tool, images/s | ratio | plain, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
     if "encoder" in args.parts:
         encoded = compare("encoder", fresh(encoder, args, True), fresh(encoder, args, False))
-    if "decoder" in args.parts:
-        compare("decoder step", fresh(decoder, args, True), fresh(decoder, args, False))
+    if "step" in args.parts:  # from embeddings if the encoder is frozen, else from pictures
+        compare(f"{args.train} step", fresh(step, args, True), fresh(step, args, False))
     if "loader" in args.parts:
         compare("loader, one core", fresh(loader, args, True), fresh(loader, args, False))
     if "iteration" in args.parts:
         plain = fresh(iteration, args)
-        for reuse in (1, args.reuse):
+        for reuse in (1, args.reuse) if args.train == "decoder" else (1,):
             *ours, waited = fresh(run_command, args, reuse)
             compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", plain, ours)
     if "encoder" in args.parts:
@@ -109,45 +114,62 @@ def resident_memory(who: int) -> float:
     return resource.getrusage(who).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def build(args: argparse.Namespace, plain: bool) -> tuple[torch.nn.Module, torch.dtype | None]:
-    """A frozen SAM with random weights on the device, and its compute type."""
+def build(args: argparse.Namespace, plain: bool) -> tuple[Sam, torch.dtype | None, torch.optim.Optimizer]:
+    """A SAM with random weights on the device, its compute type, and an optimizer of what trains."""
     device = torch.device(args.device)
     sam = model.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
     amp = None if plain else model.amp_dtype(args.amp, device)
     if not plain:
-        model.place(sam, device, amp)
-    return sam, amp
+        model.place(sam, device, amp, train=args.train)
+    groups = model.prepare_training(
+        sam,
+        train=args.train,
+        lr=1e-4,
+        encoder_lr=1e-4,
+        layer_decay=0.9,
+        lora_rank=8,
+        lora_alpha=16,
+        grad_checkpointing=args.grad_checkpointing and not plain,
+    )
+    return sam, amp, torch.optim.AdamW(groups, lr=1e-4)
 
 
-def encoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    sam, _ = build(args, plain)
+def random_pictures(sam: Sam, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     n, side = args.batch_size, sam.image_encoder.img_size
     images = torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8, device=args.device)
-    sizes = torch.tensor([[side, side]] * n, device=args.device)
-    encode = plain_encode if plain else model.encode
-    return rate(lambda: encode(sam, images, sizes, args.model_type), n, args)
+    return images, torch.tensor([[side, side]] * n, device=args.device)
 
 
 @torch.no_grad()
-def plain_encode(sam, images, sizes, model_type):
-    return sam.image_encoder(model.preprocess(images, sizes, model_type).contiguous())
+def encoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
+    sam, amp, _ = build(args, plain)
+    return rate(lambda: encode(sam, amp, *random_pictures(sam, args), args, plain), args.batch_size, args)
 
 
-def decoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    sam, amp = build(args, plain)
-    n, side = args.batch_size, sam.prompt_encoder.image_embedding_size[0]
-    embeddings = torch.randn(n, 256, side, side, device=args.device, dtype=amp)
+def encode(sam, amp, images, sizes, args, plain):
+    if plain:
+        return sam.image_encoder(model.preprocess(images, sizes, args.model_type).contiguous())
+    with model.autocast(torch.device(args.device), amp if args.train == "encoder" else None):
+        return model.encode(sam, images, sizes, args.model_type)
+
+
+def step(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
+    sam, amp, optimizer = build(args, plain)
+    n, (images, sizes) = args.batch_size, random_pictures(sam, args)
+    side = sam.prompt_encoder.image_embedding_size[0]
+    kept = torch.randn(n, 256, side, side, device=args.device, dtype=amp)
     target = torch.rand(n, 1, 4 * side, 4 * side, device=args.device)
-    sizes = torch.tensor([[sam.image_encoder.img_size] * 2] * n, device=args.device)
-    optimizer = torch.optim.AdamW(model.freeze(sam))
     no_prompt = torch.zeros(n, 0, 2, device=args.device), torch.zeros(n, 0, device=args.device).long()
 
-    def step():
-        with torch.autocast(args.device, amp, enabled=amp is not None):
+    def run():
+        embeddings = kept if args.train == "decoder" else encode(sam, amp, images, sizes, args, plain)
+        if plain:
+            return plain_step(sam, optimizer, embeddings, target, sizes)
+        with model.autocast(torch.device(args.device), amp):
             logits, iou_pred = model.decode(sam, embeddings, *no_prompt)
-        learn(sam, optimizer, logits.float(), iou_pred, target, sizes)
+        return learn(sam, optimizer, logits.float(), iou_pred, target, sizes)
 
-    return rate((lambda: plain_step(sam, optimizer, embeddings, target, sizes)) if plain else step, n, args)
+    return rate(run, n, args)
 
 
 def plain_step(sam, optimizer, embeddings, target, sizes):
@@ -187,18 +209,18 @@ def loader(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
 
 
 def iteration(args: argparse.Namespace) -> tuple[float, float]:
-    sam, _ = build(args, plain=True)
-    optimizer = torch.optim.AdamW(model.freeze(sam))
+    sam, _, optimizer = build(args, plain=True)
     train_set = make_train_set(args)
     batches = train_set.batches(batch_size=args.batch_size, epochs=10**9, start=0)
     data = iter(DataLoader(train_set, batch_sampler=batches, num_workers=args.num_workers))
 
-    def step():
+    def run():
         batch = {name: tensor.to(args.device) for name, tensor in next(data).items()}
-        embeddings = plain_encode(sam, batch["image"], batch["size"], args.model_type)
+        with torch.set_grad_enabled(args.train != "decoder"):
+            embeddings = encode(sam, None, batch["image"], batch["size"], args, plain=True)
         plain_step(sam, optimizer, embeddings, batch["target"] / 255, batch["size"])
 
-    return rate(step, args.batch_size, args)
+    return rate(run, args.batch_size, args)
 
 
 def run_command(args: argparse.Namespace, reuse: int) -> tuple[float, float, float]:
@@ -207,12 +229,13 @@ def run_command(args: argparse.Namespace, reuse: int) -> tuple[float, float, flo
     The first epoch, in which nothing can be reused, is left out.
     """
     per_epoch = -(-make_train_set(args).epoch_length // args.batch_size)
-    names = ("config", "model_type", "batch_size", "device", "amp", "compile", "num_workers")
+    names = ("config", "model_type", "batch_size", "device", "amp", "compile", "num_workers", "train")
     flags = {name: vars(args)[name] for name in names}
     flags |= {"checkpoint": "weights.pth", "exp_name": "bench", "embedding_reuse": reuse}
     flags |= {"log_interval": per_epoch, "epoch_num": 10**6, "test_interval": 10**9}
     command = [sys.executable, str(HERE / "finetune.py")]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    command += ["--grad_checkpointing"] * args.grad_checkpointing
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
         weights = model.VARIANTS[args.model_type].build().state_dict()
         checkpoint.save_weights(weights, Path(folder) / "weights.pth")

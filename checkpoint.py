@@ -14,7 +14,7 @@ from torch import Tensor
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a file that takes the name `path` only once it is safely on disk.
 
-    Whatever goes wrong, `path` holds its old content or the new, never a part.
+    Whatever goes wrong, `path` holds its old content or the new, never a part. Raises OSError naming it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,6 +23,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch.save the latter
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written, and is as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened to sync the rename itself

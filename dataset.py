@@ -7,7 +7,9 @@ from global state.
 """
 
 import io
+import signal
 import sys
+import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -640,6 +642,20 @@ class Use:
     place: int | None
 
 
+RETRY_AFTER = 1.0  # seconds: long enough for a network disk that hiccups
+
+
+class UnreadableFile(Exception):
+    """A file has gone bad since the check at the start; the message names it.
+
+    A loader passes an exception of a worker on with the worker's traceback as its message, of which this
+    keeps the end.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().rpartition("dataset.UnreadableFile: ")[2])
+
+
 class TrainSet(Dataset):
     """Training samples, each a function of (seed, epoch, slot) alone; keys are of type `Use`.
 
@@ -725,6 +741,17 @@ class TrainSet(Dataset):
             yield made
 
     def __getitem__(self, use: Use) -> dict[str, torch.Tensor]:
+        """A sample. A file that cannot be read any more is tried once again; raises UnreadableFile."""
+        try:
+            return self._make(use)
+        except (OSError, ValueError):
+            time.sleep(RETRY_AFTER)
+        try:
+            return self._make(use)
+        except (OSError, ValueError) as error:
+            raise UnreadableFile(f"{error}; it was intact when the run began") from error
+
+    def _make(self, use: Use) -> dict[str, torch.Tensor]:
         source = self.sources[use.source]
         rng = make_rng(self.seed, TRAIN, use.born, use.slot)
         canvas = fit_size(image_size(source.pairs[use.pair].image_path), self.frame.img_size)
@@ -821,4 +848,6 @@ def test_loader(test_set: TestSet, *, num_workers: int) -> DataLoader:
 
 
 def _init_worker(worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the run
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)  # one process per core is parallel enough

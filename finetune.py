@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import FrameType
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ from dataset import (
     Source,
     TestSet,
     TrainSet,
+    UnreadableFile,
     Use,
     find_sources,
     test_loader,
@@ -103,6 +107,9 @@ MAY_CHANGE = (
     "num_workers",
     "cache_mb",
     "save_interval",
+    "keep_last",
+    "resume_interval",
+    "max_bad_steps",
     "test_interval",
     "log_interval",
 )
@@ -114,6 +121,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_run_flags(parser.add_argument_group("run"))
+    _add_saving_flags(parser.add_argument_group("saving"))
+    _add_speed_flags(parser.add_argument_group("speed"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_optimisation_flags(parser.add_argument_group("optimisation"))
     _add_loss_flags(parser.add_argument_group("loss"))
@@ -144,31 +153,58 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         type=folder_name,
         help="results go to exp/EXP_NAME (default %(default)s: config name and time)",
     )
+    run.add_argument("--seed", type=count, default=0, help="of every random choice")
     run.add_argument(
+        "--test_interval", type=positive_int, default=100, help="iterations (batches) between tests"
+    )
+    run.add_argument(
+        "--log_interval", type=positive_int, default=10, help="iterations between logged scalars"
+    )
+
+
+def _add_saving_flags(saving: argparse._ArgumentGroup) -> None:
+    saving.add_argument(
         "--resume",
         action="store_true",
         help="go on with exp/EXP_NAME from its last saved state; flags and data must be the same but "
         f"for {', '.join(MAY_CHANGE)}",
     )
-    run.add_argument(
+    saving.add_argument(
+        "--resume_interval",
+        type=positive,
+        default=10.0,
+        metavar="MINUTES",
+        help="between states for --resume; one is also saved at every test and checkpoint, and when the run "
+        "is interrupted",
+    )
+    saving.add_argument(
+        "-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints"
+    )
+    saving.add_argument(
+        "--keep_last", type=positive_int, metavar="N", help="epochs' checkpoints to keep (default: all)"
+    )
+
+
+def _add_speed_flags(speed: argparse._ArgumentGroup) -> None:
+    speed.add_argument(
         "--device",
         choices=["auto", "cuda", "mps", "cpu"],
         default="auto",
         help="where to compute; auto takes the first there is",
     )
-    run.add_argument(
+    speed.add_argument(
         "--amp",
         choices=["auto", "bf16", "fp16", "off"],
         default="auto",
         help="mixed precision; auto: bf16 where the hardware computes in it, fp16 on older CUDA",
     )
-    run.add_argument(
+    speed.add_argument(
         "--compile",
         choices=["auto", "on", "off"],
         default="auto",
         help="compile encoder and decoder; takes a minute and a C++ compiler; auto: for long runs on CUDA",
     )
-    run.add_argument(
+    speed.add_argument(
         "--embedding_reuse",
         type=positive_int,
         default=1,
@@ -176,24 +212,14 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         help="use every composite and its embedding in R epochs, with new prompts each time, so that an "
         "epoch encodes only 1/R of its samples",
     )
-    run.add_argument(
+    speed.add_argument(
         "--num_workers",
         type=count,
         default=_default_workers(),
         help="processes that prepare data; 0: the main one",
     )
-    run.add_argument(
+    speed.add_argument(
         "--cache_mb", type=count, default=2048, help="memory for decoded files, shared by the data workers"
-    )
-    run.add_argument("--seed", type=count, default=0, help="of every random choice")
-    run.add_argument(
-        "-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints"
-    )
-    run.add_argument(
-        "--test_interval", type=positive_int, default=100, help="iterations (batches) between tests"
-    )
-    run.add_argument(
-        "--log_interval", type=positive_int, default=10, help="iterations between logged scalars"
     )
 
 
@@ -250,6 +276,13 @@ def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
     )
     optim.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW")
     optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest norm of the gradient")
+    optim.add_argument(
+        "--max_bad_steps",
+        type=positive_int,
+        default=10,
+        help="steps in a row with a loss or gradient that is not finite, which end the run; "
+        "one alone is left out",
+    )
 
 
 def _add_loss_flags(loss: argparse._ArgumentGroup) -> None:
@@ -345,14 +378,16 @@ class Setup:
 class Progress:
     """Where a run stands: with the weights and the optimizer's state all that it needs to go on.
 
-    `loss_sums` (3,) and `samples` count since the last log. `untuned` and `best` are
-    (IoU, Dice, iteration) of the test set.
+    `loss_sums` (3,) and `samples` count since the last log. `bad_steps` counts the optimizer steps left
+    out, `bad_in_row` the last of them. `untuned` and `best` are (IoU, Dice, iteration) of the test set.
     """
 
     loss_sums: Tensor
     samples: int = 0
     iteration: int = 0
     step: int = 0
+    bad_steps: int = 0
+    bad_in_row: int = 0
     untuned: tuple[float, float, int] | None = None
     best: tuple[float, float, int] | None = None
 
@@ -678,16 +713,62 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    stop, error = StopRequest(), None
     try:
-        train(args, setup)
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on from the last state in {setup.folder}", file=sys.stderr)
-        return 130
-    return 0
+        with stop:
+            train(args, setup, stop)
+    except KeyboardInterrupt:  # the second signal, which does not wait
+        stop.signal = stop.signal or SIGINT
+    except RunError as fault:
+        error = fault
+    except OSError as fault:  # TensorBoard's name no file
+        error = f"writing to {setup.folder} failed: {fault}"
+    except RuntimeError as fault:
+        error = as_run_error(fault)
+        if error is fault:
+            raise
+    if error and not stop.signal:
+        print(f"error: {error}", file=sys.stderr)
+    code = 128 + stop.signal if stop.signal else 1 if error else 0
+    if code and (setup.folder / RESUME_FILE).exists():
+        print(
+            f"--exp_name {args.exp_name} --resume, with the other flags as they were, goes on from the last "
+            f"state, in {setup.folder / RESUME_FILE}",
+            file=sys.stderr,
+        )
+    return code
 
 
-def train(args: argparse.Namespace, setup: Setup) -> None:
-    """Train what `--train` says, test on the way, and write `setup.folder`."""
+class RunError(Exception):
+    """What ends a run on its way; its message is for the user."""
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM, for the run to end after its iteration; a second ends it at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in (SIGINT, SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print(f"\n{signal.Signals(number).name}: ending after this iteration", file=sys.stderr)
+
+
+def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
+    """Train what `--train` says, test on the way, and write `setup.folder`.
+
+    Ends early, with its state saved, once `stop` notes a signal. Raises RunError, which names the cause,
+    if it cannot go on.
+    """
     sam, device, amp = setup.sam, setup.device, setup.amp
     torch.manual_seed(args.seed)
     groups = model.prepare_training(
@@ -714,6 +795,7 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     progress = Progress(loss_sums=torch.zeros(3, device=device))
     if setup.resume:
         model.load_trained_weights(sam, setup.resume["weights"])
+        model.load_gradients(sam, setup.resume["gradients"])
         optimizer.load_state_dict(setup.resume["optimizer"])
         scaler.load_state_dict(setup.resume["scaler"])
         progress = Progress(**setup.resume["progress"])
@@ -741,16 +823,32 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
     def save_now(name: str) -> None:
         checkpoint.save_weights(model.official_weights(sam, setup.loaded), checkpoints / name)
 
+    def save_state() -> None:
+        writer.flush()
+        state = resume_state(args, setup, optimizer, scaler, progress)
+        checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
+
     if tests and not setup.resume:
         progress.untuned = test_now()
 
     grid = model.mask_grid(sam)
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
-    state_is_due = False
+    saved_at = time.monotonic()
     first = progress.iteration + 1
     seen, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", dynamic_ncols=True)
-    for uses, batch, wait in embedded_batches(args, setup, progress.iteration):
+    batches = embedded_batches(args, setup, progress.iteration)
+    while True:
+        # the next batch; where there is none to be had, nothing of the run is lost
+        try:
+            uses, batch, wait = next_batch(batches)
+        except StopIteration:
+            break
+        except RunError:
+            save_state()
+            if stop.signal:  # which the data workers got too
+                break
+            raise
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
         progress.iteration += 1
         last = progress.iteration == schedule.iterations
@@ -786,11 +884,16 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
         step_ends = schedule.ends_step(batch_index)
         if step_ends:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-            scaler.step(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            if is_good := bool(norm.isfinite()):
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
+            progress.bad_steps += not is_good
+            progress.bad_in_row = 0 if is_good else progress.bad_in_row + 1
+            if progress.bad_in_row == args.max_bad_steps:
+                raise RunError(bad_steps_message(progress, setup, uses))
 
         # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
@@ -804,6 +907,7 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
                 "train/dice": means[1],
                 "train/iou_mse": means[2],
                 "train/lr": lr,
+                "train/bad_steps": progress.bad_steps,
                 "train/images_per_s": seen / elapsed,
                 "train/data_wait": waited / elapsed,
             }
@@ -823,29 +927,68 @@ def train(args: argparse.Namespace, setup: Setup) -> None:
 
         # test and save; the clock of images/s stands still
         paused = time.perf_counter()
-        if progress.iteration % args.test_interval == 0 or last:
-            state_is_due = True
+        tested = progress.iteration % args.test_interval == 0 or last
+        if tested:
             picture = show_train(sam, setup.train_set, uses, logits)
             writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
             if tests:
                 result = test_now()
-                if progress.best is None or result[0] > progress.best[0]:
+                is_best = progress.best is None or result[0] > progress.best[0]
+                if is_best and all(weight.isfinite().all() for weight in parameters):
                     progress.best = result
                     save_now("best.pth")
-        if batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0:
-            state_is_due = True
+        saved = batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0
+        if saved:
             save_now(f"epoch_{epoch + 1:04d}.pth")
+            remove_old(checkpoints, args.keep_last)
         if last:
             save_now("last.pth")
-        if state_is_due and step_ends:  # between steps a state would lack the gradients so far
-            writer.flush()
-            state = resume_state(args, setup, optimizer, scaler, progress)
-            checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
-            state_is_due = False
+        state_is_old = time.monotonic() - saved_at >= 60 * args.resume_interval
+        if tested or saved or state_is_old or stop.signal:
+            save_state()
+            saved_at = time.monotonic()
         start += time.perf_counter() - paused
+        if stop.signal:
+            break
     bar.close()
     writer.close()
     print_result(progress, checkpoints)
+
+
+def next_batch(batches: Iterator[tuple]) -> tuple:
+    """The next of `embedded_batches`; raises StopIteration at the end, RunError if data fails."""
+    try:
+        return next(batches)
+    except UnreadableFile as error:
+        raise RunError(str(error)) from error
+    except RuntimeError as error:
+        raise as_run_error(error) from error
+
+
+def as_run_error(error: RuntimeError) -> Exception:
+    """RunError if it says that a data worker died, which PyTorch may say at any moment; else the error."""
+    if "DataLoader worker" not in str(error):
+        return error
+    return RunError(f"a process that prepares data has died, for want of memory perhaps: {error}")
+
+
+def bad_steps_message(progress: Progress, setup: Setup, uses: list[Use]) -> str:
+    """Why a run ends whose losses or gradients are not finite."""
+    sources = setup.train_set.sources
+    names = sorted({str(sources[use.source].pairs[use.pair].image_path) for use in uses})
+    best = setup.folder / "checkpoints" / "best.pth"
+    return (
+        f"iteration {progress.iteration}: loss or gradient was not finite in {progress.bad_in_row} steps "
+        f"in a row (--max_bad_steps); the last batch held {', '.join(names)}; last good weights: "
+        f"{best if progress.best else 'none were saved'}; a lower --lr may help"
+    )
+
+
+def remove_old(checkpoints: Path, keep: int | None) -> None:
+    """Remove the epochs' checkpoints but for the last `keep`."""
+    if keep:
+        for path in sorted(checkpoints.glob("epoch_*.pth"))[:-keep]:
+            path.unlink()
 
 
 def resume_state(
@@ -859,6 +1002,7 @@ def resume_state(
     return {
         "progress": vars(progress),
         "weights": model.trained_weights(setup.sam),
+        "gradients": model.gradients(setup.sam),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "flags": settings(args),
@@ -890,7 +1034,8 @@ def print_result(progress: Progress, checkpoints: Path) -> None:
             f"Dice {dice:.4f} -> {best_dice:.4f} (best at iteration {iteration})"
         )
         print(f"best weights     {checkpoints / 'best.pth'}")
-    print(f"last weights     {checkpoints / 'last.pth'}")
+    if (checkpoints / "last.pth").exists():
+        print(f"last weights     {checkpoints / 'last.pth'}")
     print(f"curves           tensorboard --logdir {checkpoints.parent}")
 
 

@@ -250,6 +250,18 @@ def trained_weights(sam: Sam) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in sam.named_parameters() if p.requires_grad}
 
 
+def gradients(sam: Sam) -> dict[str, Tensor]:
+    """The gradients accumulated so far, by the names of their weights."""
+    return {name: p.grad for name, p in sam.named_parameters() if p.grad is not None}
+
+
+def load_gradients(sam: Sam, values: dict[str, Tensor]) -> None:
+    """Set what `gradients` returned."""
+    parameters = dict(sam.named_parameters())
+    for name, gradient in values.items():
+        parameters[name].grad = gradient.to(parameters[name].device)
+
+
 def load_trained_weights(sam: Sam, weights: dict[str, Tensor]) -> None:
     """Set what `trained_weights` returned."""
     parameters = dict(sam.named_parameters())

@@ -66,13 +66,13 @@ def tiny_sam() -> Sam:
     return build_tiny()
 
 
+TINY = model.Variant(build_tiny, model.normalize_mean_std, ("image_encoder.patch_embed.proj.weight", 48))
+
+
 @pytest.fixture
 def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     """A checkpoint of the tiny SAM, which `--model_type tiny` then knows how to build."""
-    variant = model.Variant(
-        build_tiny, model.normalize_mean_std, ("image_encoder.patch_embed.proj.weight", 48)
-    )
-    monkeypatch.setitem(model.VARIANTS, "tiny", variant)
+    monkeypatch.setitem(model.VARIANTS, "tiny", TINY)
     path = tmp_path / "tiny.pth"
     checkpoint.save_weights(tiny_sam.state_dict(), path)
     return path

@@ -100,8 +100,8 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     folder = Path("exp/run")
     curves = scalars(folder)
     assert set(curves) == {
-        "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/images_per_s",
-        "train/data_wait", "test/iou", "test/dice",
+        "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/bad_steps",
+        "train/images_per_s", "train/data_wait", "test/iou", "test/dice",
     }  # fmt: skip
     losses, ious = ([value for _, value in curves[tag]] for tag in ("train/loss", "test/iou"))
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
@@ -231,7 +231,7 @@ def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
     setup = finetune.prepare(args)
     parts = (setup.sam.image_encoder, setup.sam.prompt_encoder)
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    finetune.train(args, setup)
+    finetune.train(args, setup, finetune.StopRequest())
     for part, old in zip(parts, before, strict=True):
         assert all(torch.equal(old[key], value) for key, value in part.state_dict().items())
 
@@ -396,8 +396,8 @@ def test_compiling_is_chosen_for_long_runs_on_cuda(monkeypatch):
     [(), ("--embedding_reuse", 3), ("--train", "lora"), ("--train", "encoder", "--grad_checkpointing")],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, monkeypatch, capsys, mode):
-    # 9 samples in batches of 2: 5 iterations an epoch in steps of 2, 2 and 1 batches. A state is due
-    # at the test after iteration 6, amid a step, so it is saved after 7; training ends in the 10th.
+    # 9 samples in batches of 2: 5 iterations an epoch in steps of 2, 2 and 1 batches. A state is saved
+    # at the test after iteration 6, amid a step; training ends in the 10th.
     config = config_file(percentage=1.5)
     options = (
         "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
@@ -423,7 +423,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, m
     monkeypatch.setattr(finetune, "dice_loss", finetune_dice)
     assert run_tiny(config, tiny_weights, *options, "--resume", "--num_workers", 2) == 0
     resumed_output = capsys.readouterr().out
-    assert "resumed     after iteration 7" in resumed_output
+    assert "resumed     after iteration 6" in resumed_output
     assert output.splitlines()[-4:] == resumed_output.splitlines()[-4:]
     resumed = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
