@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from cache import DecodedFiles
 from config import DatasetConfig
@@ -710,22 +710,30 @@ class TrainSet(Dataset):
         place = self.first_place[number] + slot - self.first_slot[number] if self.reuse > 1 else None
         return Use(epoch, slot, born, number, int(plans[born][slot, 1]), place)
 
-    def batches(self, *, batch_size: int, epochs: int, start: int) -> Iterator[list[Use]]:
-        """The batches of a whole run, epoch after epoch, without the first `start`, which are done."""
+    def batches(
+        self, *, batch_size: int, epochs: int, start: int, part: int = 0, parts: int = 1
+    ) -> Iterator[list[Use]]:
+        """The batches of a whole run, epoch after epoch, without the first `start`, which are done.
+
+        Of each batch only one of several parts, of about the same length (0 for some, it may be).
+        """
         per_epoch = -(-self.epoch_length // batch_size)
         for epoch in range(start // per_epoch, epochs):
             uses = self.epoch(epoch)
             skipped = start - epoch * per_epoch if epoch == start // per_epoch else 0
             for batch in range(skipped, per_epoch):
-                yield uses[batch * batch_size : (batch + 1) * batch_size]
+                yield uses[batch * batch_size : (batch + 1) * batch_size][part::parts]
 
-    def batches_to_make(self, *, batch_size: int, epochs: int, start: int) -> Iterator[list[Use]]:
+    def batches_to_make(
+        self, *, batch_size: int, epochs: int, start: int, part: int = 0, parts: int = 1
+    ) -> Iterator[list[Use]]:
         """The samples to make for `batches`, in the order of their first use, epoch by epoch.
 
         With nothing kept these are the very batches; else they hold only what is not in the pool.
         """
         born, made, epoch = {}, [], None
-        for batch in self.batches(batch_size=batch_size, epochs=epochs, start=start):
+        span = {"batch_size": batch_size, "epochs": epochs, "start": start, "part": part, "parts": parts}
+        for batch in filter(None, self.batches(**span)):
             if made and batch[0].epoch != epoch:
                 yield made
                 made = []
@@ -734,7 +742,7 @@ class TrainSet(Dataset):
                 if use.place is None or born.get(use.place) != use.born:
                     born[use.place] = use.born
                     made.append(use)
-                if len(made) == batch_size:
+                if len(made) == -(-batch_size // parts):
                     yield made
                     made = []
         if made:
@@ -825,16 +833,14 @@ def image_size(path: Path) -> tuple[int, int]:
 WORKER_CONTEXT = "fork" if sys.platform == "linux" else None
 
 
-def train_loader(
-    train_set: TrainSet, *, batch_size: int, epochs: int, start: int, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    """One loader for the rest of a run, from batch `start`: workers start once and prefetch on.
+def train_loader(train_set: TrainSet, *, num_workers: int, pin_memory: bool, **span: int) -> DataLoader:
+    """One loader for the rest of a run: workers start once and prefetch on.
 
-    It gives the batches of `TrainSet.batches_to_make`, once.
+    It gives the batches of `TrainSet.batches_to_make(**span)`, once.
     """
     return DataLoader(
         train_set,
-        batch_sampler=train_set.batches_to_make(batch_size=batch_size, epochs=epochs, start=start),
+        batch_sampler=train_set.batches_to_make(**span),
         num_workers=num_workers,
         multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         pin_memory=pin_memory,
@@ -842,9 +848,10 @@ def train_loader(
     )
 
 
-def test_loader(test_set: TestSet, *, num_workers: int) -> DataLoader:
-    """The test samples one by one, for their sizes differ."""
-    return DataLoader(test_set, batch_size=None, num_workers=num_workers, worker_init_fn=_init_worker)
+def test_loader(test_set: TestSet, *, num_workers: int, part: int, parts: int) -> DataLoader:
+    """The test samples one by one, for their sizes differ, of one of several parts of the set."""
+    samples = Subset(test_set, range(part, len(test_set), parts))
+    return DataLoader(samples, batch_size=None, num_workers=num_workers, worker_init_fn=_init_worker)
 
 
 def _init_worker(worker_id: int) -> None:

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import model
 from cache import MIB, EmbeddingPool, check_room
 from config import Config, load_config
@@ -317,7 +318,7 @@ def learning_rate(step: int, *, total_steps: int, peak: float, warmup: int, powe
 
 @dataclass(frozen=True)
 class Schedule:
-    """How samples make iterations (batches), and iterations make optimizer steps."""
+    """How samples make iterations (batches, of all processes), and iterations make optimizer steps."""
 
     epoch_length: int
     batch_size: int
@@ -336,6 +337,10 @@ class Schedule:
     def steps(self) -> int:
         return self.epochs * -(-self.batches_per_epoch // self.virtual_batch_size)
 
+    def samples_in_batch(self, batch: int) -> int:
+        """Samples of the epoch's batch `batch` (from 0)."""
+        return min(self.batch_size, self.epoch_length - batch * self.batch_size)
+
     def samples_in_step(self, batch: int) -> int:
         """Samples of the optimizer step that the epoch's batch `batch` (from 0) belongs to."""
         whole = self.batch_size * self.virtual_batch_size
@@ -345,6 +350,11 @@ class Schedule:
     def ends_step(self, batch: int) -> bool:
         """Whether the optimizer steps after the epoch's batch `batch` (from 0)."""
         return (batch + 1) % self.virtual_batch_size == 0 or batch + 1 == self.batches_per_epoch
+
+    def is_amid_step(self, iterations: int) -> bool:
+        """Whether after so many iterations there are gradients that wait for the rest of their step."""
+        batch = iterations % self.batches_per_epoch
+        return batch > 0 and not self.ends_step(batch - 1)
 
 
 # --- Before training --------------------------------------------------------------------------
@@ -399,7 +409,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         raise ValueError(
             f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
         )
-    device = model.pick_device(args.device)
+    device = distributed.join(model.pick_device(args.device))
     config = load_config(args.config)
     resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
     if resume:
@@ -481,6 +491,8 @@ def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> No
         for name, value in settings(args).items()
         if name not in MAY_CHANGE and resume["flags"].get(name) != value
     ]
+    if resume["processes"] != distributed.size():
+        faults.append(f"processes: were {resume['processes']}, are now {distributed.size()}")
     if resume["config"] != (now := config.model_dump_json()):
         faults.append(f"the data: was {resume['config']}, is now {now}")
     if faults:
@@ -543,10 +555,11 @@ class EncodedTest:
 
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
-    """Read every test sample, and encode it if its embedding will stay the same."""
-    loader = test_loader(setup.test_set, num_workers=args.num_workers)
+    """Read this process's share of the test samples; encode them if their embeddings will stay the same."""
+    part = {"part": distributed.rank(), "parts": distributed.size()}
+    loader = test_loader(setup.test_set, num_workers=args.num_workers, **part)
     encoded = []
-    for sample in tqdm(loader, desc="encoding the test set", leave=False):
+    for sample in tqdm(loader, "encoding the test set", leave=False, disable=not distributed.is_main()):
         image, size = sample["image"][None], sample["size"][None]
         embedding = setup.encode(image, size).cpu() if setup.train == "decoder" else None
         encoded.append(
@@ -586,15 +599,16 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
 def evaluate(
     setup: Setup, tests: list[EncodedTest], batch_size: int
 ) -> tuple[float, float, list[np.ndarray]]:
-    """Mean IoU and Dice over the test pictures, and the first few predictions."""
-    scores, shown = [], []
+    """Mean IoU and Dice over the test pictures of all processes, and the first few predictions of this."""
+    sums, shown = torch.zeros(3, dtype=torch.float64), []
     for test, prediction in zip(tests, predict(setup, tests, batch_size), strict=True):
         agreement = score(prediction, test.truth)
-        scores.append((agreement.iou, agreement.dice))
+        sums += torch.tensor([agreement.iou, agreement.dice, 1])
         if test.picture is not None:
             shown.append(prediction)
-    iou, dice = np.mean(scores, axis=0)
-    return float(iou), float(dice), shown
+    distributed.add_up([sums])
+    iou, dice, pictures = sums.tolist()
+    return iou / pictures, dice / pictures, shown
 
 
 def show_test(tests: list[EncodedTest], predictions: list[np.ndarray]) -> np.ndarray:
@@ -628,18 +642,20 @@ def show_train(sam: Sam, train_set: TrainSet, uses: list[Use], logits: Tensor) -
 
 def embedded_batches(
     args: argparse.Namespace, setup: Setup, start: int
-) -> Iterator[tuple[list[Use], dict[str, Tensor], float]]:
+) -> Iterator[tuple[list[Use], dict[str, Tensor] | None, float]]:
     """The run's batches from iteration `start`, on the device, with their embeddings.
 
     Samples are made and encoded in the order of their first use. Where any are used again they go
     through an `EmbeddingPool`, which is but a cache: a resumed run makes anew what it needs.
 
     Yields:
-        The batch's uses; `embedding` (B, C, e, e), `target` uint8 (B, 1, grid, grid), `size`, `points`
-        and `labels`; and the seconds that it waited for data.
+        This process's uses of the batch; unless there are none, `embedding` (B, C, e, e), `target` uint8
+        (B, 1, grid, grid), `size`, `points` and `labels`; and the seconds that it waited for data.
     """
     device, train_set = setup.device, setup.train_set
-    span = {"batch_size": args.batch_size, "epochs": args.epoch_num, "start": start}
+    parts = distributed.size()
+    span = {"batch_size": args.batch_size * parts, "epochs": args.epoch_num, "start": start}
+    span |= {"part": distributed.rank(), "parts": parts}
     pin = device.type == "cuda"
     loader = train_loader(train_set, **span, num_workers=args.num_workers, pin_memory=pin)
     made = zip(train_set.batches_to_make(**span), loader, strict=True)
@@ -657,6 +673,9 @@ def embedded_batches(
         return uses, samples, waited
 
     for uses in train_set.batches(**span):
+        if not uses:
+            yield uses, None, 0.0
+            continue
         if pool is None:
             yield make()
             continue
@@ -710,6 +729,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         setup = prepare(args)
+        distributed.wait_for_all()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -727,10 +747,11 @@ def main(argv: list[str] | None = None) -> int:
         error = as_run_error(fault)
         if error is fault:
             raise
+    distributed.leave()
     if error and not stop.signal:
         print(f"error: {error}", file=sys.stderr)
     code = 128 + stop.signal if stop.signal else 1 if error else 0
-    if code and (setup.folder / RESUME_FILE).exists():
+    if code and distributed.is_main() and (setup.folder / RESUME_FILE).exists():
         print(
             f"--exp_name {args.exp_name} --resume, with the other flags as they were, goes on from the last "
             f"state, in {setup.folder / RESUME_FILE}",
@@ -782,27 +803,32 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         grad_checkpointing=args.grad_checkpointing,
     )
     parameters = [parameter for group in groups for parameter in group["params"]]
-    schedule = Schedule(
-        setup.train_set.epoch_length, args.batch_size, args.virtual_batch_size, args.epoch_num
-    )
-    print_summary(args, setup, schedule)
+    batch_size = args.batch_size * distributed.size()
+    schedule = Schedule(setup.train_set.epoch_length, batch_size, args.virtual_batch_size, args.epoch_num)
     checkpoints = setup.folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=args.resume)
-    write_settings(args, setup)
+    if is_main := distributed.is_main():
+        print_summary(args, setup, schedule)
+        checkpoints.mkdir(parents=True, exist_ok=args.resume)
+        write_settings(args, setup)
+    distributed.wait_for_all()
 
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     progress = Progress(loss_sums=torch.zeros(3, device=device))
     if setup.resume:
         model.load_trained_weights(sam, setup.resume["weights"])
-        model.load_gradients(sam, setup.resume["gradients"])
+        if is_main:  # those of all processes are in it
+            model.load_gradients(sam, setup.resume["gradients"])
         optimizer.load_state_dict(setup.resume["optimizer"])
         scaler.load_state_dict(setup.resume["scaler"])
         progress = Progress(**setup.resume["progress"])
         progress.loss_sums = progress.loss_sums.to(device)
-        print(f"resumed     after iteration {progress.iteration}")
-    writer = SummaryWriter(setup.folder, purge_step=progress.iteration + 1 if setup.resume else None)
-    writer.add_text("flags", f"```\n{yaml.safe_dump(settings(args), sort_keys=False)}```", progress.iteration)
+    if is_main:
+        if setup.resume:
+            print(f"resumed     after iteration {progress.iteration}")
+        writer = SummaryWriter(setup.folder, purge_step=progress.iteration + 1 if setup.resume else None)
+        flags = yaml.safe_dump(settings(args), sort_keys=False)
+        writer.add_text("flags", f"```\n{flags}```", progress.iteration)
 
     decode = model.decode
     if setup.compile:
@@ -813,6 +839,8 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
 
     def test_now() -> tuple[float, float, int]:
         iou, dice, predictions = evaluate(setup, tests, args.batch_size)
+        if not is_main:
+            return iou, dice, progress.iteration
         writer.add_scalar("test/iou", iou, progress.iteration)
         writer.add_scalar("test/dice", dice, progress.iteration)
         picture = show_test(tests, predictions)
@@ -821,14 +849,21 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         return iou, dice, progress.iteration
 
     def save_now(name: str) -> None:
+        if not is_main:
+            return
         checkpoint.save_weights(model.official_weights(sam, setup.loaded), checkpoints / name)
 
     def save_state() -> None:
+        gradients = model.gradients(sam) if schedule.is_amid_step(progress.iteration) else {}
+        distributed.add_up(gradients.values())
+        if not is_main:
+            return
         writer.flush()
         state = resume_state(args, setup, optimizer, scaler, progress)
+        state |= {"gradients": gradients, "processes": distributed.size()}
         checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
 
-    if tests and not setup.resume:
+    if setup.test_set and not setup.resume:
         progress.untuned = test_now()
 
     grid = model.mask_grid(sam)
@@ -836,7 +871,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
     saved_at = time.monotonic()
     first = progress.iteration + 1
     seen, waited, start = 0, 0.0, time.perf_counter()
-    bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", dynamic_ncols=True)
+    bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", disable=not is_main)
     batches = embedded_batches(args, setup, progress.iteration)
     while True:
         # the next batch; where there is none to be had, nothing of the run is lost
@@ -845,9 +880,8 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         except StopIteration:
             break
         except RunError:
-            save_state()
-            if stop.signal:  # which the data workers got too
-                break
+            if distributed.size() == 1:  # else the others are further, or wait for this one
+                save_state()
             raise
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
         progress.iteration += 1
@@ -865,24 +899,26 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         lr = optimizer.param_groups[0]["lr"]
 
         # forward; losses in float32, on the decoder's grid, away from padding
-        with model.autocast(device, amp):
-            logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
-        logits, target = logits.float(), batch["target"].float() / 255
-        valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
-        losses = torch.stack(
-            [
-                focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma).sum(),
-                dice_loss(logits, target, valid).sum(),
-                iou_mse(iou_pred, logits, target, valid).sum(),
-            ]
-        )
+        losses = torch.zeros(3, device=device)
+        if uses:
+            with model.autocast(device, amp):
+                logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
+            logits, target = logits.float(), batch["target"].float() / 255
+            valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
+            losses = torch.stack(
+                [
+                    focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma).sum(),
+                    dice_loss(logits, target, valid).sum(),
+                    iou_mse(iou_pred, logits, target, valid).sum(),
+                ]
+            )
+            # backward; sums over samples, so that every sample of the step weighs the same
+            scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
 
-        # backward; sums over samples, so that every sample of the step weighs the same
-        scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
-        progress.loss_sums += losses.detach()
-        progress.samples += len(logits)
+        # step, once the batches of a step are through
         step_ends = schedule.ends_step(batch_index)
         if step_ends:
+            distributed.add_up_gradients(parameters)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             if is_good := bool(norm.isfinite()):
@@ -897,7 +933,11 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
 
         # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
-        seen, waited = seen + len(logits), waited + wait
+        losses = losses.detach()
+        distributed.add_up([losses])
+        progress.loss_sums += losses
+        progress.samples += schedule.samples_in_batch(batch_index)
+        seen, waited = seen + schedule.samples_in_batch(batch_index), waited + wait
         if progress.iteration % args.log_interval == 0 or last:
             means = (progress.loss_sums / progress.samples).tolist()
             elapsed = time.perf_counter() - start
@@ -913,7 +953,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             }
             if device.type == "cuda":
                 scalars["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            for name, value in scalars.items():
+            for name, value in scalars.items() if is_main else ():
                 writer.add_scalar(name, value, progress.iteration)
             bar.set_postfix_str(
                 f"loss {scalars['train/loss']:.3f}, lr {lr:.1e}, "
@@ -929,9 +969,10 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         paused = time.perf_counter()
         tested = progress.iteration % args.test_interval == 0 or last
         if tested:
-            picture = show_train(sam, setup.train_set, uses, logits)
-            writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
-            if tests:
+            if is_main:
+                picture = show_train(sam, setup.train_set, uses, logits)
+                writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
+            if setup.test_set:
                 result = test_now()
                 is_best = progress.best is None or result[0] > progress.best[0]
                 if is_best and all(weight.isfinite().all() for weight in parameters):
@@ -940,19 +981,23 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         saved = batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0
         if saved:
             save_now(f"epoch_{epoch + 1:04d}.pth")
-            remove_old(checkpoints, args.keep_last)
+            if is_main:
+                remove_old(checkpoints, args.keep_last)
         if last:
             save_now("last.pth")
         state_is_old = time.monotonic() - saved_at >= 60 * args.resume_interval
-        if tested or saved or state_is_old or stop.signal:
+        ending, state_is_old = distributed.largest([stop.signal or 0, int(state_is_old)])
+        if tested or saved or state_is_old or ending:
             save_state()
             saved_at = time.monotonic()
         start += time.perf_counter() - paused
-        if stop.signal:
+        if ending:
+            stop.signal = ending
             break
     bar.close()
-    writer.close()
-    print_result(progress, checkpoints)
+    if is_main:
+        writer.close()
+        print_result(progress, checkpoints)
 
 
 def next_batch(batches: Iterator[tuple]) -> tuple:
@@ -1002,7 +1047,6 @@ def resume_state(
     return {
         "progress": vars(progress),
         "weights": model.trained_weights(setup.sam),
-        "gradients": model.gradients(setup.sam),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "flags": settings(args),

@@ -251,8 +251,12 @@ def trained_weights(sam: Sam) -> dict[str, Tensor]:
 
 
 def gradients(sam: Sam) -> dict[str, Tensor]:
-    """The gradients accumulated so far, by the names of their weights."""
-    return {name: p.grad for name, p in sam.named_parameters() if p.grad is not None}
+    """Copies of the gradients accumulated so far (0 where there are none), by the names of their weights."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in sam.named_parameters()
+        if p.requires_grad
+    }
 
 
 def load_gradients(sam: Sam, values: dict[str, Tensor]) -> None:

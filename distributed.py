@@ -1,0 +1,72 @@
+"""Several processes that train as one, started by torchrun: who this one is, and what all of them share.
+
+Gradients are sums over samples, so adding up those of all processes gives the gradient of the whole batch,
+whatever each one's share of it; a share may even be empty. `DistributedDataParallel` would average instead,
+and needs every process in every backward pass.
+"""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """Number of this process, from 0; process 0 alone prints and writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def join(device: torch.device) -> torch.device:
+    """Meet the other processes, if there are any; returns the device of this one."""
+    if device.type == "cuda" and size() > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    if size() > 1:
+        largest([0])
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor, in place, by its sum over all processes."""
+    if size() > 1:
+        for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            pending.wait()
+
+
+def add_up_gradients(parameters: list[nn.Parameter]) -> None:
+    """The same for gradients, of which a process without samples has none."""
+    if size() > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        add_up(parameter.grad for parameter in parameters)
+
+
+def largest(values: list[int]) -> list[int]:
+    """The largest that any process gives, value by value: what all of them then agree on."""
+    if size() == 1:
+        return values
+    agreed = torch.tensor(values)  # on the CPU: no device has to be waited for
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()

@@ -1,0 +1,92 @@
+"""Several processes train as one does. The runs are real ones, under torchrun, on gloo."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_finetune import run_tiny, scalars
+
+import checkpoint
+import distributed
+
+TINY_RUN = Path(__file__).parent / "tiny_run.py"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run_together(processes, config, weights, *argv, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command += [TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "together"]
+    command += ["--device", "cpu", "--amp", "off", "--num_workers", 0, *argv]
+    environment = {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def assert_same(one, other):
+    weights = [checkpoint.load_weights(Path(f"exp/{name}/checkpoints/last.pth")) for name in (one, other)]
+    for key in weights[0]:
+        # A bias of all keys changes no attention. Its gradient is rounding alone, which Adam scales up.
+        if key.endswith("k_proj.bias"):
+            continue
+        assert (weights[0][key] - weights[1][key]).abs().max() < 1e-5, key
+    curves = [scalars(f"exp/{name}") for name in (one, other)]
+    assert curves[0].keys() == curves[1].keys()
+    for tag in curves[0].keys() - {"train/images_per_s", "train/data_wait"}:
+        steps, values = zip(*curves[0][tag], strict=True)
+        assert [step for step, _ in curves[1][tag]] == list(steps)
+        assert [value for _, value in curves[1][tag]] == pytest.approx(list(values), abs=1e-5), tag
+
+
+# 9 samples in batches of 4: the last of an epoch has one sample, and the second process none.
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--virtual_batch_size", 2), ("--embedding_reuse", 2, "--prompt", "mixed"), ("--train", "lora")],
+)
+def test_two_processes_compute_what_one_does(tiny_weights, config_file, options):
+    config = config_file(percentage=1.5)
+    common = ("-e", 3, "--lr", 3e-3, "--test_interval", 4, "--log_interval", 2, *options)
+    assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
+    together = run_together(2, config, tiny_weights, "-b", 2, *common)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("untuned -> tuned") == 1  # process 0 alone prints
+    assert len(list(Path("exp/together").glob("events.*"))) == 1
+    assert_same("run", "together")
+
+
+def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_weights, config_file, capsys):
+    config = config_file(percentage=1.5)
+    options = ("-e", 4, "--lr", 3e-3, "--test_interval", 4, "--virtual_batch_size", 2, "--log_interval", 1)
+    assert run_tiny(config, tiny_weights, "-b", 4, *options) == 0
+    started = time.monotonic()
+    # Every iteration saves a state, the last one amid a step; process 1 takes no part in iteration 3.
+    died = run_together(
+        2, config, tiny_weights, "-b", 2, *options, "--resume_interval", 1e-9, KILL_IN=6
+    )  # fmt: skip
+    assert died.returncode != 0
+    assert time.monotonic() - started < 90
+    assert not Path("exp/together/checkpoints/last.pth").exists()
+    resumed = run_together(2, config, tiny_weights, "-b", 2, *options, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed     after iteration 7" in resumed.stdout
+    assert_same("run", "together")
+    assert run_tiny(config, tiny_weights, "-b", 2, "-n", "together", *options, "--resume") == 2
+    assert "processes: were 2, are now 1" in capsys.readouterr().err
+
+
+def test_one_process_needs_no_others(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.is_main() and distributed.size() == 1
+    assert distributed.largest([3, 1]) == [3, 1]
