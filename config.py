@@ -124,6 +124,37 @@ def _construct_unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) 
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_unique_mapping)
 
 
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000  # with every alias written out
+
+
+def _count_values(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Values in a node with its aliases written out; infinite if it contains itself."""
+    if id(node) not in counts:
+        counts[id(node)] = float("inf")
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file holds; raises ValueError if it is unreadable, not YAML, or too large to be meant."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_BYTES} bytes; expected a short YAML file")
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=_UniqueKeyLoader)
+        if node is not None and _count_values(node, {}) > MAX_VALUES:
+            raise ValueError(f"{path}: its aliases (*name) expand to more than {MAX_VALUES} values")
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
 def load_config(path: str | Path) -> Config:
     """Read and validate a config file.
 
@@ -134,12 +165,7 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config file not found: {path}")
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    document = _read_yaml(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected a mapping with the key 'dataset' at the top level")
     try:

@@ -6,13 +6,16 @@ of a picture (H, W, 4). Every random choice comes from a generator made of (seed
 from global state.
 """
 
+import hashlib
 import io
 import signal
+import struct
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -43,11 +46,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of the config with its files found."""
+    """One dataset of the config with its files found.
+
+    `digests` has a hash of the pixels of each of its files, as they were when all was checked.
+    """
 
     config: DatasetConfig
     pairs: tuple[Pair, ...]
     backgrounds: tuple[Path, ...]
+    digests: dict[Path, str] = field(default_factory=dict, compare=False)
 
     @property
     def is_constant(self) -> bool:
@@ -94,46 +101,89 @@ def _check_binary(values: np.ndarray, top: int, path: Path) -> None:
         )
 
 
+# Pictures above it are refused before they are decoded: a few kilobytes can claim to be gigabytes.
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than what --max_pixels may allow
+
+
+def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ValueError naming the file if its header is no picture's or claims too many pixels."""
+    with _decoding(path):
+        height, width = image_size(path)
+    if height * width > max_pixels:
+        raise ValueError(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
+
+
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            upright.format = image.format
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    with _decoding(path), Image.open(path) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        upright.format = image.format
     if upright.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise ValueError(f"{path}: expected 8-bit grey or colour, got Pillow's mode {upright.mode!r}")
     return upright
 
 
-def find_sources(configs: list[DatasetConfig]) -> list[Source]:
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn all that Pillow raises for files that are no pictures into a ValueError naming the file."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise OSError("not a file")
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+
+
+def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[Source]:
     """Find the files of every dataset and read each once.
 
     Raises one ValueError that lists what is wrong in all of them (the first 10 and the count):
-    empty folders, unmatched or duplicate stems, undecodable files, size mismatches, masks that are
-    not binary.
+    empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that
+    are not binary.
     """
     faults = []
-    sources = []
+    found = []
     for config in configs:
         pairs = _find_pairs(config.data_dir, faults)
         backgrounds = []
         for folder in config.bg_paths:
-            found = _image_files(folder)
-            if not found:
+            files = _image_files(folder)
+            if not files:
                 faults.append(f"{folder}: no .png, .jpg or .jpeg file in it")
-            backgrounds += found
-        sources.append(Source(config, tuple(pairs), tuple(backgrounds)))
-    unique_pairs = dict.fromkeys(pair for source in sources for pair in source.pairs)
-    unique_backgrounds = dict.fromkeys(path for source in sources for path in source.backgrounds)
+            backgrounds += files
+        found.append((config, tuple(pairs), tuple(backgrounds)))
+    items = dict.fromkeys(item for _, pairs, backgrounds in found for item in (*pairs, *backgrounds))
+    digests = {}
     with ThreadPoolExecutor() as pool:
-        faults += filter(None, pool.map(_pair_fault, unique_pairs))
-        faults += filter(None, pool.map(_image_fault, unique_backgrounds))
+        for fault, digests_of_item in pool.map(partial(_check, max_pixels=max_pixels), items):
+            faults += [fault] if fault else []
+            digests |= digests_of_item
     if faults:
-        shown = faults[:10] + ([f"... and {len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise ValueError("\n  ".join([f"{len(faults)} problem(s) in the data:", *shown]))
-    return sources
+        raise ValueError(f"{len(faults)} problem(s) in the data:\n  {listed(faults)}")
+    return [
+        Source(config, pairs, backgrounds, {path: digests[path] for path in _files(pairs, backgrounds)})
+        for config, pairs, backgrounds in found
+    ]
+
+
+def listed(items: list[str]) -> str:
+    """The first 10 of a list, one a line, and how many more there are."""
+    more = [f"... and {len(items) - 10} more"] if len(items) > 10 else []
+    return "\n  ".join([*items[:10], *more])
+
+
+def _files(pairs: Iterable[Pair], backgrounds: Iterable[Path]) -> Iterator[Path]:
+    for pair in pairs:
+        yield from (pair.image_path, pair.mask_path)
+    yield from backgrounds
+
+
+def leaks(train: list[Source], test: Source) -> list[tuple[Path, Path]]:
+    """Photos (test, train) whose pixels are the same, so that testing on them would measure memory."""
+    seen = {source.digests[pair.image_path]: pair.image_path for source in train for pair in source.pairs}
+    photos = [pair.image_path for pair in test.pairs]
+    return [(path, seen[test.digests[path]]) for path in photos if test.digests[path] in seen]
 
 
 def _find_pairs(data_dir: Path, faults: list[str]) -> list[Pair]:
@@ -161,25 +211,30 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _pair_fault(pair: Pair) -> str | None:
+def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, str]]:
+    """What is wrong with a pair or a background, or None; and the hashes of its files' pixels."""
+    readers = {item: read_image}
+    if isinstance(item, Pair):
+        readers = {item.image_path: read_image, item.mask_path: read_mask}
+    arrays = {}
     try:
-        image, mask = read_image(pair.image_path), read_mask(pair.mask_path)
+        for path, read in readers.items():
+            check_size(path, max_pixels)
+            arrays[path] = read(path)
     except ValueError as error:
-        return str(error)
-    if image.shape[:2] != mask.shape:
-        return (
-            f"{pair.image_path}: is {image.shape[0]} x {image.shape[1]} (h x w) "
-            f"but its mask is {mask.shape[0]} x {mask.shape[1]}"
-        )
-    return None
+        return str(error), {}
+    if isinstance(item, Pair):
+        size, mask_size = arrays[item.image_path].shape[:2], arrays[item.mask_path].shape
+        if size != mask_size:
+            fault = f"is {size[0]} x {size[1]} (h x w) but its mask is {mask_size[0]} x {mask_size[1]}"
+            return f"{item.image_path}: {fault}", {}
+    return None, {path: _digest(array) for path, array in arrays.items()}
 
 
-def _image_fault(path: Path) -> str | None:
-    try:
-        read_image(path)
-    except ValueError as error:
-        return str(error)
-    return None
+def _digest(array: np.ndarray) -> str:
+    pixels = hashlib.blake2b(np.ascontiguousarray(array), digest_size=16)
+    pixels.update(repr(array.shape).encode())
+    return pixels.hexdigest()
 
 
 # --- Sizes ------------------------------------------------------------------------------------

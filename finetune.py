@@ -35,6 +35,7 @@ import model
 from cache import MIB, EmbeddingPool, check_room
 from config import Config, load_config
 from dataset import (
+    MAX_PIXELS,
     PROMPTS,
     Frame,
     Source,
@@ -43,6 +44,8 @@ from dataset import (
     UnreadableFile,
     Use,
     find_sources,
+    leaks,
+    listed,
     test_loader,
     train_loader,
 )
@@ -111,6 +114,7 @@ MAY_CHANGE = (
     "keep_last",
     "resume_interval",
     "max_bad_steps",
+    "max_pixels",
     "test_interval",
     "log_interval",
 )
@@ -155,6 +159,9 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         help="results go to exp/EXP_NAME (default %(default)s: config name and time)",
     )
     run.add_argument("--seed", type=count, default=0, help="of every random choice")
+    run.add_argument(
+        "--max_pixels", type=positive_int, default=MAX_PIXELS, help="of a picture; larger ones are refused"
+    )
     run.add_argument(
         "--test_interval", type=positive_int, default=100, help="iterations (batches) between tests"
     )
@@ -415,8 +422,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     if resume:
         check_same_run(resume, args, config)
     test_config = config.dataset.test
-    sources = find_sources([*config.dataset.train, *([test_config] if test_config else [])])
+    configs = [*config.dataset.train, *([test_config] if test_config else [])]
+    sources = find_sources(configs, max_pixels=args.max_pixels)
     train_sources = sources[: len(config.dataset.train)]
+    if resume:
+        check_same_files(resume, sources)
+    if test_config:
+        warn_of_leaks(train_sources, sources[-1])
 
     amp = model.amp_dtype(args.amp, device)
     path = args.checkpoint or model.pretrained_path(args.model_type)
@@ -497,6 +509,28 @@ def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> No
         faults.append(f"the data: was {resume['config']}, is now {now}")
     if faults:
         raise ValueError("\n  ".join([f"exp/{args.exp_name} cannot go on with other settings:", *faults]))
+
+
+def check_same_files(resume: dict, sources: list[Source]) -> None:
+    """Raise ValueError that names the files which are not what they were."""
+    was, now = resume["files"], file_digests(sources)
+    changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
+    if changed:
+        raise ValueError(f"cannot go on, for not all files are what they were:\n  {listed(changed)}")
+
+
+def file_digests(sources: list[Source]) -> dict[str, str]:
+    return {str(path): digest for source in sources for path, digest in source.digests.items()}
+
+
+def warn_of_leaks(train_sources: list[Source], test_source: Source) -> None:
+    """Warn of photos that are both trained and tested on."""
+    shared = [f"{test} = {train}" for test, train in leaks(train_sources, test_source)]
+    if shared and distributed.is_main():
+        warnings.warn(
+            f"photos to test on are also trained on, so that the test measures memory:\n  {listed(shared)}",
+            stacklevel=2,
+        )
 
 
 def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) -> None:
@@ -1051,6 +1085,7 @@ def resume_state(
         "scaler": scaler.state_dict(),
         "flags": settings(args),
         "config": setup.config.model_dump_json(),
+        "files": file_digests(setup.sources),
     }
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import checkpoint
 import model
-from dataset import IMAGE_SUFFIXES, Frame, model_input, read_image, read_mask
+from dataset import IMAGE_SUFFIXES, Frame, check_size, model_input, read_image, read_mask
 from metrics import Scores, score
 from visualize import PREDICTION_COLOUR, overlay, panel, sheet
 
@@ -122,6 +122,7 @@ def read(
     """Path, image and truth (bool, or None) of what can be read; messages of the rest to `unreadable`."""
     for path in paths:
         try:
+            check_size(path)
             image = read_image(path)
             truth = read_mask(truths[path]) if path in truths else None
             if truth is not None and truth.shape != image.shape[:2]:

@@ -1,5 +1,10 @@
+import re
+import warnings
+
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from config import load_config
 
@@ -144,3 +149,50 @@ def test_a_file_that_is_no_text_or_nested_without_end_is_named(tmp_path, content
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("cables")
+keys = st.sampled_from(
+    ["dataset", "train", "test", "data_dir", "bg_paths", "w_aug", "aug_details", "percentage"]
+)
+documents = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(keys | st.text(max_size=5), inner, max_size=5)
+    ),
+    max_leaves=25,
+)
+datasets = st.dictionaries(keys, leaves | st.lists(leaves, max_size=2)) | documents
+configs = documents | st.fixed_dictionaries(
+    {"dataset": st.fixed_dictionaries({"train": st.lists(datasets, max_size=3)}, optional={"test": datasets})}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(document=configs)
+def test_whatever_the_yaml_holds_it_fits_or_the_message_names_the_file(tmp_path_factory, document):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "cables").mkdir(exist_ok=True)
+    path = folder / "random.yaml"
+    path.write_text(yaml.safe_dump(document))
+    config, message = None, ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of aug_details without bg_paths
+            config = load_config(path)
+    except ValueError as error:
+        message = str(error)
+    if config is None:
+        assert str(path) in message
+    else:
+        assert config.dataset.train
+        assert all(dataset.data_dir.is_dir() and dataset.percentage > 0 for dataset in config.dataset.train)
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=st.text() | st.binary())
+def test_whatever_the_file_holds_it_fits_or_the_message_names_the_file(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "garbage.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_config(path)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_cable, write_backgrounds, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
@@ -195,6 +197,40 @@ def test_cells_partly_in_the_padding_are_not_valid():
     valid = model.valid_pixels(torch.tensor([[33, 64], [1, 1]]), 32, 0.5)
     assert valid[0, 0].any(dim=1).sum() == 16
     assert valid[1].sum() == 1
+
+
+stems = st.text("abAB. é", min_size=1, max_size=3).filter(lambda stem: stem.strip(". "))
+names = st.sets(
+    st.tuples(stems, st.sampled_from([".png", ".jpg", ".JPEG", ".txt", ""])), min_size=1, max_size=6
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(images=names, masks=names)
+def test_every_file_is_in_one_pair_or_in_one_message(tmp_path_factory, images, masks):
+    folder = tmp_path_factory.mktemp("pairs")
+    files = {}
+    for kind, chosen in (("imgs", images), ("masks", masks)):
+        (folder / kind).mkdir()
+        for stem, suffix in chosen:
+            (folder / kind / (stem + suffix)).touch()
+        pictures = [
+            path for path in (folder / kind).iterdir() if path.suffix.lower() in dataset.IMAGE_SUFFIXES
+        ]
+        files[kind] = {path.stem: path for path in sorted(pictures)}
+        doubles = len(pictures) - len(files[kind])
+        files[kind, "doubles"] = doubles
+    faults = []
+    pairs = dataset._find_pairs(folder, faults)
+    if not files["imgs"] or not files["masks"]:
+        assert pairs == [] and any("no .png" in fault for fault in faults)
+        return
+    shared = files["imgs"].keys() & files["masks"].keys()
+    assert {pair.image_path.stem for pair in pairs} == shared
+    assert all(pair.image_path.stem == pair.mask_path.stem for pair in pairs)
+    alone = files["imgs"].keys() ^ files["masks"].keys()
+    doubled = files["imgs", "doubles"] + files["masks", "doubles"]
+    assert len(faults) == len(alone) + doubled
 
 
 # --- compositing ---

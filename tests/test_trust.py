@@ -2,15 +2,21 @@
 
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import zlib
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_finetune import run_tiny, scalars
 
 import checkpoint
@@ -226,3 +232,170 @@ def test_a_data_worker_that_dies_is_reported(config, tiny_weights, in_iteration,
     assert "a process that prepares data has died" in error and "Traceback" not in error
     assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1, "--resume") == 0
     assert_same_results(results(), uninterrupted)
+
+
+# --- leaks ---
+
+
+def test_a_photo_in_training_and_test_is_named(config, tiny_weights, data, capsys):
+    leaked = data / "test/imgs/1.png"
+    assert run_tiny(config, tiny_weights, "-e", 1) == 0
+    assert "measures memory" not in capsys.readouterr().err
+    Image.open(data / "cables/imgs/4.png").save(leaked, compress_level=1)  # other bytes, the same pixels
+    assert run_tiny(config, tiny_weights, "-e", 1, "-n", "leaky") == 0
+    error = capsys.readouterr().err
+    assert f"{leaked} = {data / 'cables/imgs/4.png'}" in error and "0.png" not in error
+
+
+def test_other_data_does_not_go_on(config, tiny_weights, data, capsys):
+    assert run_tiny(config, tiny_weights, "-e", 1) == 0
+    changed = data / "backgrounds/bg 1.jpg"
+    Image.new("RGB", (90, 70)).save(changed)
+    assert run_tiny(config, tiny_weights, "-e", 2, "--resume") == 2
+    assert f"not all files are what they were:\n  {changed}" in capsys.readouterr().err
+
+
+# --- hostile input: each through the real command ---
+
+
+def png_header(width, height):
+    """The start of a PNG file that claims a size, and nothing more."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def spoil_photo(data, kind):
+    """Replace a photo; returns what the message must say of it, or None if it is to be read."""
+    path = data / "cables/imgs/0.png"
+    picture = Image.open(path).convert("RGB")
+    path.unlink()
+    if kind == "bomb":
+        path.write_bytes(png_header(60_000, 60_000))
+        return "0.png: has 60000 x 60000 pixels, more than --max_pixels 100000000"
+    if kind == "zero bytes":
+        path.write_bytes(b"")
+        return "0.png: cannot be decoded"
+    if kind == "symlink loop":
+        path.symlink_to(path)
+        return "0.png: cannot be decoded"
+    if kind == "pipe":
+        os.mkfifo(path)
+        return "0.png: cannot be decoded"
+    if kind == "folder":
+        path.mkdir()
+        return "0.png: cannot be decoded"
+    if kind == "16 bits":
+        Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(path)
+        return "0.png: expected 8-bit grey or colour"
+    if kind == "turned by EXIF":  # the photo, but not its mask
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path.with_suffix(".jpg"), exif=exif)
+        return "0.jpg: is 64 x 48 (h x w) but its mask is 48 x 64"
+    if kind == "CMYK":
+        picture.convert("CMYK").save(path.with_suffix(".jpg"))
+    elif kind == "palette":
+        picture.convert("P").save(path)
+    elif kind == "RGBA":
+        picture.convert("RGBA").save(path)
+    return None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["bomb", "zero bytes", "symlink loop", "pipe", "folder", "16 bits", "turned by EXIF", "CMYK", "palette",
+     "RGBA"],
+)  # fmt: skip
+def test_strange_photos_are_read_or_refused_with_a_message(config, tiny_weights, data, capsys, kind):
+    expected = spoil_photo(data, kind)
+    assert run_tiny(config, tiny_weights, "-e", 1) == (2 if expected else 0)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if expected:
+        assert expected in error and not Path("exp").exists()
+
+
+def test_photo_and_mask_turned_alike_by_exif_are_a_pair(config, tiny_weights, data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("imgs", "masks"):
+        path = data / "cables" / kind / "0.png"
+        Image.open(path).save(path, exif=exif)
+    assert run_tiny(config, tiny_weights, "-e", 1) == 0
+
+
+@pytest.mark.parametrize("name", ["a b", "ünï", "line\nbreak", "-e", "$HOME;ls", "%s{0}"])
+def test_strange_names_are_names(config_file, tiny_weights, data, name):
+    (data / "cables").rename(data / name)
+    for kind in ("imgs", "masks"):
+        (data / name / kind / "0.png").rename(data / name / kind / f"{name}.png")
+    assert run_tiny(config_file(data_dir=name), tiny_weights, "-e", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dataset: !!python/object/apply:os.mkdir [pwned]", "is not valid YAML"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in pairwise("abcdefgh")
+        ), "its aliases (*name) expand to more than 100000 values"),
+        ("dataset: &a [*a]", "its aliases (*name) expand to more than"),
+        ("[" * 10_000_000, "is larger than 1000000 bytes"),
+        ("[" * 900_000, "cannot read"),
+        ("dataset: \0", "is not valid YAML"),
+        ("dataset: {train: [{data_dir: [cables]}]}", "dataset.train[0].data_dir: expected the path"),
+    ],
+)  # fmt: skip
+def test_hostile_yaml(config, tiny_weights, capsys, text, expected):
+    config.write_text(text)
+    assert run_tiny(config, tiny_weights) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error and len(error) < 2000
+    assert not Path("pwned").exists() and not Path("exp").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", ".hidden", "a\nb", "a\0b"])
+def test_results_never_leave_exp(config, tiny_weights, capsys, name):
+    before = sorted(Path().rglob("*"))
+    assert run_tiny(config, tiny_weights, "-n", name) == 2
+    assert "expected the name of a folder inside exp/" in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def spoil_weights(path, kind):
+    weights = checkpoint.load_weights(path)
+    if kind == "code":
+        torch.save({"model": Hostile()}, path)
+        return "is refused"
+    if kind == "bare pickle with code":
+        path.write_bytes(pickle.dumps(Hostile()))
+        return "is refused"
+    if kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-5000])
+        return "is it cut off?"
+    if kind == "another shape":
+        weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
+        checkpoint.save_weights(weights, path)
+        return "does not hold the weights of tiny"
+    if kind == "nested":
+        torch.save({"state_dict": weights}, path)
+        return "is not a plain state_dict"
+    path.write_bytes(b"")
+    return "tiny.pth"
+
+
+@pytest.mark.parametrize(
+    "kind", ["code", "bare pickle with code", "cut off", "another shape", "nested", "empty"]
+)
+def test_hostile_checkpoints_run_no_code(config, tiny_weights, capsys, kind):
+    expected = spoil_weights(tiny_weights, kind)
+    assert run_tiny(config, tiny_weights) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert not Path("pwned").exists() and not Path("exp").exists()
