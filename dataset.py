@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -45,16 +45,21 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One dataset of the config with its files found.
+class Facts:
+    """What the check at the start saw of a file: the (h, w) of its picture and a hash of the pixels."""
 
-    `digests` has a hash of the pixels of each of its files, as they were when all was checked.
-    """
+    size: tuple[int, int]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of the config with its files found, and what was seen of each."""
 
     config: DatasetConfig
     pairs: tuple[Pair, ...]
     backgrounds: tuple[Path, ...]
-    digests: dict[Path, str] = field(default_factory=dict, compare=False)
+    facts: dict[Path, Facts]
 
     @property
     def is_constant(self) -> bool:
@@ -108,8 +113,8 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than what --max_pix
 
 def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
     """Raise ValueError naming the file if its header is no picture's or claims too many pixels."""
-    with _decoding(path):
-        height, width = image_size(path)
+    with _decoding(path), Image.open(path) as image:
+        width, height = image.size
     if height * width > max_pixels:
         raise ValueError(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
 
@@ -154,15 +159,15 @@ def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) 
             backgrounds += files
         found.append((config, tuple(pairs), tuple(backgrounds)))
     items = dict.fromkeys(item for _, pairs, backgrounds in found for item in (*pairs, *backgrounds))
-    digests = {}
+    facts = {}
     with ThreadPoolExecutor() as pool:
-        for fault, digests_of_item in pool.map(partial(_check, max_pixels=max_pixels), items):
+        for fault, facts_of_item in pool.map(partial(_check, max_pixels=max_pixels), items):
             faults += [fault] if fault else []
-            digests |= digests_of_item
+            facts |= facts_of_item
     if faults:
         raise ValueError(f"{len(faults)} problem(s) in the data:\n  {listed(faults)}")
     return [
-        Source(config, pairs, backgrounds, {path: digests[path] for path in _files(pairs, backgrounds)})
+        Source(config, pairs, backgrounds, {path: facts[path] for path in _files(pairs, backgrounds)})
         for config, pairs, backgrounds in found
     ]
 
@@ -181,9 +186,10 @@ def _files(pairs: Iterable[Pair], backgrounds: Iterable[Path]) -> Iterator[Path]
 
 def leaks(train: list[Source], test: Source) -> list[tuple[Path, Path]]:
     """Photos (test, train) whose pixels are the same, so that testing on them would measure memory."""
-    seen = {source.digests[pair.image_path]: pair.image_path for source in train for pair in source.pairs}
+    seen = {s.facts[pair.image_path].digest: pair.image_path for s in train for pair in s.pairs}
     photos = [pair.image_path for pair in test.pairs]
-    return [(path, seen[test.digests[path]]) for path in photos if test.digests[path] in seen]
+    digests = ((path, test.facts[path].digest) for path in photos)
+    return [(path, seen[digest]) for path, digest in digests if digest in seen]
 
 
 def _find_pairs(data_dir: Path, faults: list[str]) -> list[Pair]:
@@ -211,8 +217,8 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, str]]:
-    """What is wrong with a pair or a background, or None; and the hashes of its files' pixels."""
+def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, Facts]]:
+    """What is wrong with a pair or a background, or None; and what was seen of its files."""
     readers = {item: read_image}
     if isinstance(item, Pair):
         readers = {item.image_path: read_image, item.mask_path: read_mask}
@@ -228,13 +234,13 @@ def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, s
         if size != mask_size:
             fault = f"is {size[0]} x {size[1]} (h x w) but its mask is {mask_size[0]} x {mask_size[1]}"
             return f"{item.image_path}: {fault}", {}
-    return None, {path: _digest(array) for path, array in arrays.items()}
+    return None, {path: _facts(array) for path, array in arrays.items()}
 
 
-def _digest(array: np.ndarray) -> str:
+def _facts(array: np.ndarray) -> Facts:
     pixels = hashlib.blake2b(np.ascontiguousarray(array), digest_size=16)
     pixels.update(repr(array.shape).encode())
-    return pixels.hexdigest()
+    return Facts(array.shape[:2], pixels.hexdigest())
 
 
 # --- Sizes ------------------------------------------------------------------------------------
@@ -817,7 +823,7 @@ class TrainSet(Dataset):
     def _make(self, use: Use) -> dict[str, torch.Tensor]:
         source = self.sources[use.source]
         rng = make_rng(self.seed, TRAIN, use.born, use.slot)
-        canvas = fit_size(image_size(source.pairs[use.pair].image_path), self.frame.img_size)
+        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.frame.img_size)
         image, mask = make_sample(source, use.pair, canvas, rng, self.read)
         sample = model_input(image, mask, self.frame)
         return {**sample, **self.draw_prompt(use, sample["target"], sample["size"])}
@@ -841,9 +847,9 @@ def _shapes(sources: list[Source], longest: int) -> dict[Hashable, tuple[int, ..
             continue
         load = load_cut_out if source.config.composites else load_pair
         for pair in source.pairs:
-            shapes[load, pair] = (*_bounded_size(image_size(pair.image_path), longest), 4)
+            shapes[load, pair] = (*_bounded_size(source.facts[pair.image_path].size, longest), 4)
         for path in source.backgrounds:
-            shapes[load_background, path] = (*_bounded_size(image_size(path), longest), 3)
+            shapes[load_background, path] = (*_bounded_size(source.facts[path].size, longest), 3)
     return shapes
 
 
@@ -867,19 +873,11 @@ class TestSet(Dataset):
     def __getitem__(self, index: int) -> dict:
         pair_index = self.pair_indices[index]
         rng = make_rng(self.seed, TEST, index)
-        size = image_size(self.source.pairs[pair_index].image_path)
+        size = self.source.facts[self.source.pairs[pair_index].image_path].size
         image, mask = make_sample(self.source, pair_index, size, rng)
         sample = model_input(image, mask, self.frame)
         prompt = _prompt_tensors(self.prompt, sample["target"], sample["size"], self.frame, rng)
         return {**sample, **prompt, "picture": torch.tensor(image), "truth": torch.from_numpy(mask > 0.5)}
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """The (h, w) of an upright image file, from its header alone."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 are quarter turns
-    return (width, height) if turned else (height, width)
 
 
 # --- Loaders ----------------------------------------------------------------------------------

@@ -520,7 +520,7 @@ def check_same_files(resume: dict, sources: list[Source]) -> None:
 
 
 def file_digests(sources: list[Source]) -> dict[str, str]:
-    return {str(path): digest for source in sources for path, digest in source.digests.items()}
+    return {str(path): facts.digest for source in sources for path, facts in source.facts.items()}
 
 
 def warn_of_leaks(train_sources: list[Source], test_source: Source) -> None:
@@ -773,7 +773,7 @@ def main(argv: list[str] | None = None) -> int:
             train(args, setup, stop)
     except KeyboardInterrupt:  # the second signal, which does not wait
         stop.signal = stop.signal or SIGINT
-    except RunError as fault:
+    except (RunError, UnreadableFile) as fault:
         error = fault
     except OSError as fault:  # TensorBoard's name no file
         error = f"writing to {setup.folder} failed: {fault}"
@@ -1002,16 +1002,12 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         # test and save; the clock of images/s stands still
         paused = time.perf_counter()
         tested = progress.iteration % args.test_interval == 0 or last
-        if tested:
-            if is_main:
-                picture = show_train(sam, setup.train_set, uses, logits)
-                writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
-            if setup.test_set:
-                result = test_now()
-                is_best = progress.best is None or result[0] > progress.best[0]
-                if is_best and all(weight.isfinite().all() for weight in parameters):
-                    progress.best = result
-                    save_now("best.pth")
+        if tested and setup.test_set:
+            result = test_now()
+            is_best = progress.best is None or result[0] > progress.best[0]
+            if is_best and all(weight.isfinite().all() for weight in parameters):
+                progress.best = result
+                save_now("best.pth")
         saved = batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0
         if saved:
             save_now(f"epoch_{epoch + 1:04d}.pth")
@@ -1024,6 +1020,9 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         if tested or saved or state_is_old or ending:
             save_state()
             saved_at = time.monotonic()
+        if tested and is_main:  # after the state is safe, for this reads files again
+            picture = show_train(sam, setup.train_set, uses, logits)
+            writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
         start += time.perf_counter() - paused
         if ending:
             stop.signal = ending

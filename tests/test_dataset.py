@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import dataset
 import model
 from config import DatasetConfig
-from dataset import Frame, Pair, Source, TestSet, TrainSet
+from dataset import Facts, Frame, Pair, Source, TestSet, TrainSet
 
 FRAME = Frame(64, 32)
 
@@ -44,7 +44,7 @@ def test_images_are_read_as_upright_rgb(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
     upright = dataset.read_image(tmp_path / "a.png")
-    assert upright.shape == (6, 4, 3) == (*dataset.image_size(tmp_path / "a.png"), 3)
+    assert upright.shape == (6, 4, 3)
     assert (upright[:3] == [200, 0, 0]).all() and (upright[3:] == 0).all()
 
 
@@ -479,7 +479,8 @@ def test_a_cable_thinner_than_half_a_cell_is_still_prompted():
 
 def fake_source(n, percentage):
     config = DatasetConfig.model_construct(percentage=percentage, bg_paths=(), w_aug=False)
-    return Source(config, tuple(Pair(f"{i}", f"{i}") for i in range(n)), ())
+    pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
+    return Source(config, pairs, (), {pair.image_path: Facts((48, 64), "") for pair in pairs})
 
 
 @pytest.mark.parametrize(
@@ -561,16 +562,12 @@ def test_a_run_can_start_at_any_batch():
 def reuse_source(n, percentage=1.0):
     """A source of composites that is never read, for what is planned only."""
     config = DatasetConfig.model_construct(percentage=percentage, bg_paths=("b",), w_aug=True)
-    return Source(config, tuple(Pair(f"{i}", f"{i}") for i in range(n)), ())
-
-
-@pytest.fixture
-def no_files(monkeypatch):
-    monkeypatch.setattr(dataset, "image_size", lambda path: (48, 64))
+    pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
+    return Source(config, pairs, (), {pair.image_path: Facts((48, 64), "") for pair in pairs})
 
 
 @pytest.mark.parametrize("reuse", [1, 2, 3, 4])
-def test_reuse_renews_exactly_the_stated_samples(no_files, reuse):
+def test_reuse_renews_exactly_the_stated_samples(reuse):
     train_set = TrainSet([reuse_source(10), reuse_source(5)], frame=FRAME, prompt="none", seed=0, reuse=reuse)
     assert train_set.places == (15 if reuse > 1 else 0)
     epochs_of = {}
@@ -592,7 +589,7 @@ def test_reuse_renews_exactly_the_stated_samples(no_files, reuse):
 
 
 @pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (4, 6), (3, 17), (20, 0)])
-def test_every_sample_is_made_once_before_its_first_use(no_files, batch_size, start):
+def test_every_sample_is_made_once_before_its_first_use(batch_size, start):
     sources = [reuse_source(9), fake_source(4, 1.5), reuse_source(3, 0.5)]
     train_set = TrainSet(sources, frame=FRAME, prompt="none", seed=0, reuse=3, keep_photos=True)
     assert train_set.places == 9 + 4 + 2
@@ -638,7 +635,6 @@ def test_the_cache_covers_all_that_training_reads(data, monkeypatch):
     before = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
     for folder in ("cables", "test", "backgrounds"):
         shutil.rmtree(data / folder)
-    monkeypatch.setattr(dataset, "image_size", lambda path: (48, 64))
     again = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(before, again, strict=True))
 
