@@ -621,10 +621,15 @@ def draw_prompt(
 
 @dataclass(frozen=True)
 class Frame:
-    """What a model takes: `img_size` is the side of its square input, `grid` of its logits."""
+    """What a model takes: `img_size` is the side of its square input, `grid` that of the targets."""
 
     img_size: int
     grid: int
+
+    @property
+    def finest(self) -> int:
+        """The longest side of what samples are made of."""
+        return max(self.img_size, self.grid)
 
 
 def make_rng(seed: int, *key: int) -> np.random.Generator:
@@ -674,13 +679,13 @@ def model_input(image: np.ndarray, mask: np.ndarray, frame: Frame) -> dict[str, 
     Returns:
         image: uint8 (S, S, 3), longest side S = img_size, padded at the bottom and right.
         size: int64 (2,), the (h, w) of the picture in it.
-        target: uint8 (1, grid, grid), 255 times the mask averaged over the cells of the logits' grid.
+        target: uint8 (1, grid, grid), 255 times the mask averaged over the cells of the grid.
     """
     size = fit_size(mask.shape, frame.img_size)
-    image, mask = resize_image(image, size), resize_mask(mask, size)
-    target = resize_mask(pad_to_square(mask, frame.img_size), (frame.grid, frame.grid))
+    mask = resize_mask(mask, fit_size(mask.shape, frame.finest))
+    target = resize_mask(pad_to_square(mask, frame.finest), (frame.grid, frame.grid))
     return {
-        "image": torch.from_numpy(pad_to_square(image, frame.img_size)),
+        "image": torch.from_numpy(pad_to_square(resize_image(image, size), frame.img_size)),
         "size": torch.tensor(size),
         "target": torch.from_numpy(to_u8(target))[None],
     }
@@ -740,7 +745,7 @@ class TrainSet(Dataset):
         self.sources, self.frame, self.prompt, self.seed, self.reuse = sources, frame, prompt, seed, reuse
         rows, _ = epoch_plan(sources, seed, 0)
         self.epoch_length = len(rows)
-        self.read = DecodedFiles(_shapes(sources, longest_side((frame.img_size, 0))), cache_bytes)
+        self.read = DecodedFiles(_shapes(sources, longest_side((frame.finest, 0))), cache_bytes)
         # Where each source's places begin: places of slots, or of pairs if its photos never change.
         self.first_slot, self.first_place, self.places = [], [], 0
         for number, source in enumerate(sources):
@@ -823,7 +828,7 @@ class TrainSet(Dataset):
     def _make(self, use: Use) -> dict[str, torch.Tensor]:
         source = self.sources[use.source]
         rng = make_rng(self.seed, TRAIN, use.born, use.slot)
-        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.frame.img_size)
+        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.frame.finest)
         image, mask = make_sample(source, use.pair, canvas, rng, self.read)
         sample = model_input(image, mask, self.frame)
         return {**sample, **self.draw_prompt(use, sample["target"], sample["size"])}

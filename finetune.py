@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -23,6 +23,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -54,6 +55,7 @@ from metrics import score
 from visualize import draw_points, panel, sheet
 
 RESUME_FILE = "resume.pth"
+FINER = 2  # how much finer than the decoder's grid the loss is, where the encoder learns to use it
 PANELS = 4  # pictures shown of the test set and of a training batch
 
 
@@ -440,6 +442,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
     options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
     test_set = TestSet(sources[-1], **options) if test_config else None
+    if args.train != "decoder":
+        options["frame"] = replace(frame, grid=FINER * frame.grid)
     options |= {"reuse": args.embedding_reuse, "cache_bytes": args.cache_mb * MIB}
     train_set = TrainSet(train_sources, **options, keep_photos=args.epoch_num > 1 and args.train == "decoder")
     try:
@@ -900,7 +904,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
     if setup.test_set and not setup.resume:
         progress.untuned = test_now()
 
-    grid = model.mask_grid(sam)
+    grid = setup.train_set.frame.grid
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
     saved_at = time.monotonic()
     first = progress.iteration + 1
@@ -932,12 +936,15 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             )
         lr = optimizer.param_groups[0]["lr"]
 
-        # forward; losses in float32, on the decoder's grid, away from padding
+        # forward; losses in float32, on the targets' grid, away from padding
         losses = torch.zeros(3, device=device)
         if uses:
             with model.autocast(device, amp):
                 logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
-            logits, target = logits.float(), batch["target"].float() / 255
+            target = batch["target"].float() / 255
+            logits = logits.float()
+            if logits.shape != target.shape:
+                logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
             valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
             losses = torch.stack(
                 [

@@ -186,6 +186,14 @@ def test_model_input_pads_bottom_right_and_averages_the_target():
     assert valid[0, 0].sum() == 16 * 32 and valid[0, 0, :16].all()
 
 
+def test_a_grid_finer_than_the_input_has_a_target_of_its_own():
+    mask = np.zeros((64, 128), np.float32)
+    mask[9, :] = 1.0  # thinner than a pixel of the input
+    sample = dataset.model_input(np.zeros((64, 128, 3), np.uint8), mask, Frame(64, 128))
+    assert sample["image"].shape == (64, 64, 3) and sample["size"].tolist() == [32, 64]
+    assert (sample["target"][0, 9] == 255).all() and sample["target"].int().sum() == 255 * 128
+
+
 def test_model_input_is_never_a_view_of_a_picture_that_others_read():
     image = np.zeros((64, 64, 3), np.uint8)  # square and of the model's size: nothing to resize or pad
     image.flags.writeable = False

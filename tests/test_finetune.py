@@ -295,6 +295,7 @@ def train_plainly(*argv):
     return model.official_weights(sam, setup.loaded)
 
 
+@pytest.mark.filterwarnings("ignore:photos to test on")
 @pytest.mark.parametrize("options", [(), ("--embedding_reuse", 3)])
 @pytest.mark.parametrize("kind", ["composites", "photos", "both"])
 def test_nothing_kept_changes_what_is_learned(tiny_weights, config_file, data, kind, options):
