@@ -399,18 +399,24 @@ def composite(
         paste(resize(read(load_cut_out, source.pairs[pair_index], longest), canvas), image, mask)
         return image, mask
     image = recolour_scene(flip(image, rng), rng)
+    if rng.random() < CLUTTER:
+        image = add_clutter(image, rng)
     indices = [pair_index]
     if rng.random() < SECOND_CUT_OUT:
         indices.insert(0, int(rng.integers(len(source.pairs))))
     for index in indices:
-        cables = flip(read(load_cut_out, source.pairs[index], longest), rng)
-        paste(move(cables, canvas, rng), image, mask, partial(recolour_cables, rng=rng))
+        cables = move(flip(read(load_cut_out, source.pairs[index], longest), rng), canvas, rng)
+        if rng.random() < SHADOW:
+            cast_shadow(cables, image, rng)
+        paste(cables, image, mask, partial(recolour_cables, rng=rng))
     return degrade(image, rng), mask
 
 
 # --- Augmentation -----------------------------------------------------------------------------
 
 SECOND_CUT_OUT = 0.3  # probability
+CLUTTER = 0.5  # probability
+SHADOW = 0.5  # probability
 SCALE = (0.6, 1.6)  # relative to the whole photo filling the canvas
 SHIFT = 0.3  # of the canvas side, to either direction
 MIN_IN_FRAME = 0.25  # of the cables' pixels
@@ -523,6 +529,65 @@ def _shift_hsv(image: np.ndarray, *, hue: float, saturation: tuple[float, float]
     )
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB)
+
+
+def add_clutter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw 1 to 6 things with edges that are no cable's: boxes, strips along the frame, text, keys."""
+    draw = (_draw_box, _draw_strip, _draw_text, _draw_keys)
+    for _ in range(rng.integers(1, 7)):
+        layer = np.ascontiguousarray(image).copy()
+        draw[rng.integers(len(draw))](layer, rng.integers(0, 256, 3).tolist(), rng)
+        opacity = rng.uniform(0.5, 1)
+        image = cv2.addWeighted(layer, opacity, image, 1 - opacity, 0)
+    return image
+
+
+def _draw_box(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+    sides = np.exp(rng.uniform(*np.log((0.02, 0.5)), 2)) * max(layer.shape)
+    _fill_box(layer, _random_point(layer, rng), sides, rng.uniform(-180, 180), colour)
+
+
+def _draw_strip(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+    width = 1 + int(rng.uniform(0.01, 0.1) * max(layer.shape))
+    layer[(np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:])[rng.integers(4)]] = colour
+
+
+def _draw_text(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+    text = "".join(map(chr, rng.integers(33, 127, rng.integers(2, 12))))
+    scale = np.exp(rng.uniform(*np.log((0.3, 3)))) * max(layer.shape) / 256
+    start = _random_point(layer, rng) - (0.3 * layer.shape[1], 0)
+    width = max(1, int(scale * rng.uniform(1, 3)))
+    font = int(rng.integers(5))  # OpenCV's upright ones
+    cv2.putText(layer, text, start.astype(int).tolist(), font, scale, colour, width, cv2.LINE_AA)
+
+
+def _draw_keys(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+    pitch, angle = rng.uniform(0.03, 0.1) * max(layer.shape), rng.uniform(-180, 180)
+    steps = pitch * cv2.getRotationMatrix2D((0, 0), -angle, 1.0)[:, :2].T  # along a row, to the next one
+    corner, rows, columns = _random_point(layer, rng), rng.integers(2, 6), rng.integers(2, 8)
+    for row, column in np.ndindex(rows, columns):
+        centre = corner + (column - columns / 2) * steps[0] + (row - rows / 2) * steps[1]
+        _fill_box(layer, centre, (0.8 * pitch, 0.8 * pitch), angle, colour)
+
+
+def _random_point(layer: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(0, 1, 2) * layer.shape[1::-1]
+
+
+def _fill_box(layer, centre, sides, angle, colour) -> None:
+    """A filled rectangle, turned by `angle` degrees, with smooth edges."""
+    corners = cv2.boxPoints((tuple(centre), tuple(sides), angle))
+    cv2.fillPoly(layer, [np.rint(corners * 8).astype(np.int32)], colour, cv2.LINE_AA, shift=3)
+
+
+def cast_shadow(cut_out: np.ndarray, image: np.ndarray, rng: np.random.Generator) -> None:
+    """Darken an image (H, W, 3), in place, beside where cables (H, W, 4) will lie on it."""
+    height, width = image.shape[:2]
+    unit = max(height, width) / 256
+    shift = np.column_stack([np.eye(2), unit * rng.uniform(-5, 5, 2)])
+    shadow = cv2.warpAffine(cut_out[..., 3], shift, (width, height))
+    shadow = cv2.GaussianBlur(shadow, (0, 0), unit * rng.uniform(0.7, 4)).astype(np.float32)
+    np.rint(image * (1 - rng.uniform(0.2, 0.7) / 255 * shadow[..., None]), out=image, casting="unsafe")
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -191,7 +191,7 @@ def _add_saving_flags(saving: argparse._ArgumentGroup) -> None:
         "-s", "--save_interval", type=positive_int, default=10, help="epochs between checkpoints"
     )
     saving.add_argument(
-        "--keep_last", type=positive_int, metavar="N", help="epochs' checkpoints to keep (default: all)"
+        "--keep_last", type=positive_int, metavar="N", help="epochs' checkpoints to keep; %(default)s: all"
     )
 
 
@@ -374,7 +374,6 @@ class Setup:
     """All that training needs, checked; nothing is written before it exists."""
 
     config: Config
-    sources: list[Source]
     train_set: TrainSet
     test_set: TestSet | None
     model_type: str
@@ -386,6 +385,10 @@ class Setup:
     compile: bool
     folder: Path
     resume: dict | None
+
+    @property
+    def sources(self) -> list[Source]:
+        return [*self.train_set.sources, *([self.test_set.source] if self.test_set else [])]
 
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`model.encode` on the device; an encoder that trains in float32 computes in the compute type."""
@@ -426,11 +429,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     test_config = config.dataset.test
     configs = [*config.dataset.train, *([test_config] if test_config else [])]
     sources = find_sources(configs, max_pixels=args.max_pixels)
-    train_sources = sources[: len(config.dataset.train)]
     if resume:
         check_same_files(resume, sources)
-    if test_config:
-        warn_of_leaks(train_sources, sources[-1])
 
     amp = model.amp_dtype(args.amp, device)
     path = args.checkpoint or model.pretrained_path(args.model_type)
@@ -440,25 +440,14 @@ def prepare(args: argparse.Namespace) -> Setup:
     model.place(sam, device, amp, train=args.train)
 
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
-    options = {"frame": frame, "prompt": args.prompt, "seed": args.seed}
-    test_set = TestSet(sources[-1], **options) if test_config else None
-    if args.train != "decoder":
-        options["frame"] = replace(frame, grid=FINER * frame.grid)
-    options |= {"reuse": args.embedding_reuse, "cache_bytes": args.cache_mb * MIB}
-    train_set = TrainSet(train_sources, **options, keep_photos=args.epoch_num > 1 and args.train == "decoder")
-    try:
-        check_room(folder, EmbeddingPool.size(**pool_layout(train_set, sam, amp)), "keeping the embeddings")
-    except OSError as error:
-        if args.embedding_reuse > 1:
-            raise
-        warnings.warn(f"{error}: photos are encoded anew in every epoch", stacklevel=2)
-        train_set = TrainSet(train_sources, **options)
-    to_compile = compiles(
-        args.compile, device, args.epoch_num * train_set.epoch_length // args.embedding_reuse
-    )
+    test_set = None
+    if test_config:
+        test_set = TestSet(sources.pop(), frame=frame, prompt=args.prompt, seed=args.seed)
+        warn_of_leaks(sources, test_set.source)
+    train_set = make_train_set(args, sources, frame, pool_layout(sam, amp), folder)
+    pictures = args.epoch_num * train_set.epoch_length // args.embedding_reuse
     return Setup(
         config=config,
-        sources=sources,
         train_set=train_set,
         test_set=test_set,
         model_type=args.model_type,
@@ -467,19 +456,38 @@ def prepare(args: argparse.Namespace) -> Setup:
         loaded=loaded,
         device=device,
         amp=amp,
-        compile=to_compile,
+        compile=compiles(args.compile, device, pictures),
         folder=folder,
         resume=resume,
     )
 
 
-def pool_layout(train_set: TrainSet, sam: Sam, amp: torch.dtype | None) -> dict:
-    """Arguments of the run's `EmbeddingPool`: float16, or float32 where nothing may be rounded."""
+def make_train_set(
+    args: argparse.Namespace, sources: list[Source], frame: Frame, layout: dict, folder: Path
+) -> TrainSet:
+    """The training samples; raises OSError if --embedding_reuse needs more disk than there is."""
+    if args.train != "decoder":
+        frame = replace(frame, grid=FINER * frame.grid)
+    options = {"frame": frame, "prompt": args.prompt, "seed": args.seed, "reuse": args.embedding_reuse}
+    options |= {"cache_bytes": args.cache_mb * MIB}
+    keep_photos = args.epoch_num > 1 and args.train == "decoder"
+    train_set = TrainSet(sources, **options, keep_photos=keep_photos)
+    try:
+        check_room(folder, EmbeddingPool.size(train_set.places, **layout), "keeping the embeddings")
+    except OSError as error:
+        if args.embedding_reuse > 1:
+            raise
+        warnings.warn(f"{error}: photos are encoded anew in every epoch", stacklevel=2)
+        train_set = TrainSet(sources, **options)
+    return train_set
+
+
+def pool_layout(sam: Sam, amp: torch.dtype | None) -> dict:
+    """How an `EmbeddingPool` of the run keeps a sample: float16, or float32 where nothing may be rounded."""
     return {
-        "places": train_set.places,
         "shape": (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         "dtype": np.dtype(np.float16 if amp else np.float32),
-        "grid": train_set.frame.grid,
+        "grid": model.mask_grid(sam),
     }
 
 
@@ -560,9 +568,9 @@ def print_summary(args: argparse.Namespace, setup: Setup, schedule: Schedule) ->
         f"results     {setup.folder}"
     )
     if setup.train_set.places:
-        layout = pool_layout(setup.train_set, setup.sam, setup.amp)
+        size = EmbeddingPool.size(setup.train_set.places, **pool_layout(setup.sam, setup.amp))
         print(
-            f"embeddings  {EmbeddingPool.size(**layout) / MIB:.0f} MiB on disk until the end; "
+            f"embeddings  {size / MIB:.0f} MiB on disk until the end; "
             f"composites are used in {args.embedding_reuse} epoch(s), unchanging photos in all"
         )
 
@@ -699,7 +707,7 @@ def embedded_batches(
     made = zip(train_set.batches_to_make(**span), loader, strict=True)
     pool = None
     if train_set.places:
-        pool = EmbeddingPool(setup.folder, **pool_layout(train_set, setup.sam, setup.amp))
+        pool = EmbeddingPool(setup.folder, train_set.places, **pool_layout(setup.sam, setup.amp))
 
     def make() -> tuple[list[Use], dict[str, Tensor], float]:
         asked = time.perf_counter()

@@ -419,6 +419,42 @@ def test_noise_is_normal():
     assert (np.abs(z) < 1).mean() == pytest.approx(0.683, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "draw", [dataset._draw_box, dataset._draw_strip, dataset._draw_text, dataset._draw_keys]
+)
+def test_clutter_of_every_kind_is_drawn_in_one_colour_within_the_picture(draw):
+    changed = []
+    for seed in range(20):
+        layer = np.zeros((60, 90, 3), np.uint8)
+        draw(layer, [200, 100, 50], rng(seed))
+        drawn = layer.any(axis=2)
+        changed.append(drawn.mean())
+        strong = layer[layer[..., 0] > 150].astype(float)
+        assert np.allclose(strong[:, 1] / strong[:, 0], 0.5, atol=0.02)
+    assert np.mean(np.array(changed) > 0) > 0.7  # some of it falls out of the frame
+    assert np.mean(changed) < 0.5
+
+
+def test_clutter_leaves_the_truth_and_the_background_file_alone(data):
+    image = np.full((60, 90, 3), 77, np.uint8)
+    image.flags.writeable = False
+    cluttered = dataset.add_clutter(image, rng(1))
+    assert cluttered.shape == image.shape and cluttered.dtype == np.uint8
+    assert 0.01 < np.mean((cluttered != image).any(axis=2)) < 1
+    assert (dataset.add_clutter(image, rng(1)) == cluttered).all()
+
+
+def test_shadows_darken_beside_the_cable_alone():
+    image = np.full((256, 256, 3), 200, np.uint8)
+    cables = np.zeros((256, 256, 4), np.uint8)
+    dataset.cast_shadow(cables, image, rng())
+    assert (image == 200).all()
+    cables[100:110, :, 3] = 255
+    dataset.cast_shadow(cables, image, rng())
+    assert image.min() < 170 and image.max() == 200
+    assert (image[:80] == 200).all() and (image[130:] == 200).all()  # at most 5 px away, blurred by 4
+
+
 # --- prompts ---
 
 

@@ -192,6 +192,20 @@ def test_a_trained_encoder_is_saved_under_the_official_keys(tiny_weights, config
     assert not any(key.startswith("prompt_encoder.") for key in changed)
 
 
+@pytest.mark.parametrize(("train", "side"), [("decoder", 32), ("lora", 64), ("encoder", 64)])
+def test_the_loss_is_finer_where_the_encoder_learns(tiny_weights, config_file, monkeypatch, train, side):
+    shapes = []
+
+    def spy(logits, target, valid):
+        shapes.append((*logits.shape[2:], *target.shape[2:], *valid.shape[2:]))
+        return dice_loss(logits, target, valid)
+
+    dice_loss = finetune.dice_loss
+    monkeypatch.setattr(finetune, "dice_loss", spy)
+    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--train", train) == 0
+    assert set(shapes) == {(side,) * 6}
+
+
 @pytest.mark.parametrize("train", ["lora", "encoder"])
 def test_a_trained_encoder_is_tested_as_it_is(tiny_weights, config_file, train):
     options = ("-e", 8, "--lr", 1e-2, "--train", train, "--test_interval", 5)
