@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -385,6 +385,10 @@ class Setup:
     compile: bool
     folder: Path
     resume: dict | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     @property
     def sources(self) -> list[Source]:
@@ -830,13 +834,23 @@ class StopRequest:
         print(f"\n{signal.Signals(number).name}: ending after this iteration", file=sys.stderr)
 
 
-def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
-    """Train what `--train` says, test on the way, and write `setup.folder`.
+@dataclass
+class Run:
+    """A run under way: what it has beside its `Setup`. Only the main process has a writer."""
 
-    Ends early, with its state saved, once `stop` notes a signal. Raises RunError, which names the cause,
-    if it cannot go on.
-    """
-    sam, device, amp = setup.sam, setup.device, setup.amp
+    schedule: Schedule
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    decode: Callable
+    writer: SummaryWriter | None = None
+    tests: list[EncodedTest] = field(default_factory=list)
+
+
+def start(args: argparse.Namespace, setup: Setup) -> Run:
+    """Set up what trains, from the state to resume if there is one, and open `setup.folder`."""
+    sam, amp = setup.sam, setup.amp
     torch.manual_seed(args.seed)
     groups = model.prepare_training(
         sam,
@@ -848,76 +862,61 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         lora_alpha=args.lora_alpha,
         grad_checkpointing=args.grad_checkpointing,
     )
-    parameters = [parameter for group in groups for parameter in group["params"]]
     batch_size = args.batch_size * distributed.size()
-    schedule = Schedule(setup.train_set.epoch_length, batch_size, args.virtual_batch_size, args.epoch_num)
-    checkpoints = setup.folder / "checkpoints"
-    if is_main := distributed.is_main():
-        print_summary(args, setup, schedule)
-        checkpoints.mkdir(parents=True, exist_ok=args.resume)
-        write_settings(args, setup)
-    distributed.wait_for_all()
-
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    progress = Progress(loss_sums=torch.zeros(3, device=device))
+    run = Run(
+        Schedule(setup.train_set.epoch_length, batch_size, args.virtual_batch_size, args.epoch_num),
+        [parameter for group in groups for parameter in group["params"]],
+        torch.optim.AdamW(groups, weight_decay=args.weight_decay),
+        torch.amp.GradScaler(setup.device.type, enabled=amp is torch.float16),
+        Progress(loss_sums=torch.zeros(3, device=setup.device)),
+        model.decode,
+    )
     if setup.resume:
-        model.load_trained_weights(sam, setup.resume["weights"])
-        if is_main:  # those of all processes are in it
-            model.load_gradients(sam, setup.resume["gradients"])
-        optimizer.load_state_dict(setup.resume["optimizer"])
-        scaler.load_state_dict(setup.resume["scaler"])
-        progress = Progress(**setup.resume["progress"])
-        progress.loss_sums = progress.loss_sums.to(device)
-    if is_main:
+        load_state(setup, run)
+    if distributed.is_main():
+        print_summary(args, setup, run.schedule)
         if setup.resume:
-            print(f"resumed     after iteration {progress.iteration}")
-        writer = SummaryWriter(setup.folder, purge_step=progress.iteration + 1 if setup.resume else None)
+            print(f"resumed     after iteration {run.progress.iteration}")
+        setup.checkpoints.mkdir(parents=True, exist_ok=args.resume)
+        write_settings(args, setup)
+        purge_step = run.progress.iteration + 1 if setup.resume else None
+        run.writer = SummaryWriter(setup.folder, purge_step=purge_step)
         flags = yaml.safe_dump(settings(args), sort_keys=False)
-        writer.add_text("flags", f"```\n{flags}```", progress.iteration)
-
-    decode = model.decode
+        run.writer.add_text("flags", f"```\n{flags}```", run.progress.iteration)
+    distributed.wait_for_all()
     if setup.compile:
-        at_once = 1 if device.type == "cpu" else args.batch_size
+        at_once = 1 if setup.device.type == "cpu" else args.batch_size
         sam.image_encoder.forward = compiled(sam.image_encoder.forward, at_once)
-        decode = compiled(decode, args.batch_size)
-    tests = encode_test_set(args, setup) if setup.test_set else []
+        run.decode = compiled(model.decode, args.batch_size)
+    if setup.test_set:
+        run.tests = encode_test_set(args, setup)
+    return run
 
-    def test_now() -> tuple[float, float, int]:
-        iou, dice, predictions = evaluate(setup, tests, args.batch_size)
-        if not is_main:
-            return iou, dice, progress.iteration
-        writer.add_scalar("test/iou", iou, progress.iteration)
-        writer.add_scalar("test/dice", dice, progress.iteration)
-        picture = show_test(tests, predictions)
-        writer.add_image("test/panel", picture, progress.iteration, dataformats="HWC")
-        tqdm.write(f"iteration {progress.iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
-        return iou, dice, progress.iteration
 
-    def save_now(name: str) -> None:
-        if not is_main:
-            return
-        checkpoint.save_weights(model.official_weights(sam, setup.loaded), checkpoints / name)
+def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
+    """Train what `--train` says, test on the way, and write `setup.folder`.
 
-    def save_state() -> None:
-        gradients = model.gradients(sam) if schedule.is_amid_step(progress.iteration) else {}
-        distributed.add_up(gradients.values())
-        if not is_main:
-            return
-        writer.flush()
-        state = resume_state(args, setup, optimizer, scaler, progress)
-        state |= {"gradients": gradients, "processes": distributed.size()}
-        checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
-
+    Ends early, with its state saved, once `stop` notes a signal. Raises RunError, which names the cause,
+    if it cannot go on.
+    """
+    run = start(args, setup)
+    schedule, progress, optimizer, scaler = run.schedule, run.progress, run.optimizer, run.scaler
+    is_main = distributed.is_main()
     if setup.test_set and not setup.resume:
-        progress.untuned = test_now()
+        progress.untuned = test(args, setup, run)
 
     grid = setup.train_set.frame.grid
-    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=device)
+    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=setup.device)
     saved_at = time.monotonic()
     first = progress.iteration + 1
-    seen, waited, start = 0, 0.0, time.perf_counter()
-    bar = tqdm(total=schedule.iterations, initial=progress.iteration, unit="it", disable=not is_main)
+    seen, waited, clock = 0, 0.0, time.perf_counter()
+    bar = tqdm(
+        total=schedule.iterations,
+        initial=progress.iteration,
+        unit="it",
+        dynamic_ncols=True,
+        disable=not is_main,
+    )
     batches = embedded_batches(args, setup, progress.iteration)
     while True:
         # the next batch; where there is none to be had, nothing of the run is lost
@@ -927,7 +926,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             break
         except RunError:
             if distributed.size() == 1:  # else the others are further, or wait for this one
-                save_state()
+                save_state(args, setup, run)
             raise
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
         progress.iteration += 1
@@ -942,13 +941,12 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
                 warmup=args.warmup_steps,
                 power=args.lr_power,
             )
-        lr = optimizer.param_groups[0]["lr"]
 
         # forward; losses in float32, on the targets' grid, away from padding
-        losses = torch.zeros(3, device=device)
+        losses = torch.zeros(3, device=setup.device)
         if uses:
-            with model.autocast(device, amp):
-                logits, iou_pred = decode(sam, batch["embedding"], batch["points"], batch["labels"])
+            with model.autocast(setup.device, setup.amp):
+                logits, iou_pred = run.decode(setup.sam, batch["embedding"], batch["points"], batch["labels"])
             target = batch["target"].float() / 255
             logits = logits.float()
             if logits.shape != target.shape:
@@ -965,11 +963,10 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
 
         # step, once the batches of a step are through
-        step_ends = schedule.ends_step(batch_index)
-        if step_ends:
-            distributed.add_up_gradients(parameters)
+        if schedule.ends_step(batch_index):
+            distributed.add_up_gradients(run.parameters)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.grad_clip)
             if is_good := bool(norm.isfinite()):
                 scaler.step(optimizer)
             scaler.update()
@@ -988,64 +985,89 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         progress.samples += schedule.samples_in_batch(batch_index)
         seen, waited = seen + schedule.samples_in_batch(batch_index), waited + wait
         if progress.iteration % args.log_interval == 0 or last:
-            means = (progress.loss_sums / progress.samples).tolist()
-            elapsed = time.perf_counter() - start
-            scalars = {
-                "train/loss": float(np.dot(means, weights.tolist())),
-                "train/focal": means[0],
-                "train/dice": means[1],
-                "train/iou_mse": means[2],
-                "train/lr": lr,
-                "train/bad_steps": progress.bad_steps,
-                "train/images_per_s": seen / elapsed,
-                "train/data_wait": waited / elapsed,
-            }
-            if device.type == "cuda":
-                scalars["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            for name, value in scalars.items() if is_main else ():
-                writer.add_scalar(name, value, progress.iteration)
-            bar.set_postfix_str(
-                f"loss {scalars['train/loss']:.3f}, lr {lr:.1e}, "
-                f"{scalars['train/images_per_s']:.2f} images/s, {scalars['train/data_wait']:.0%} data wait"
-            )
+            elapsed = time.perf_counter() - clock
+            speed = {"train/images_per_s": seen / elapsed, "train/data_wait": waited / elapsed}
+            bar.set_postfix_str(log(run, weights, speed))
             progress.loss_sums.zero_()
             progress.samples = 0
         if progress.iteration % args.log_interval == 0 or progress.iteration == first:
             # the clock starts anew; not in what it shows: the first iteration, which warms up
-            seen, waited, start = 0, 0.0, time.perf_counter()
+            seen, waited, clock = 0, 0.0, time.perf_counter()
 
         # test and save; the clock of images/s stands still
         paused = time.perf_counter()
         tested = progress.iteration % args.test_interval == 0 or last
         if tested and setup.test_set:
-            result = test_now()
+            result = test(args, setup, run)
             is_best = progress.best is None or result[0] > progress.best[0]
-            if is_best and all(weight.isfinite().all() for weight in parameters):
+            if is_best and all(weight.isfinite().all() for weight in run.parameters):
                 progress.best = result
-                save_now("best.pth")
+                save_weights(setup, "best.pth")
         saved = batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0
         if saved:
-            save_now(f"epoch_{epoch + 1:04d}.pth")
-            if is_main:
-                remove_old(checkpoints, args.keep_last)
+            save_weights(setup, f"epoch_{epoch + 1:04d}.pth")
+            remove_old(setup.checkpoints, args.keep_last)
         if last:
-            save_now("last.pth")
+            save_weights(setup, "last.pth")
         state_is_old = time.monotonic() - saved_at >= 60 * args.resume_interval
         ending, state_is_old = distributed.largest([stop.signal or 0, int(state_is_old)])
         if tested or saved or state_is_old or ending:
-            save_state()
+            save_state(args, setup, run)
             saved_at = time.monotonic()
         if tested and is_main:  # after the state is safe, for this reads files again
-            picture = show_train(sam, setup.train_set, uses, logits)
-            writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
-        start += time.perf_counter() - paused
+            picture = show_train(setup.sam, setup.train_set, uses, logits)
+            run.writer.add_image("train/panel", picture, progress.iteration, dataformats="HWC")
+        clock += time.perf_counter() - paused
         if ending:
             stop.signal = ending
             break
     bar.close()
     if is_main:
-        writer.close()
-        print_result(progress, checkpoints)
+        run.writer.close()
+        print_result(progress, setup.checkpoints)
+
+
+def log(run: Run, weights: Tensor, speed: dict[str, float]) -> str:
+    """Write the scalars since the last log; returns the main ones as a line."""
+    progress = run.progress
+    means = (progress.loss_sums / progress.samples).tolist()
+    scalars = {
+        "train/loss": float(np.dot(means, weights.tolist())),
+        "train/focal": means[0],
+        "train/dice": means[1],
+        "train/iou_mse": means[2],
+        "train/lr": run.optimizer.param_groups[0]["lr"],
+        "train/bad_steps": progress.bad_steps,
+        **speed,
+    }
+    if progress.loss_sums.device.type == "cuda":
+        scalars["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if run.writer:
+        for name, value in scalars.items():
+            run.writer.add_scalar(name, value, progress.iteration)
+    return (
+        f"loss {scalars['train/loss']:.3f}, lr {scalars['train/lr']:.1e}, "
+        f"{speed['train/images_per_s']:.2f} images/s, {speed['train/data_wait']:.0%} data wait"
+    )
+
+
+def test(args: argparse.Namespace, setup: Setup, run: Run) -> tuple[float, float, int]:
+    """Evaluate on the test set and log it; returns IoU, Dice and the iteration."""
+    iteration = run.progress.iteration
+    iou, dice, predictions = evaluate(setup, run.tests, args.batch_size)
+    if run.writer:
+        run.writer.add_scalar("test/iou", iou, iteration)
+        run.writer.add_scalar("test/dice", dice, iteration)
+        picture = show_test(run.tests, predictions)
+        run.writer.add_image("test/panel", picture, iteration, dataformats="HWC")
+        tqdm.write(f"iteration {iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
+    return iou, dice, iteration
+
+
+def save_weights(setup: Setup, name: str) -> None:
+    if distributed.is_main():
+        weights = model.official_weights(setup.sam, setup.loaded)
+        checkpoint.save_weights(weights, setup.checkpoints / name)
 
 
 def next_batch(batches: Iterator[tuple]) -> tuple:
@@ -1069,7 +1091,7 @@ def bad_steps_message(progress: Progress, setup: Setup, uses: list[Use]) -> str:
     """Why a run ends whose losses or gradients are not finite."""
     sources = setup.train_set.sources
     names = sorted({str(sources[use.source].pairs[use.pair].image_path) for use in uses})
-    best = setup.folder / "checkpoints" / "best.pth"
+    best = setup.checkpoints / "best.pth"
     return (
         f"iteration {progress.iteration}: loss or gradient was not finite in {progress.bad_in_row} steps "
         f"in a row (--max_bad_steps); the last batch held {', '.join(names)}; last good weights: "
@@ -1079,28 +1101,43 @@ def bad_steps_message(progress: Progress, setup: Setup, uses: list[Use]) -> str:
 
 def remove_old(checkpoints: Path, keep: int | None) -> None:
     """Remove the epochs' checkpoints but for the last `keep`."""
-    if keep:
+    if keep and distributed.is_main():
         for path in sorted(checkpoints.glob("epoch_*.pth"))[:-keep]:
             path.unlink()
 
 
-def resume_state(
-    args: argparse.Namespace,
-    setup: Setup,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-) -> dict:
-    """What `--resume` needs. Samples and prompts are functions of seed, epoch and index: no RNG is kept."""
-    return {
-        "progress": vars(progress),
+def save_state(args: argparse.Namespace, setup: Setup, run: Run) -> None:
+    """Save what `--resume` needs: no generator's state, for samples are functions of seed, epoch and slot."""
+    amid_step = run.schedule.is_amid_step(run.progress.iteration)
+    gradients = model.gradients(setup.sam) if amid_step else {}
+    distributed.add_up(gradients.values())
+    if not run.writer:
+        return
+    run.writer.flush()
+    state = {
+        "progress": vars(run.progress),
         "weights": model.trained_weights(setup.sam),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
+        "gradients": gradients,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
         "flags": settings(args),
+        "processes": distributed.size(),
         "config": setup.config.model_dump_json(),
         "files": file_digests(setup.sources),
     }
+    checkpoint.save_resume_state(state, setup.folder / RESUME_FILE)
+
+
+def load_state(setup: Setup, run: Run) -> None:
+    """Set what `save_state` saved."""
+    state = setup.resume
+    model.load_trained_weights(setup.sam, state["weights"])
+    if distributed.is_main():  # those of all processes are in it
+        model.load_gradients(setup.sam, state["gradients"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
+    run.progress.loss_sums = run.progress.loss_sums.to(setup.device)
 
 
 def settings(args: argparse.Namespace) -> dict:
