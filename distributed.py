@@ -63,6 +63,15 @@ def add_up_gradients(parameters: list[nn.Parameter]) -> None:
         add_up(parameter.grad for parameter in parameters)
 
 
+def gather(items: list) -> list:
+    """The items of all processes, those of process 0 first."""
+    if size() == 1:
+        return items
+    parts = [None] * size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def largest(values: list[int]) -> list[int]:
     """The largest that any process gives, value by value: what all of them then agree on."""
     if size() == 1:

@@ -51,11 +51,13 @@ from dataset import (
     train_loader,
 )
 from losses import dice_loss, focal_loss, iou_mse
-from metrics import score
-from visualize import draw_points, panel, sheet
+from metrics import Measured, measure, summarise
+from visualize import draw_points, panel, sheet, shrink
 
 RESUME_FILE = "resume.pth"
 FINER = 2  # how much finer than the decoder's grid the loss is, where the encoder learns to use it
+METRICS_FILE = "metrics.jsonl"
+SHOWN = 320  # longest side of a test picture as shown, in pixels
 PANELS = 4  # pictures shown of the test set and of a training batch
 
 
@@ -591,8 +593,8 @@ class EncodedTest:
     """A test sample with its embedding, which a frozen encoder computes once per run.
 
     `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16; it is None if the
-    encoder trains, which then needs `image` uint8 (1, S, S, 3), the model's input. `picture` RGB uint8
-    (H, W, 3) is kept for the samples that are shown, `truth` bool (H, W) for all.
+    encoder trains, which then needs `image` uint8 (1, S, S, 3), the model's input. `truth` is bool (H, W),
+    `picture` RGB uint8, small enough to show.
     """
 
     image: Tensor | None
@@ -601,7 +603,7 @@ class EncodedTest:
     labels: Tensor
     size: tuple[int, int]
     truth: np.ndarray
-    picture: np.ndarray | None
+    picture: np.ndarray
 
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
@@ -620,7 +622,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
                 sample["labels"][None],
                 tuple(sample["size"].tolist()),
                 sample["truth"].numpy(),
-                sample["picture"].numpy() if len(encoded) < PANELS else None,
+                shrink(sample["picture"].numpy(), SHOWN),
             )
         )
     return encoded
@@ -628,7 +630,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
 
 @torch.no_grad()
 def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator[np.ndarray]:
-    """Predicted masks, bool (H, W) at each picture's own resolution."""
+    """Predicted logits, float32 (H, W) at each picture's own resolution."""
     sam, device = setup.sam, setup.device
     for start in range(0, len(tests), batch_size):
         batch = tests[start : start + batch_size]
@@ -643,32 +645,25 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
             logits, _ = model.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
             upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
-            yield (upscaled[0, 0] > 0).cpu().numpy()
+            yield upscaled[0, 0].cpu().numpy()
 
 
 def evaluate(
     setup: Setup, tests: list[EncodedTest], batch_size: int
-) -> tuple[float, float, list[np.ndarray]]:
-    """Mean IoU and Dice over the test pictures of all processes, and the first few predictions of this."""
-    sums, shown = torch.zeros(3, dtype=torch.float64), []
-    for test, prediction in zip(tests, predict(setup, tests, batch_size), strict=True):
-        agreement = score(prediction, test.truth)
-        sums += torch.tensor([agreement.iou, agreement.dice, 1])
-        if test.picture is not None:
-            shown.append(prediction)
-    distributed.add_up([sums])
-    iou, dice, pictures = sums.tolist()
-    return iou / pictures, dice / pictures, shown
+) -> tuple[list[Measured], list[np.ndarray]]:
+    """Measures of this process's test pictures, and for each a panel to show."""
+    measured, panels = [], []
+    for test, logits in zip(tests, predict(setup, tests, batch_size), strict=True):
+        measured.append(measure(logits, test.truth))
+        panels.append(show_test(test, logits > 0))
+    return measured, panels
 
 
-def show_test(tests: list[EncodedTest], predictions: list[np.ndarray]) -> np.ndarray:
-    """Image | truth | prediction of the fixed test samples, with their prompts drawn."""
-    panels = []
-    for test, prediction in zip(tests[:PANELS], predictions, strict=True):
-        scale = max(test.truth.shape) / max(test.size)
-        picture = draw_points(test.picture, test.points[0].numpy() * scale, test.labels[0].numpy())
-        panels.append(panel(picture, test.truth, prediction))
-    return sheet(panels)
+def show_test(test: EncodedTest, prediction: np.ndarray) -> np.ndarray:
+    """Image | truth | prediction of a test sample, with its prompt drawn, small."""
+    scale = max(test.picture.shape) / max(test.size)
+    picture = draw_points(test.picture, test.points[0].numpy() * scale, test.labels[0].numpy())
+    return panel(picture, shrink(test.truth, SHOWN), shrink(prediction, SHOWN))
 
 
 def show_train(sam: Sam, train_set: TrainSet, uses: list[Use], logits: Tensor) -> np.ndarray:
@@ -1054,14 +1049,31 @@ def log(run: Run, weights: Tensor, speed: dict[str, float]) -> str:
 def test(args: argparse.Namespace, setup: Setup, run: Run) -> tuple[float, float, int]:
     """Evaluate on the test set and log it; returns IoU, Dice and the iteration."""
     iteration = run.progress.iteration
-    iou, dice, predictions = evaluate(setup, run.tests, args.batch_size)
+    measured, panels = evaluate(setup, run.tests, args.batch_size)
+    everywhere = distributed.gather(measured)
+    summary = summarise(everywhere)
     if run.writer:
-        run.writer.add_scalar("test/iou", iou, iteration)
-        run.writer.add_scalar("test/dice", dice, iteration)
-        picture = show_test(run.tests, predictions)
-        run.writer.add_image("test/panel", picture, iteration, dataformats="HWC")
-        tqdm.write(f"iteration {iteration}: test IoU {iou:.4f}, Dice {dice:.4f}")
-    return iou, dice, iteration
+        for name, value in summary.items():
+            run.writer.add_scalar(f"test/{name}", value, iteration)
+        log_precision_and_recall(run.writer, everywhere, iteration)
+        ranked = sorted(range(len(measured)), key=lambda index: measured[index].scores.iou)
+        chosen = [panels[ranked[0]], panels[ranked[len(ranked) // 2]]]
+        pictures = {"test/panel": panels[:PANELS], "test/worst_and_median": chosen}
+        for name, shown in pictures.items():
+            run.writer.add_image(name, sheet(shown), iteration, dataformats="HWC")
+        with (setup.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"iteration": iteration} | summary) + "\n")
+        tqdm.write(f"iteration {iteration}: test IoU {summary['iou']:.4f}, Dice {summary['dice']:.4f}")
+    return summary["iou"], summary["dice"], iteration
+
+
+def log_precision_and_recall(writer: SummaryWriter, measured: list[Measured], iteration: int) -> None:
+    """Precision over recall of all pixels together, at THRESHOLDS of the logits."""
+    false, true = sum(m.counts for m in measured)
+    background, foreground = sum(m.sizes for m in measured)
+    precision, recall = true / np.maximum(true + false, 1), true / max(foreground, 1)
+    counts = (true, false, background - false, foreground - true)
+    writer.add_pr_curve_raw("test/pixels", *counts, precision, recall, iteration, num_thresholds=len(true))
 
 
 def save_weights(setup: Setup, name: str) -> None:
@@ -1138,6 +1150,16 @@ def load_state(setup: Setup, run: Run) -> None:
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
     run.progress.loss_sums = run.progress.loss_sums.to(setup.device)
+    drop_later_lines(setup.folder / METRICS_FILE, run.progress.iteration)
+
+
+def drop_later_lines(path: Path, iteration: int) -> None:
+    """Of the measures written so far keep those up to an iteration: the rest is measured again."""
+    if distributed.is_main() and path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        text = "".join(f"{line}\n" for line in kept)
+        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -8,6 +8,7 @@ Writes a mask (0 and 255) and an overlay per picture; with the true masks given,
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -166,14 +167,15 @@ def write(output: Path, path: Path, image: np.ndarray, mask: np.ndarray) -> None
 
 def print_scores(results: dict[Path, Scores]) -> None:
     """A table of the measures, the worst picture first, and their means."""
-    width = max(len(path.stem) for path in results)
-    print(f"{'picture':{width}}     IoU   Dice  precision  recall")
-    rows = [(path.stem, vars(scores)) for path, scores in results.items()]
-    rows.sort(key=lambda row: row[1]["iou"])
-    means = {name: float(np.mean([row[1][name] for row in rows])) for name in rows[0][1]}
-    for stem, row in [*rows, ("mean", means)]:
-        iou, dice, precision, recall = (row[name] for name in ("iou", "dice", "precision", "recall"))
-        print(f"{stem:{width}}  {iou:.4f} {dice:.4f}     {precision:.4f}  {recall:.4f}")
+    names = [field.name for field in fields(Scores)]
+    rows = [(path.stem, [getattr(scores, name) for name in names]) for path, scores in results.items()]
+    rows.sort(key=lambda row: row[1][names.index("iou")])
+    rows.append(("mean", np.mean([values for _, values in rows], axis=0)))
+    width = max(len(stem) for stem, _ in rows)
+    print("  ".join(["picture".ljust(width), *(f"{name:>7}" for name in names)]))
+    for stem, values in rows:
+        columns = (f"{value:{max(7, len(name))}.4f}" for name, value in zip(names, values, strict=True))
+        print("  ".join([stem.ljust(width), *columns]))
 
 
 def show_worst(output: Path, results: dict[Path, Scores], truths: dict[Path, Path]) -> None:

@@ -29,6 +29,16 @@ def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np
     return drawn
 
 
+def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
+    """An image (H, W, 3) or a bool mask (H, W) no larger than needed; of a mask thin parts are kept."""
+    if max(picture.shape[:2]) <= longest:
+        return picture
+    scale = longest / max(picture.shape[:2])
+    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
+    small = cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return small > 0.25 if picture.dtype == bool else np.rint(small).astype(np.uint8)
+
+
 def panel(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Image | truth | prediction side by side: RGB uint8 (H, 3 W, 3) from masks bool (H, W)."""
     return np.hstack(

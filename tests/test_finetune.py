@@ -1,5 +1,6 @@
 """The real command line in miniature, and the arithmetic of its schedule."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -101,8 +102,16 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     curves = scalars(folder)
     assert set(curves) == {
         "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/bad_steps",
-        "train/images_per_s", "train/data_wait", "test/iou", "test/dice",
+        "train/images_per_s", "train/data_wait", "test/iou", "test/dice", "test/precision", "test/recall",
+        "test/boundary_iou", "test/cldice", "test/total_iou", "test/recall_thin",
+        "test/recall_thick", "test/best_threshold", "test/best_iou",
     }  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], pytest.approx(line["iou"])) for line in lines] == curves["test/iou"]
+    assert all(
+        curves[f"test/{name}"][-1] == (48, pytest.approx(lines[-1][name]))
+        for name in lines[-1].keys() - {"iteration"}
+    )
     losses, ious = ([value for _, value in curves[tag]] for tag in ("train/loss", "test/iou"))
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
     assert max(ious) > ious[0] + 0.2
@@ -114,8 +123,8 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     assert all(0 <= share <= 1 for _, share in curves["train/data_wait"])
 
     tags = EventAccumulator(str(folder)).Reload().Tags()
-    assert set(tags["images"]) == {"test/panel", "train/panel"}
-    assert tags["tensors"] == ["flags/text_summary"]
+    assert set(tags["images"]) == {"test/panel", "test/worst_and_median", "train/panel"}
+    assert set(tags["tensors"]) == {"flags/text_summary", "test/pixels"}
     files = {path.name for path in (folder / "checkpoints").iterdir()}
     assert files == {"epoch_0004.pth", "epoch_0008.pth", "best.pth", "last.pth"}
     args = yaml.safe_load((folder / "args.yaml").read_text())
@@ -153,7 +162,7 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
     args = finetune.parse_args(argv)
     setup = finetune.prepare(args)
     tests = finetune.encode_test_set(args, setup)
-    ours = list(finetune.predict(setup, tests, 2))
+    ours = [logits > 0 for logits in finetune.predict(setup, tests, 2)]
     assert any(mask.any() for mask in ours)
     for mask, test in zip(ours, tests, strict=True):
         predictor.set_image(test.picture)
@@ -440,6 +449,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, m
     resumed_output = capsys.readouterr().out
     assert "resumed     after iteration 6" in resumed_output
     assert output.splitlines()[-4:] == resumed_output.splitlines()[-4:]
+    lines = Path("exp/run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 6, 12, 18, 20]
     resumed = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     curves = scalars("exp/run")
@@ -488,7 +499,8 @@ def test_the_untuned_model_is_measured_at_iteration_0(tiny_weights, config_file)
         ]
     )
     setup = finetune.prepare(args)
-    iou, _, _ = finetune.evaluate(setup, finetune.encode_test_set(args, setup), 1)
+    pictures, _ = finetune.evaluate(setup, finetune.encode_test_set(args, setup), 1)
+    iou = np.mean([picture.scores.iou for picture in pictures])
     assert measured[0] == pytest.approx(iou, abs=1e-6) and set(measured) == {0, 3}
 
 

@@ -1,8 +1,9 @@
-from dataclasses import astuple
-
+import cv2
 import numpy as np
 import pytest
+from scipy import ndimage
 
+import metrics
 from metrics import score
 
 
@@ -23,9 +24,94 @@ def row(text):
     ],
 )
 def test_hand_made_cases(prediction, truth, iou, dice, precision, recall):
-    assert astuple(score(row(prediction), row(truth))) == pytest.approx((iou, dice, precision, recall))
+    scores = score(row(prediction), row(truth))
+    assert (scores.iou, scores.dice) == pytest.approx((iou, dice))
+    assert (scores.precision, scores.recall) == pytest.approx((precision, recall))
+    # One pixel high, a mask is its own rim; where one is empty, the others are as well.
+    assert scores.boundary_iou == pytest.approx(iou)
+    if iou in (0, 1):
+        assert scores.cldice == iou
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(1, 2\).*\(1, 3\)"):
         score(row("#."), row("#.."))
+
+
+def bar(top, bottom, left=10, right=90, side=100):
+    mask = np.zeros((side, side), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def test_the_rim_is_two_pixels_inside_the_edge():
+    rim = metrics.rim(bar(20, 40))
+    assert rim.sum() == 20 * 80 - 16 * 76
+    assert not rim[22:38, 12:88].any()
+    at_the_frame = np.ones((10, 10), bool)
+    assert metrics.rim(at_the_frame).sum() == 100 - 36
+
+
+def test_boundary_iou_sees_a_shift_that_iou_hardly_does():
+    wide, shifted = bar(20, 80), bar(22, 82)
+    scores = score(shifted, wide)
+    assert scores.iou > 0.9
+    ours, theirs = metrics.rim(shifted), metrics.rim(wide)
+    assert scores.boundary_iou == pytest.approx((ours & theirs).sum() / (ours | theirs).sum())
+    assert scores.boundary_iou < 0.3
+
+
+def test_cldice_sees_a_gap_and_forgives_width():
+    cable = bar(48, 53)
+    wider = bar(46, 55)
+    broken = cable.copy()
+    broken[:, 40:60] = False
+    assert score(wider, cable).cldice > 0.98 and score(wider, cable).iou < 0.6
+    # Its own lines all lie on the truth; of the true line a quarter is not on it.
+    recall = 1 - 20 / np.count_nonzero(metrics.skeletonize(cable))
+    assert score(broken, cable).cldice == pytest.approx(2 * recall / (1 + recall), abs=0.01)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 8, 15])
+@pytest.mark.parametrize("angle", [0, 30, 45])
+def test_widths_are_those_that_were_drawn(width, angle):
+    canvas = np.zeros((201, 201), np.uint8)
+    end = 90 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    cv2.line(canvas, *[tuple(np.rint(100 + sign * end).astype(int).tolist()) for sign in (-1, 1)], 1, width)
+    mask = canvas.astype(bool)
+    lines = metrics.skeletonize(mask)
+    widths = metrics.cable_widths(mask, lines)
+    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    assert widths == pytest.approx(2 * distance[lines] - 1, abs=0.01)  # another implementation
+    true_width = (np.sqrt(180**2 + np.pi * mask.sum()) - 180) * 2 / np.pi  # with the half discs at its ends
+    assert np.median(widths) == pytest.approx(true_width, abs=1.3)
+
+
+def test_a_set_has_means_totals_and_thirds_of_width():
+    rng = np.random.default_rng(0)
+    truths = [bar(20, 23), bar(20, 27), bar(20, 41), np.zeros((100, 100), bool)]
+    logits = [np.where(truth, 1.0, -1.0) for truth in truths]
+    logits[0][:, :50] = -1  # half of the thin one is missed
+    logits[3][:10, :10] = 1  # found where there is nothing
+    measured = [
+        metrics.measure(x + rng.uniform(-0.5, 0.5, x.shape), t) for x, t in zip(logits, truths, strict=True)
+    ]
+    summary = metrics.summarise(measured)
+    assert summary["iou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)
+    found, true = 240 / 2 + 560 + 1680, 240 + 560 + 1680
+    assert summary["total_iou"] == pytest.approx(found / (true + 100))
+    assert summary["recall_thin"] == pytest.approx(0.5, abs=0.05)
+    assert summary["recall_medium"] == summary["recall_thick"] == 1
+    assert "recall_thick" not in metrics.summarise(measured[:1])
+
+
+def test_the_best_threshold_is_the_one_that_scores_best():
+    rng = np.random.default_rng(0)
+    truth = bar(20, 30)
+    logits = np.where(truth, 2.0, 0.0) + rng.normal(0, 0.4, truth.shape)
+    summary = metrics.summarise([metrics.measure(logits, truth)])
+    ious = {t: score(logits > t, truth).iou for t in metrics.THRESHOLDS}
+    assert summary["best_iou"] == pytest.approx(max(ious.values()))
+    assert ious[summary["best_threshold"]] == pytest.approx(max(ious.values()))
+    assert 0.7 < summary["best_threshold"] < 1.4 and summary["iou"] < 0.5
+    assert 0 in metrics.THRESHOLDS

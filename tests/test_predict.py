@@ -60,7 +60,8 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
     table = capsys.readouterr().out.splitlines()
     assert len(ious) == 5 and len(table) == 7
     assert table[-1].split()[:2] == ["mean", f"{np.mean(ious):.4f}"]
-    assert float(table[1].split()[-4]) == pytest.approx(min(ious), abs=1e-4)  # the worst comes first
+    assert table[0].split()[1:] == ["iou", "dice", "precision", "recall", "boundary_iou", "cldice"]
+    assert float(table[1].split()[-6]) == pytest.approx(min(ious), abs=1e-4)  # the worst comes first
     assert read_image(tmp_path / "out/worst.jpg").shape[1] == 960
 
 
