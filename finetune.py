@@ -52,6 +52,7 @@ from dataset import (
 )
 from losses import dice_loss, focal_loss, iou_mse
 from metrics import Measured, measure, summarise
+from preview import write_preview
 from visualize import draw_points, panel, sheet, shrink
 
 RESUME_FILE = "resume.pth"
@@ -161,6 +162,11 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         "--exp_name",
         type=folder_name,
         help="results go to exp/EXP_NAME (default %(default)s: config name and time)",
+    )
+    run.add_argument(
+        "--preview",
+        action="store_true",
+        help="train nothing: check the data and show it in exp/NAME/preview/",
     )
     run.add_argument("--seed", type=count, default=0, help="of every random choice")
     run.add_argument(
@@ -420,10 +426,29 @@ class Progress:
     best: tuple[float, float, int] | None = None
 
 
+def preview(args: argparse.Namespace) -> None:
+    """What `--preview` does, without weights; raises as `prepare` does."""
+    config = load_config(args.config)
+    configs = [*config.dataset.train, *([config.dataset.test] if config.dataset.test else [])]
+    sources = find_sources(configs, max_pixels=args.max_pixels)
+    test_source = sources.pop() if config.dataset.test else None
+    variant = model.VARIANTS[args.model_type]
+    if test_source:
+        warn_of_leaks(sources, test_source)
+    write_preview(
+        sources,
+        test_source,
+        frame=Frame(variant.img_size, variant.mask_grid),
+        prompt=args.prompt,
+        seed=args.seed,
+        folder=Path("exp") / args.exp_name / "preview",
+    )
+
+
 def prepare(args: argparse.Namespace) -> Setup:
     """Check every input and build the model. Raises ValueError or OSError for a user's mistake."""
     folder = Path("exp") / args.exp_name
-    if not args.resume and folder.exists() and any(folder.iterdir()):
+    if not args.resume and folder.exists() and any(path.name != "preview" for path in folder.iterdir()):
         raise ValueError(
             f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
         )
@@ -773,6 +798,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
     args = parse_args(argv)
     try:
+        if args.preview:
+            preview(args)
+            return 0
         setup = prepare(args)
         distributed.wait_for_all()
     except (ValueError, OSError) as error:
@@ -1165,7 +1193,7 @@ def drop_later_lines(path: Path, iteration: int) -> None:
 def settings(args: argparse.Namespace) -> dict:
     """The flags as plain values that YAML can hold."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    del flags["resume"]
+    del flags["resume"], flags["preview"]
     return flags
 
 

@@ -57,12 +57,15 @@ class Variant:
     """What tells one SAM variant from another.
 
     `fingerprint` names a weight and the length of its first axis, which together occur in this
-    variant alone. `url` is None where the weights come with a Python package.
+    variant alone. `img_size` and `mask_grid` are the sides of its input and of its low-resolution logits.
+    `url` is None where the weights come with a Python package.
     """
 
     build: Callable[[], Sam]
     normalize: Callable[[Tensor, Tensor], Tensor]
     fingerprint: tuple[str, int]
+    img_size: int = 1024
+    mask_grid: int = 256
     url: str | None = None
     sha256: str | None = None
 
@@ -73,27 +76,28 @@ VARIANTS = {
         sam_model_registry["vit_b"],
         normalize_mean_std,
         ("image_encoder.patch_embed.proj.weight", 768),
-        META_URL + "sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        url=META_URL + "sam_vit_b_01ec64.pth",
+        sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     ),
     "vit_l": Variant(
         sam_model_registry["vit_l"],
         normalize_mean_std,
         ("image_encoder.patch_embed.proj.weight", 1024),
-        META_URL + "sam_vit_l_0b3195.pth",
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        url=META_URL + "sam_vit_l_0b3195.pth",
+        sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     ),
     "vit_h": Variant(
         sam_model_registry["vit_h"],
         normalize_mean_std,
         ("image_encoder.patch_embed.proj.weight", 1280),
-        META_URL + "sam_vit_h_4b8939.pth",
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        url=META_URL + "sam_vit_h_4b8939.pth",
+        sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
     "lite_medsam": Variant(
         build_lite_medsam,
         normalize_min_max,
         ("image_encoder.patch_embed.seq.0.c.weight", 32),
+        img_size=256,
     ),
 }
 

@@ -39,6 +39,29 @@ def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
     return small > 0.25 if picture.dtype == bool else np.rint(small).astype(np.uint8)
 
 
+def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the edge of a bool mask (H, W) on a copy of an image (H, W, 3)."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(image.copy(), contours, -1, TRUTH_COLOUR, 1)
+
+
+def grid_sheet(pictures: list[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
+    """A contact sheet of RGB pictures of any size, each scaled to one width (or at most as high)."""
+    cells = []
+    for picture in pictures:
+        scale = width / max(picture.shape[:2])
+        size = [max(1, round(length * scale)) for length in picture.shape[1::-1]]
+        cells.append(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+    rows = []
+    for start in range(0, len(cells), columns):
+        row = cells[start : start + columns]
+        whole = np.zeros((max(len(cell) for cell in row), columns * width, 3), np.uint8)
+        for column, cell in enumerate(row):
+            whole[: cell.shape[0], column * width : column * width + cell.shape[1]] = cell
+        rows.append(whole)
+    return np.vstack(rows)
+
+
 def panel(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Image | truth | prediction side by side: RGB uint8 (H, 3 W, 3) from masks bool (H, W)."""
     return np.hstack(

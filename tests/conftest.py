@@ -66,7 +66,13 @@ def tiny_sam() -> Sam:
     return build_tiny()
 
 
-TINY = model.Variant(build_tiny, model.normalize_mean_std, ("image_encoder.patch_embed.proj.weight", 48))
+TINY = model.Variant(
+    build_tiny,
+    model.normalize_mean_std,
+    ("image_encoder.patch_embed.proj.weight", 48),
+    img_size=TINY_SIZE,
+    mask_grid=4 * TINY_SIZE // TINY_PATCH,
+)
 
 
 @pytest.fixture

@@ -667,7 +667,7 @@ def test_a_run_is_never_overwritten(tiny_weights, config_file, capsys):
 
 def test_weights_that_cannot_be_had_end_with_a_message(config_file, capsys, monkeypatch):
     variant = model.Variant(
-        build_tiny, model.normalize_mean_std, ("none", 0), "http://127.0.0.1:9/x.pth", "0"
+        build_tiny, model.normalize_mean_std, ("none", 0), url="http://127.0.0.1:9/x.pth", sha256="0"
     )
     monkeypatch.setitem(model.VARIANTS, "tiny", variant)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")

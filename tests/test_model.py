@@ -216,6 +216,12 @@ def test_fingerprints_tell_the_published_variants_apart():
     shapes["lite_medsam"] = model.VARIANTS["lite_medsam"].build().state_dict()
     for name, state_dict in shapes.items():
         assert model.recognise(state_dict) == name
+        embedding = model.VARIANTS[name].mask_grid // 4  # positions are embedded at the encoder's output
+        positions = state_dict.get("image_encoder.pos_embed")
+        assert positions is None or positions.shape[1] == embedding == model.VARIANTS[name].img_size // 16
+    lite = model.VARIANTS["lite_medsam"]
+    built = lite.build()
+    assert (lite.img_size, lite.mask_grid) == (built.image_encoder.img_size, model.mask_grid(built))
     assert model.recognise({"resnet.conv1.weight": torch.zeros(3)}) is None
 
 
@@ -245,7 +251,7 @@ def weights_server(tmp_path, monkeypatch):
     def serve(body, sha256, announced=None, name="tiny.pth"):
         answers[f"/{name}"] = body, len(body) if announced is None else announced
         url = f"http://127.0.0.1:{server.server_port}/{name}"
-        variant = model.Variant(build_tiny, model.normalize_mean_std, ("none", 0), url, sha256)
+        variant = model.Variant(build_tiny, model.normalize_mean_std, ("none", 0), url=url, sha256=sha256)
         monkeypatch.setitem(model.VARIANTS, "tiny", variant)
         return answers
 
@@ -282,7 +288,11 @@ def test_a_failed_download_leaves_no_file_and_says_what_to_do(weights_server, tm
         weights_server(BODY, SHA256).clear()
     else:
         variant = model.Variant(
-            build_tiny, model.normalize_mean_std, ("none", 0), "http://127.0.0.1:9/tiny.pth", SHA256
+            build_tiny,
+            model.normalize_mean_std,
+            ("none", 0),
+            url="http://127.0.0.1:9/tiny.pth",
+            sha256=SHA256,
         )
         monkeypatch.setitem(model.VARIANTS, "tiny", variant)
     with pytest.raises(ConnectionError, match="--checkpoint PATH"):

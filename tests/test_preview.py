@@ -1,0 +1,65 @@
+"""--preview: the real command on drawn cables, and what it says of them."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from conftest import write_dataset
+from PIL import Image
+from test_finetune import run_tiny
+
+from dataset import read_image
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def preview(config, *argv):
+    return run_tiny(config, "no weights are needed", "--preview", *argv)
+
+
+def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, data, capsys):
+    config = config_file()
+    document = yaml.safe_load(config.read_text())
+    document["dataset"]["train"].append({"data_dir": "cables"})
+    config.write_text(yaml.safe_dump(document))
+    assert preview(config, "--prompt", "point") == 0
+    files = {path.name for path in Path("exp/run").rglob("*") if path.is_file()}
+    assert files == {"train_0.jpg", "train_1.jpg", "test.jpg"}
+    output = capsys.readouterr().out
+    assert output.count("6 pairs of 48 x 64 (h x w)") == 2 and "3 pairs of" in output
+    # Cables are drawn 5 to 6 pixels wide, in photos of 64 on a grid of 32 cells.
+    medians = [float(found) for found in re.findall(r"cables are (\d\.\d) cells", output)]
+    assert medians == pytest.approx([2.8] * 3, abs=0.5)
+    as_they_are = read_image(Path("exp/run/preview/train_1.jpg"))
+    assert as_they_are.shape[1] == 1600
+    red, green, blue = np.moveaxis(as_they_are.astype(int), 2, 0)
+    yellow = np.minimum(red, green) - blue > 100
+    green = green - np.maximum(red, blue) > 60
+    assert green.sum() > 500 and yellow.sum() > 50  # outlines and points
+    assert run_tiny(config, tiny_weights, "-e", 1) == 0  # under the same name
+
+
+def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, config_file, data, capsys):
+    write_dataset(data / "thin", 4, size=(96, 128), width=2)
+    Image.new("L", (128, 96)).save(data / "thin/masks/2.png")
+    photo = cv2.GaussianBlur(read_image(data / "thin/imgs/1.png"), (0, 0), 0.8)
+    Image.fromarray(np.clip(photo.astype(int) + 9, 0, 255).astype(np.uint8)).save(data / "test/imgs/0.png")
+    Image.open(data / "thin/masks/1.png").save(data / "test/masks/0.png")
+    assert preview(config_file(data_dir="thin")) == 0
+    output = capsys.readouterr().out
+    assert "1 of 4 masks looked at are empty" in output and str(data / "thin/masks/2.png") in output
+    assert "% of their length is thinner than 2 cells" in output
+    assert f"{data / 'test/imgs/0.png'} = {data / 'thin/imgs/1.png'}" in output
+    assert "test/imgs/1.png" not in output
+
+
+def test_bad_data_is_told_as_in_training(tiny_weights, config_file, data, capsys):
+    (data / "cables/masks/0.png").unlink()
+    assert preview(config_file()) == 2
+    assert "0.png: has no mask" in capsys.readouterr().err and not Path("exp").exists()
