@@ -137,6 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_optimisation_flags(parser.add_argument_group("optimisation"))
     _add_loss_flags(parser.add_argument_group("loss"))
     args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = 1e-3 if args.train == "decoder" else 5e-4
     if args.encoder_lr is None:
         args.encoder_lr = args.lr / 2
     if args.embedding_reuse > 1 and args.train != "decoder":
@@ -278,9 +280,15 @@ def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
         default=1,
         help="batches per optimizer step; the actual batch is batch_size x virtual_batch_size",
     )
-    optim.add_argument("--lr", type=positive, default=1e-3, help="maximum learning rate")
     optim.add_argument(
-        "--encoder_lr", type=positive, help="that of the encoder or its adapters (default: half of --lr)"
+        "--lr",
+        type=positive,
+        help="maximum learning rate; %(default)s: 1e-3, or 5e-4 where the encoder learns too",
+    )
+    optim.add_argument(
+        "--encoder_lr",
+        type=positive,
+        help="that of the encoder or its adapters; %(default)s: half of --lr",
     )
     optim.add_argument(
         "--layer_decay",

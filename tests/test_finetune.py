@@ -684,6 +684,17 @@ def test_the_script_itself_ends_without_a_traceback(data):
     assert "Traceback" not in result.stderr and not (data.parent / "exp").exists()
 
 
+@pytest.mark.parametrize(("flags", "rates"), [
+    ("", (1e-3, 5e-4)),
+    ("--train lora", (5e-4, 2.5e-4)),
+    ("--train encoder --lr 2e-3", (2e-3, 1e-3)),
+    ("--train encoder --lr 2e-3 --encoder_lr 3e-3", (2e-3, 3e-3)),
+])  # fmt: skip
+def test_learning_rates_that_are_not_given(flags, rates):
+    args = finetune.parse_args(["-c", "x", *flags.split()])
+    assert (args.lr, args.encoder_lr) == rates
+
+
 def test_help_gives_every_default():
     result = subprocess.run(
         [sys.executable, str(ROOT / "finetune.py"), "--help"], capture_output=True, text=True
@@ -692,5 +703,5 @@ def test_help_gives_every_default():
     text = " ".join(result.stdout.split())
     for name, value in vars(finetune.parse_args(["-c", "x", "-n", "x"])).items():
         assert f"--{name}" in text
-        if value is not None and name not in ("config", "exp_name", "encoder_lr"):
+        if value is not None and name not in ("config", "exp_name", "lr", "encoder_lr"):
             assert f"(default: {value})" in text, name
