@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import cv2
 import numpy as np
@@ -787,6 +788,18 @@ class UnreadableFile(Exception):
         super().__init__(message.strip().rpartition("dataset.UnreadableFile: ")[2])
 
 
+def _twice(make: Callable, key: Hashable) -> Any:
+    """`make(key)`, tried once again if a file cannot be read any more; then raises UnreadableFile."""
+    try:
+        return make(key)
+    except (OSError, ValueError):
+        time.sleep(RETRY_AFTER)
+    try:
+        return make(key)
+    except (OSError, ValueError) as error:
+        raise UnreadableFile(f"{error}; it was intact when the run began") from error
+
+
 class TrainSet(Dataset):
     """Training samples, each a function of (seed, epoch, slot) alone; keys are of type `Use`.
 
@@ -880,15 +893,8 @@ class TrainSet(Dataset):
             yield made
 
     def __getitem__(self, use: Use) -> dict[str, torch.Tensor]:
-        """A sample. A file that cannot be read any more is tried once again; raises UnreadableFile."""
-        try:
-            return self._make(use)
-        except (OSError, ValueError):
-            time.sleep(RETRY_AFTER)
-        try:
-            return self._make(use)
-        except (OSError, ValueError) as error:
-            raise UnreadableFile(f"{error}; it was intact when the run began") from error
+        """A sample; raises UnreadableFile."""
+        return _twice(self._make, use)
 
     def _make(self, use: Use) -> dict[str, torch.Tensor]:
         source = self.sources[use.source]
@@ -941,6 +947,10 @@ class TestSet(Dataset):
         return len(self.pair_indices)
 
     def __getitem__(self, index: int) -> dict:
+        """A sample; raises UnreadableFile."""
+        return _twice(self._make, index)
+
+    def _make(self, index: int) -> dict:
         pair_index = self.pair_indices[index]
         rng = make_rng(self.seed, TEST, index)
         size = self.source.facts[self.source.pairs[pair_index].image_path].size

@@ -7,6 +7,7 @@ Writes a mask (0 and 255) and an overlay per picture; with the true masks given,
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 if some pictures could not be read, 2 for a mistake."""
+    """Run the command line; returns 0, 1 if some pictures could not be read, 2 for any other failure."""
     args = parse_args(argv)
     try:
         pictures = find_pictures(args.input)
@@ -53,9 +54,27 @@ def main(argv: list[str] | None = None) -> int:
         device = model.pick_device(args.device)
         amp = model.amp_dtype(args.amp, device)
         sam, model_type = load(args.checkpoint, device, amp)
+        results, unreadable = predict(args, sam, model_type, amp, pictures, truths)
+        if results:
+            print_scores(results)
+            show_worst(args.output, results, truths)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for fault in unreadable:
+        print(f"not predicted: {fault}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def predict(
+    args: argparse.Namespace,
+    sam: Sam,
+    model_type: str,
+    amp: torch.dtype | None,
+    pictures: list[Path],
+    truths: dict[Path, Path],
+) -> tuple[dict[Path, Scores], list[str]]:
+    """Write a mask and an overlay of every picture; returns scores against the truths, and what failed."""
     for name in ("masks", "overlays"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
     results, unreadable = {}, []
@@ -69,12 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 results[path] = score(mask, truth)
         bar.update(min(args.batch_size, len(pictures) - start))
     bar.close()
-    if results:
-        print_scores(results)
-        show_worst(args.output, results, truths)
-    for fault in unreadable:
-        print(f"not predicted: {fault}", file=sys.stderr)
-    return 1 if unreadable else 0
+    return results, unreadable
 
 
 def find_pictures(path: Path) -> list[Path]:
@@ -86,11 +100,10 @@ def find_pictures(path: Path) -> list[Path]:
     pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not pictures:
         raise ValueError(f"--input {path}: no .png, .jpg or .jpeg file in it")
-    stems = {}
-    for picture in pictures:
-        if picture.stem in stems:
-            raise ValueError(f"--input {path}: {stems[picture.stem]} and {picture.name} would give one mask")
-        stems[picture.stem] = picture.name
+    stems = Counter(picture.stem for picture in pictures)
+    doubles = [picture.name for picture in pictures if stems[picture.stem] > 1]
+    if doubles:
+        raise ValueError(f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask")
     return pictures
 
 

@@ -105,3 +105,9 @@ def test_mistakes_end_with_a_message(trained, data, tmp_path, capsys, fault, mes
     assert run(trained, source, tmp_path / "out", "--masks", masks) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_ends_with_a_message(trained, data, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file, not a folder")
+    assert run(trained, data / "test/imgs", tmp_path / "out") == 2
+    assert "error: " in capsys.readouterr().err

@@ -133,6 +133,7 @@ def test_a_full_disk_leaves_the_last_state(config, tiny_weights, uninterrupted):
     assert "error: writing to exp/run failed: " in process.stderr, process.stderr
     assert "--exp_name run --resume" in process.stderr
     assert not list(Path("exp/run").rglob("*.tmp"))
+    checkpoint.load_weights(Path("exp/run/checkpoints/best.pth"))  # of iteration 6, intact
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert_same_results(results(), uninterrupted)
 
@@ -200,6 +201,22 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
     assert run_tiny(config, tiny_weights, *options, "--resume") == 0
     assert int(re.search(r"after iteration (\d+)", capsys.readouterr().out)[1]) >= 8
     assert_same_results(results(), uninterrupted)
+
+
+def test_a_test_picture_that_vanishes_after_the_check_is_named(
+    config, tiny_weights, data, monkeypatch, capsys
+):
+    find_sources = finetune.find_sources
+
+    def find_and_lose(*args, **kwargs):
+        sources = find_sources(*args, **kwargs)
+        (data / "test/imgs/1.png").unlink()
+        return sources
+
+    monkeypatch.setattr(finetune, "find_sources", find_and_lose)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 1
+    error = capsys.readouterr().err
+    assert "test/imgs/1.png: cannot be decoded" in error and "Traceback" not in error
 
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
