@@ -8,8 +8,9 @@ Writes a mask (0 and 255) and an overlay per picture; with the true masks given,
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from dataset import IMAGE_SUFFIXES, Frame, check_size, model_input, read_image, 
 from metrics import Scores, score
 from visualize import PREDICTION_COLOUR, overlay, panel, sheet
 
+# From pictures, RGB uint8 (H, W, 3), to their masks, bool (H, W).
+FindCables = Callable[[list[np.ndarray]], Iterator[np.ndarray]]
 WORST = 4  # pictures shown of those that agree least with their truth
 
 
@@ -53,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         truths = find_truths(args.masks, pictures) if args.masks else {}
         device = model.pick_device(args.device)
         amp = model.amp_dtype(args.amp, device)
-        sam, model_type = load(args.checkpoint, device, amp)
-        results, unreadable = predict(args, sam, model_type, amp, pictures, truths)
+        find_cables = load(args.checkpoint, device, amp)
+        results, unreadable = predict(args, find_cables, pictures, truths)
         if results:
             print_scores(results)
             show_worst(args.output, results, truths)
@@ -67,21 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def predict(
-    args: argparse.Namespace,
-    sam: Sam,
-    model_type: str,
-    amp: torch.dtype | None,
-    pictures: list[Path],
-    truths: dict[Path, Path],
+    args: argparse.Namespace, find_cables: FindCables, pictures: list[Path], truths: dict[Path, Path]
 ) -> tuple[dict[Path, Scores], list[str]]:
     """Write a mask and an overlay of every picture; returns scores against the truths, and what failed."""
-    for name in ("masks", "overlays"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
+    (args.output / "masks").mkdir(parents=True, exist_ok=True)
+    (args.output / "overlays").mkdir(exist_ok=True)
     results, unreadable = {}, []
     bar = tqdm(total=len(pictures), unit=" images", dynamic_ncols=True)
     for start in range(0, len(pictures), args.batch_size):
         batch = list(read(pictures[start : start + args.batch_size], truths, unreadable))
-        found = segment(sam, model_type, amp, [image for _, image, _ in batch])
+        found = find_cables([image for _, image, _ in batch])
         for (path, image, truth), mask in zip(batch, found, strict=True):
             write(args.output, path, image, mask)
             if truth is not None:
@@ -118,8 +116,8 @@ def find_truths(folder: Path, pictures: list[Path]) -> dict[Path, Path]:
     return {picture: stems[picture.stem] for picture in pictures}
 
 
-def load(path: Path, device: torch.device, amp: torch.dtype | None) -> tuple[Sam, str]:
-    """A SAM of the variant that the checkpoint is of, ready to predict, and the variant's name."""
+def load(path: Path, device: torch.device, amp: torch.dtype | None) -> FindCables:
+    """`segment` with the SAM that the checkpoint is of."""
     weights = checkpoint.load_weights(path)
     model_type = model.recognise(weights)
     if model_type is None:
@@ -127,7 +125,7 @@ def load(path: Path, device: torch.device, amp: torch.dtype | None) -> tuple[Sam
     sam = model.VARIANTS[model_type].build()
     model.load_weights(sam, weights, model_type, path)
     model.place(sam, device, amp)
-    return sam, model_type
+    return partial(segment, sam, model_type, amp)
 
 
 def read(
@@ -168,14 +166,13 @@ def segment(
 
 def write(output: Path, path: Path, image: np.ndarray, mask: np.ndarray) -> None:
     """Write a picture's mask and overlay, each whole or not at all."""
-    pictures = {
-        output / "masks" / f"{path.stem}.png": mask.astype(np.uint8) * 255,
-        output / "overlays" / f"{path.stem}.jpg": overlay(image, mask, PREDICTION_COLOUR),
-    }
-    for target, array in pictures.items():
-        kind = "PNG" if target.suffix == ".png" else "JPEG"
-        picture = Image.fromarray(array)
-        checkpoint.write_atomically(target, lambda file, p=picture, k=kind: p.save(file, k))
+    masks, overlays = output / "masks", output / "overlays"
+    for target, kind, array in (
+        (masks / f"{path.stem}.png", "PNG", mask.astype(np.uint8) * 255),
+        (overlays / f"{path.stem}.jpg", "JPEG", overlay(image, mask, PREDICTION_COLOUR)),
+    ):
+        save = partial(Image.fromarray(array).save, format=kind)
+        checkpoint.write_atomically(target, save)
 
 
 def print_scores(results: dict[Path, Scores]) -> None:
@@ -193,12 +190,11 @@ def print_scores(results: dict[Path, Scores]) -> None:
 
 def show_worst(output: Path, results: dict[Path, Scores], truths: dict[Path, Path]) -> None:
     """Write `worst.jpg`: image, truth and prediction of the pictures with the least IoU."""
-    panels = []
-    for path in sorted(results, key=lambda path: results[path].iou)[:WORST]:
-        prediction = read_mask(output / "masks" / f"{path.stem}.png")
-        panels.append(panel(read_image(path), read_mask(truths[path]), prediction))
-    picture = Image.fromarray(sheet(panels))
-    checkpoint.write_atomically(output / "worst.jpg", lambda file: picture.save(file, "JPEG"))
+    worst = sorted(results, key=lambda path: results[path].iou)[:WORST]
+    found = (read_mask(output / "masks" / f"{path.stem}.png") for path in worst)
+    panels = [panel(read_image(p), read_mask(truths[p]), mask) for p, mask in zip(worst, found, strict=True)]
+    save = partial(Image.fromarray(sheet(panels)).save, format="JPEG")
+    checkpoint.write_atomically(output / "worst.jpg", save)
 
 
 if __name__ == "__main__":
