@@ -37,6 +37,10 @@ PROMPTS = ("none", "point", "box", "mixed")
 # --- Files ------------------------------------------------------------------------------------
 
 
+class FileFault(ValueError):
+    """A file cannot be read or is not what is expected; the message names it."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A photo and its mask file."""
@@ -71,7 +75,7 @@ class Source:
 def read_image(path: Path) -> np.ndarray:
     """An image file as RGB uint8 (H, W, 3), turned upright as its EXIF says.
 
-    Raises ValueError naming the file if it cannot be decoded whole or has more than 8 bits.
+    Raises FileFault if it cannot be decoded whole or has more than 8 bits.
     """
     return np.asarray(_open(path).convert("RGB"))
 
@@ -79,7 +83,7 @@ def read_image(path: Path) -> np.ndarray:
 def read_mask(path: Path) -> np.ndarray:
     """A mask file as bool (H, W): in a JPEG above 127, else above half of the file's maximum.
 
-    Of a colour file each pixel's largest channel counts. Raises ValueError naming the file if it
+    Of a colour file each pixel's largest channel counts. Raises FileFault if it
     cannot be decoded whole, has more than 8 bits, or has many values between its two ends.
     """
     image = _open(path)
@@ -101,7 +105,7 @@ def _check_binary(values: np.ndarray, top: int, path: Path) -> None:
     above = np.count_nonzero(values > 0.25 * top)
     middle = above - np.count_nonzero(values > 0.75 * top)
     if middle > MAX_MIDDLE_SHARE * above:
-        raise ValueError(
+        raise FileFault(
             f"{path}: not a binary mask, {100 * middle / above:.0f} % of its foreground has values "
             f"from {0.25 * top:.0f} to {0.75 * top:.0f}; expected two values such as 0 and 255"
         )
@@ -113,11 +117,11 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than what --max_pix
 
 
 def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ValueError naming the file if its header is no picture's or claims too many pixels."""
+    """Raise FileFault if its header is no picture's or claims too many pixels."""
     with _decoding(path), Image.open(path) as image:
         width, height = image.size
     if height * width > max_pixels:
-        raise ValueError(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
+        raise FileFault(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
 
 
 def _open(path: Path) -> Image.Image:
@@ -126,19 +130,19 @@ def _open(path: Path) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format
     if upright.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise ValueError(f"{path}: expected 8-bit grey or colour, got Pillow's mode {upright.mode!r}")
+        raise FileFault(f"{path}: expected 8-bit grey or colour, got Pillow's mode {upright.mode!r}")
     return upright
 
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn all that Pillow raises for files that are no pictures into a ValueError naming the file."""
+    """Turn all that Pillow raises for files that are no pictures into a FileFault."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError("not a file")
         yield
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        raise FileFault(f"{path}: cannot be decoded ({error})") from error
 
 
 def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[Source]:
@@ -228,7 +232,7 @@ def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, F
         for path, read in readers.items():
             check_size(path, max_pixels)
             arrays[path] = read(path)
-    except ValueError as error:
+    except FileFault as error:
         return str(error), {}
     if isinstance(item, Pair):
         size, mask_size = arrays[item.image_path].shape[:2], arrays[item.mask_path].shape
@@ -536,7 +540,7 @@ def add_clutter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw 1 to 6 things with edges that are no cable's: boxes, strips along the frame, text, keys."""
     draw = (_draw_box, _draw_strip, _draw_text, _draw_keys)
     for _ in range(rng.integers(1, 7)):
-        layer = np.ascontiguousarray(image).copy()
+        layer = image.copy()
         draw[rng.integers(len(draw))](layer, rng.integers(0, 256, 3).tolist(), rng)
         opacity = rng.uniform(0.5, 1)
         image = cv2.addWeighted(layer, opacity, image, 1 - opacity, 0)
@@ -792,11 +796,11 @@ def _twice(make: Callable, key: Hashable) -> Any:
     """`make(key)`, tried once again if a file cannot be read any more; then raises UnreadableFile."""
     try:
         return make(key)
-    except (OSError, ValueError):
+    except FileFault:
         time.sleep(RETRY_AFTER)
     try:
         return make(key)
-    except (OSError, ValueError) as error:
+    except FileFault as error:
         raise UnreadableFile(f"{error}; it was intact when the run began") from error
 
 

@@ -51,7 +51,7 @@ from dataset import (
     train_loader,
 )
 from losses import dice_loss, focal_loss, iou_mse
-from metrics import Measured, measure, summarise
+from metrics import Measured, Truth, measure, summarise
 from preview import write_preview
 from visualize import draw_points, panel, sheet, shrink
 
@@ -549,6 +549,8 @@ def compiles(choice: str, device: torch.device, pictures: int) -> bool:
 
 def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> None:
     """Raise ValueError naming both values of every flag or data setting that may not change."""
+    if "files" not in resume:
+        raise ValueError(f"exp/{args.exp_name}/{RESUME_FILE} is not a state that this version saved")
     faults = [
         f"--{name}: was {resume['flags'].get(name)}, is now {value}"
         for name, value in settings(args).items()
@@ -626,8 +628,8 @@ class EncodedTest:
     """A test sample with its embedding, which a frozen encoder computes once per run.
 
     `embedding` (1, 256, e, e) rests on the CPU in the compute type, 2 MiB in bf16; it is None if the
-    encoder trains, which then needs `image` uint8 (1, S, S, 3), the model's input. `truth` is bool (H, W),
-    `picture` RGB uint8, small enough to show.
+    encoder trains, which then needs `image` uint8 (1, S, S, 3), the model's input. `picture` is RGB uint8,
+    small enough to show.
     """
 
     image: Tensor | None
@@ -635,7 +637,7 @@ class EncodedTest:
     points: Tensor
     labels: Tensor
     size: tuple[int, int]
-    truth: np.ndarray
+    truth: Truth
     picture: np.ndarray
 
 
@@ -654,7 +656,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
                 sample["points"][None],
                 sample["labels"][None],
                 tuple(sample["size"].tolist()),
-                sample["truth"].numpy(),
+                Truth.of(sample["truth"].numpy()),
                 shrink(sample["picture"].numpy(), SHOWN),
             )
         )
@@ -677,7 +679,7 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
         with model.autocast(device, setup.amp):
             logits, _ = model.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
-            upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.shape)
+            upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.mask.shape)
             yield upscaled[0, 0].cpu().numpy()
 
 
@@ -696,7 +698,7 @@ def show_test(test: EncodedTest, prediction: np.ndarray) -> np.ndarray:
     """Image | truth | prediction of a test sample, with its prompt drawn, small."""
     scale = max(test.picture.shape) / max(test.size)
     picture = draw_points(test.picture, test.points[0].numpy() * scale, test.labels[0].numpy())
-    return panel(picture, shrink(test.truth, SHOWN), shrink(prediction, SHOWN))
+    return panel(picture, shrink(test.truth.mask, SHOWN), shrink(prediction, SHOWN))
 
 
 def show_train(sam: Sam, train_set: TrainSet, uses: list[Use], logits: Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import model
 from dataset import IMAGE_SUFFIXES, Frame, check_size, model_input, read_image, read_mask
-from metrics import Scores, score
+from metrics import Scores, Truth, score
 from visualize import PREDICTION_COLOUR, overlay, panel, sheet
 
 # From pictures, RGB uint8 (H, W, 3), to their masks, bool (H, W).
@@ -83,7 +83,7 @@ def predict(
         for (path, image, truth), mask in zip(batch, found, strict=True):
             write(args.output, path, image, mask)
             if truth is not None:
-                results[path] = score(mask, truth)
+                results[path] = score(mask, Truth.of(truth))
         bar.update(min(args.batch_size, len(pictures) - start))
     bar.close()
     return results, unreadable

@@ -6,11 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from skimage.morphology import skeletonize
 
 import checkpoint
 from dataset import Frame, Source, TestSet, TrainSet, listed, read_image, read_mask
-from metrics import cable_widths
+from metrics import Truth
 from visualize import draw_points, grid_sheet, outline
 
 ENLARGED = 400  # pixels that a sample is at least enlarged to before it is drawn on, as on the sheet
@@ -71,7 +70,7 @@ def describe(source: Source, frame: Frame) -> list[str]:
         mask = read_mask(pair.mask_path)
         shares.append(mask.mean())
         cells = frame.grid / max(mask.shape)  # to a pixel
-        widths.append(cable_widths(mask, skeletonize(mask)) * cells)
+        widths.append(Truth.of(mask).widths * cells)
     sizes = sorted({source.facts[pair.image_path].size for pair in source.pairs})
     shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3]) + ", ..." * (len(sizes) > 3)
     lines = [

@@ -1,5 +1,7 @@
 """A tiny real SAM and small drawn datasets: every test runs on a CPU without a download."""
 
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -140,3 +142,15 @@ def config_file(data):
         return path
 
     return write
+
+
+def run_process(*command, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end, on one thread, with more variables in its environment."""
+    variables = {name: str(value) for name, value in ({"OMP_NUM_THREADS": 1} | environment).items()}
+    return subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )

@@ -1,12 +1,11 @@
 """Several processes train as one does. The runs are real ones, under torchrun, on gloo."""
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import run_process
 from test_finetune import run_tiny, scalars
 
 import checkpoint
@@ -23,15 +22,8 @@ def in_tmp_path(tmp_path, monkeypatch):
 def run_together(processes, config, weights, *argv, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     command += [TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "together"]
-    command += ["--device", "cpu", "--amp", "off", "--num_workers", 0, *argv]
-    environment = {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    flags = ("--device", "cpu", "--amp", "off", "--num_workers", 0)
+    return run_process(*command, *flags, *argv, **environment)
 
 
 def assert_same(one, other):

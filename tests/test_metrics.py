@@ -4,7 +4,11 @@ import pytest
 from scipy import ndimage
 
 import metrics
-from metrics import score
+from metrics import Truth
+
+
+def score(prediction, truth):
+    return metrics.score(prediction, Truth.of(truth))
 
 
 def row(text):
@@ -79,8 +83,7 @@ def test_widths_are_those_that_were_drawn(width, angle):
     end = 90 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
     cv2.line(canvas, *[tuple(np.rint(100 + sign * end).astype(int).tolist()) for sign in (-1, 1)], 1, width)
     mask = canvas.astype(bool)
-    lines = metrics.skeletonize(mask)
-    widths = metrics.cable_widths(mask, lines)
+    lines, widths = (truth := Truth.of(mask)).lines, truth.widths
     distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     assert widths == pytest.approx(2 * distance[lines] - 1, abs=0.01)  # another implementation
     true_width = (np.sqrt(180**2 + np.pi * mask.sum()) - 180) * 2 / np.pi  # with the half discs at its ends
@@ -93,9 +96,8 @@ def test_a_set_has_means_totals_and_thirds_of_width():
     logits = [np.where(truth, 1.0, -1.0) for truth in truths]
     logits[0][:, :50] = -1  # half of the thin one is missed
     logits[3][:10, :10] = 1  # found where there is nothing
-    measured = [
-        metrics.measure(x + rng.uniform(-0.5, 0.5, x.shape), t) for x, t in zip(logits, truths, strict=True)
-    ]
+    logits = [x + rng.uniform(-0.5, 0.5, x.shape) for x in logits]
+    measured = [metrics.measure(x, Truth.of(truth)) for x, truth in zip(logits, truths, strict=True)]
     summary = metrics.summarise(measured)
     assert summary["iou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)
     found, true = 240 / 2 + 560 + 1680, 240 + 560 + 1680
@@ -109,9 +111,19 @@ def test_the_best_threshold_is_the_one_that_scores_best():
     rng = np.random.default_rng(0)
     truth = bar(20, 30)
     logits = np.where(truth, 2.0, 0.0) + rng.normal(0, 0.4, truth.shape)
-    summary = metrics.summarise([metrics.measure(logits, truth)])
+    summary = metrics.summarise([metrics.measure(logits, Truth.of(truth))])
     ious = {t: score(logits > t, truth).iou for t in metrics.THRESHOLDS}
     assert summary["best_iou"] == pytest.approx(max(ious.values()))
     assert ious[summary["best_threshold"]] == pytest.approx(max(ious.values()))
     assert 0.7 < summary["best_threshold"] < 1.4 and summary["iou"] < 0.5
     assert 0 in metrics.THRESHOLDS
+
+
+def test_logits_at_a_threshold_are_not_above_it():
+    truth = np.array([[True, True, False, False, True]])
+    logits = np.array([[0.0, 0.125, np.nan, 99.0, -99.0]])
+    measured = metrics.measure(logits, Truth.of(truth))
+    for number, threshold in enumerate(metrics.THRESHOLDS):
+        above = logits > threshold
+        assert measured.counts[:, number].tolist() == [(above & ~truth).sum(), (above & truth).sum()]
+    assert measured.sizes.tolist() == [2, 3]

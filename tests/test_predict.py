@@ -10,7 +10,7 @@ from segment_anything import SamPredictor
 import checkpoint
 import predict
 from dataset import read_image, read_mask
-from metrics import score
+from metrics import Truth, score
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert set(np.unique(ours)) == {0, 255}  # neither empty nor full, or this test shows nothing
         assert np.mean((ours == 255) != official) < 0.002
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
-        ious.append(score(ours == 255, read_mask(masks / path.name)).iou)
+        ious.append(score(ours == 255, Truth.of(read_mask(masks / path.name))).iou)
     table = capsys.readouterr().out.splitlines()
     assert len(ious) == 5 and len(table) == 7
     assert table[-1].split()[:2] == ["mean", f"{np.mean(ious):.4f}"]

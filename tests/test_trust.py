@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import struct
-import subprocess
 import sys
 import zlib
 from itertools import pairwise
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_process
 from PIL import Image
 from test_finetune import run_tiny, scalars
 
@@ -79,16 +79,9 @@ def uninterrupted(config, tiny_weights):
 
 def run_apart(config, weights, *argv, **environment):
     """The command in a process of its own, where `tiny_run.py` says what else happens to it."""
-    command = [sys.executable, TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights]
-    command += ["-n", "run", "--device", "cpu", "--amp", "off", *FLAGS, *argv]
-    environment = {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = (sys.executable, TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights)
+    flags = ("-n", "run", "--device", "cpu", "--amp", "off", *FLAGS, *argv)
+    return run_process(*command, *flags, **environment)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weights, uninterrupted):
@@ -229,7 +222,7 @@ def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     def fail_once(path):
         calls.append(path)
         if len(calls) == 1:
-            raise ValueError("hiccup")
+            raise dataset.FileFault("hiccup")
         return read_image(path)
 
     monkeypatch.setattr(dataset, "read_image", fail_once)
