@@ -437,12 +437,8 @@ class Progress:
 def preview(args: argparse.Namespace) -> None:
     """What `--preview` does, without weights; raises as `prepare` does."""
     config = load_config(args.config)
-    configs = [*config.dataset.train, *([config.dataset.test] if config.dataset.test else [])]
-    sources = find_sources(configs, max_pixels=args.max_pixels)
-    test_source = sources.pop() if config.dataset.test else None
+    sources, test_source = find_data(args, config)
     variant = model.VARIANTS[args.model_type]
-    if test_source:
-        warn_of_leaks(sources, test_source)
     write_preview(
         sources,
         test_source,
@@ -451,6 +447,17 @@ def preview(args: argparse.Namespace) -> None:
         seed=args.seed,
         folder=Path("exp") / args.exp_name / "preview",
     )
+
+
+def find_data(args: argparse.Namespace, config: Config) -> tuple[list[Source], Source | None]:
+    """The sources to train on and the one to test on, all checked; warns of photos that are in both."""
+    test_config = config.dataset.test
+    configs = [*config.dataset.train, *([test_config] if test_config else [])]
+    sources = find_sources(configs, max_pixels=args.max_pixels)
+    test_source = sources.pop() if test_config else None
+    if test_source:
+        warn_of_leaks(sources, test_source)
+    return sources, test_source
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -465,11 +472,9 @@ def prepare(args: argparse.Namespace) -> Setup:
     resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
     if resume:
         check_same_run(resume, args, config)
-    test_config = config.dataset.test
-    configs = [*config.dataset.train, *([test_config] if test_config else [])]
-    sources = find_sources(configs, max_pixels=args.max_pixels)
+    sources, test_source = find_data(args, config)
     if resume:
-        check_same_files(resume, sources)
+        check_same_files(resume, [*sources, *([test_source] if test_source else [])])
 
     amp = model.amp_dtype(args.amp, device)
     path = args.checkpoint or model.pretrained_path(args.model_type)
@@ -480,9 +485,8 @@ def prepare(args: argparse.Namespace) -> Setup:
 
     frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
     test_set = None
-    if test_config:
-        test_set = TestSet(sources.pop(), frame=frame, prompt=args.prompt, seed=args.seed)
-        warn_of_leaks(sources, test_set.source)
+    if test_source:
+        test_set = TestSet(test_source, frame=frame, prompt=args.prompt, seed=args.seed)
     train_set = make_train_set(args, sources, frame, pool_layout(sam, amp), folder)
     pictures = args.epoch_num * train_set.epoch_length // args.embedding_reuse
     return Setup(
