@@ -16,6 +16,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 
+import checkpoint
 import encoder
 
 # Point labels as in segment_anything's prompt encoder and its ONNX export.
@@ -165,6 +166,20 @@ def recognise(state_dict: dict[str, Tensor]) -> str | None:
         if weight is not None and weight.ndim > 0 and len(weight) == length:
             return model_type
     return None
+
+
+def load_any(path: Path) -> tuple[Sam, str]:
+    """The SAM that a checkpoint is of, and the name of its variant, recognised by its weights.
+
+    Raises FileNotFoundError, or ValueError naming the file if it is not of any variant.
+    """
+    weights = checkpoint.load_weights(path)
+    model_type = recognise(weights)
+    if model_type is None:
+        raise ValueError(f"{path} holds weights of none of {', '.join(VARIANTS)}")
+    sam = VARIANTS[model_type].build()
+    load_weights(sam, weights, model_type, path)
+    return sam, model_type
 
 
 def place(

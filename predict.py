@@ -1,4 +1,4 @@
-"""Find the cables in pictures with a fine-tuned checkpoint, without prompts.
+"""Find the cables in pictures or a video with a fine-tuned checkpoint.
 
     python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input photos --output found
 
@@ -6,27 +6,35 @@ Writes a mask (0 and 255) and an overlay per picture; with the true masks given,
 """
 
 import argparse
+import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from segment_anything.modeling import Sam
 from tqdm import tqdm
 
 import checkpoint
 import model
-from dataset import IMAGE_SUFFIXES, Frame, check_size, model_input, read_image, read_mask
-from metrics import Scores, Truth, score
+from coco import coco_document, polygons, read_prompts
+from dataset import read_image, read_mask
+from inference import NO_PROMPT, FindCables, Prompt, find_in_tiles, load
+from metrics import Measured, Scores, Truth, measure, summarise
+from pictures import (
+    Picture,
+    find_pictures,
+    find_truths,
+    frame_count,
+    is_video,
+    read_frames,
+    read_pictures,
+    write_picture,
+    write_video,
+)
 from visualize import PREDICTION_COLOUR, overlay, panel, sheet
 
-# From pictures, RGB uint8 (H, W, 3), to their masks, bool (H, W).
-FindCables = Callable[[list[np.ndarray]], Iterator[np.ndarray]]
 WORST = 4  # pictures shown of those that agree least with their truth
 
 
@@ -36,31 +44,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--checkpoint", **required, help="weights, of any variant and of any --train")
-    parser.add_argument("--input", **required, help="a picture, or a folder of them")
+    parser.add_argument("--input", **required, help="a picture, a folder of them, or a video")
     parser.add_argument("--output", **required, help="folder for masks/ and overlays/")
     parser.add_argument("--masks", type=Path, help="folder of true masks, by stem: measures are printed")
-    parser.add_argument("--batch_size", type=int, default=4, help="pictures at a time")
+    parser.add_argument("--probabilities", action="store_true", help="write them too, as PNG of 16 bits")
+    parser.add_argument("--polygons", action="store_true", help="write them too, as polygons.json (COCO)")
+    parser.add_argument("--threshold", type=float, default=0.0, help="logits above it are cable")
+    parser.add_argument(
+        "--prompt", type=Path, help="CSV or COCO file of points or boxes, for weights trained with prompts"
+    )
+    parser.add_argument(
+        "--tiles", type=int, metavar="PIXELS", help="cut larger pictures into overlapping tiles of this side"
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures or tiles at a time")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: expected at least 1, got {args.batch_size}")
+    if args.tiles is not None and args.tiles < 16:
+        parser.error(f"argument --tiles: expected at least 16 pixels, got {args.tiles}")
+    if args.tiles and args.prompt:
+        parser.error("--tiles goes without --prompt: a tile has no part of a prompt")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 if some pictures could not be read, 2 for any other failure."""
     args = parse_args(argv)
+    unreadable = []
     try:
-        pictures = find_pictures(args.input)
-        truths = find_truths(args.masks, pictures) if args.masks else {}
+        paths = find_pictures(args.input)
+        truths = find_truths(args.masks, paths) if args.masks else {}
+        prompts = find_prompts(args.prompt, paths) if args.prompt else {}
         device = model.pick_device(args.device)
-        amp = model.amp_dtype(args.amp, device)
-        find_cables = load(args.checkpoint, device, amp)
-        results, unreadable = predict(args, find_cables, pictures, truths)
-        if results:
-            print_scores(results)
-            show_worst(args.output, results, truths)
+        find_cables = load(args.checkpoint, device, model.amp_dtype(args.amp, device))
+        read = read_frames if is_video(paths[0]) else read_pictures
+        total = frame_count(paths[0]) if is_video(paths[0]) else len(paths)
+        bar = tqdm(total=total, unit=" images", dynamic_ncols=True)
+        found, measured = predict(args, find_cables, read(paths, truths, unreadable), prompts, bar)
+        if is_video(paths[0]) and found:
+            write_video(args.output, paths[0], found)
+        if args.polygons:
+            write_polygons(args.output, found)
+        if measured:
+            print_scores(measured)
+            show_worst(args.output, measured, paths, truths)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,115 +99,73 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def predict(
-    args: argparse.Namespace, find_cables: FindCables, pictures: list[Path], truths: dict[Path, Path]
-) -> tuple[dict[Path, Scores], list[str]]:
-    """Write a mask and an overlay of every picture; returns scores against the truths, and what failed."""
-    (args.output / "masks").mkdir(parents=True, exist_ok=True)
-    (args.output / "overlays").mkdir(exist_ok=True)
-    results, unreadable = {}, []
-    bar = tqdm(total=len(pictures), unit=" images", dynamic_ncols=True)
-    for start in range(0, len(pictures), args.batch_size):
-        batch = list(read(pictures[start : start + args.batch_size], truths, unreadable))
-        found = find_cables([image for _, image, _ in batch])
-        for (path, image, truth), mask in zip(batch, found, strict=True):
-            write(args.output, path, image, mask)
-            if truth is not None:
-                results[path] = score(mask, Truth.of(truth))
-        bar.update(min(args.batch_size, len(pictures) - start))
-    bar.close()
-    return results, unreadable
+    args: argparse.Namespace,
+    find_cables: FindCables,
+    pictures: Iterator[Picture],
+    prompts: dict[str, list[Prompt]],
+    bar: tqdm,
+) -> tuple[dict[str, str], dict[str, Measured]]:
+    """Write what is found in every picture; returns names by stem, and measures of those with a truth."""
+    for kind in ("masks", "overlays", *(["probabilities"] if args.probabilities else [])):
+        (args.output / kind).mkdir(parents=True, exist_ok=True)
+    names, measured = {}, {}
+    with bar:
+        while batch := list(islice(pictures, args.batch_size)):
+            for picture, logits in zip(batch, find(args, find_cables, batch, prompts), strict=True):
+                write(args, picture, logits)
+                names[picture.stem] = picture.name
+                if picture.truth is not None:
+                    measured[picture.stem] = measure(logits - args.threshold, Truth.of(picture.truth))
+                bar.update()
+    speed = len(names) / bar.format_dict["elapsed"]
+    print(f"{len(names)} pictures, {speed:.2f} images/s, written to {args.output}")
+    return names, measured
 
 
-def find_pictures(path: Path) -> list[Path]:
-    """The pictures to predict; raises FileNotFoundError or ValueError if there are none, or two of a stem."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"--input {path}: no such file or folder")
-    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise ValueError(f"--input {path}: no .png, .jpg or .jpeg file in it")
-    stems = Counter(picture.stem for picture in pictures)
-    doubles = [picture.name for picture in pictures if stems[picture.stem] > 1]
-    if doubles:
-        raise ValueError(f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask")
-    return pictures
-
-
-def find_truths(folder: Path, pictures: list[Path]) -> dict[Path, Path]:
-    """The true mask of each picture; raises FileNotFoundError naming the first picture without one."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--masks {folder}: no such folder")
-    stems = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES}
-    for picture in pictures:
-        if picture.stem not in stems:
-            raise FileNotFoundError(f"--masks {folder}: no mask for {picture.name}")
-    return {picture: stems[picture.stem] for picture in pictures}
-
-
-def load(path: Path, device: torch.device, amp: torch.dtype | None) -> FindCables:
-    """`segment` with the SAM that the checkpoint is of."""
-    weights = checkpoint.load_weights(path)
-    model_type = model.recognise(weights)
-    if model_type is None:
-        raise ValueError(f"{path} holds weights of none of {', '.join(model.VARIANTS)}")
-    sam = model.VARIANTS[model_type].build()
-    model.load_weights(sam, weights, model_type, path)
-    model.place(sam, device, amp)
-    return partial(segment, sam, model_type, amp)
-
-
-def read(
-    paths: list[Path], truths: dict[Path, Path], unreadable: list[str]
-) -> Iterator[tuple[Path, np.ndarray, np.ndarray | None]]:
-    """Path, image and truth (bool, or None) of what can be read; messages of the rest to `unreadable`."""
-    for path in paths:
-        try:
-            check_size(path)
-            image = read_image(path)
-            truth = read_mask(truths[path]) if path in truths else None
-            if truth is not None and truth.shape != image.shape[:2]:
-                raise ValueError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {truth.shape}")
-        except ValueError as error:
-            unreadable.append(str(error))
-            continue
-        yield path, image, truth
-
-
-@torch.inference_mode()
-def segment(
-    sam: Sam, model_type: str, amp: torch.dtype | None, images_u8: list[np.ndarray]
+def find(
+    args: argparse.Namespace, find_cables: FindCables, batch: list[Picture], prompts: dict[str, list[Prompt]]
 ) -> Iterator[np.ndarray]:
-    """Masks, bool (H, W) at each picture's own resolution."""
-    if not images_u8:
-        return
-    frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
-    samples = [model_input(image, np.zeros(image.shape[:2], np.float32), frame) for image in images_u8]
-    sizes = torch.stack([sample["size"] for sample in samples]).to(sam.device)
-    images = torch.stack([sample["image"] for sample in samples]).to(sam.device)
-    no_points = torch.zeros(len(images_u8), 0, 2, device=sam.device)
-    no_labels = torch.zeros(len(images_u8), 0, dtype=torch.int64, device=sam.device)
-    with model.autocast(sam.device, amp):
-        logits, _ = model.decode(sam, model.encode(sam, images, sizes, model_type), no_points, no_labels)
-    for image, size, low_res in zip(images_u8, sizes.tolist(), logits.float(), strict=True):
-        yield (model.upscale(sam, low_res[None], tuple(size), image.shape[:2])[0, 0] > 0).cpu().numpy()
+    """Logits (H, W) of each picture, whole or in tiles."""
+    if args.tiles:
+        for picture in batch:
+            yield find_in_tiles(find_cables, picture.image, side=args.tiles, batch_size=args.batch_size)
+    else:
+        given = [prompts.get(picture.stem, NO_PROMPT) for picture in batch]
+        yield from find_cables([picture.image for picture in batch], given)
 
 
-def write(output: Path, path: Path, image: np.ndarray, mask: np.ndarray) -> None:
-    """Write a picture's mask and overlay, each whole or not at all."""
-    masks, overlays = output / "masks", output / "overlays"
-    for target, kind, array in (
-        (masks / f"{path.stem}.png", "PNG", mask.astype(np.uint8) * 255),
-        (overlays / f"{path.stem}.jpg", "JPEG", overlay(image, mask, PREDICTION_COLOUR)),
-    ):
-        save = partial(Image.fromarray(array).save, format=kind)
-        checkpoint.write_atomically(target, save)
+def find_prompts(path: Path, pictures: list[Path]) -> dict[str, list[Prompt]]:
+    """The prompts by stem; raises ValueError naming the first picture without one."""
+    prompts = read_prompts(path)
+    for picture in pictures:
+        if picture.stem not in prompts:
+            raise ValueError(f"--prompt {path}: no prompt for {picture.name}")
+    return prompts
 
 
-def print_scores(results: dict[Path, Scores]) -> None:
-    """A table of the measures, the worst picture first, and their means."""
+def write(args: argparse.Namespace, picture: Picture, logits: np.ndarray) -> None:
+    """Write a picture's mask, overlay and, if asked for, probabilities, each whole or not at all."""
+    mask = logits > args.threshold
+    tinted = overlay(picture.image, mask, PREDICTION_COLOUR)
+    files = {f"masks/{picture.stem}.png": mask.astype(np.uint8) * 255, f"overlays/{picture.stem}.jpg": tinted}
+    if args.probabilities:
+        probabilities = 0.5 * (1 + np.tanh(0.5 * logits))
+        files[f"probabilities/{picture.stem}.png"] = np.rint(65535 * probabilities).astype(np.uint16)
+    for name, array in files.items():
+        write_picture(args.output / name, array)
+
+
+def write_polygons(output: Path, names: dict[str, str]) -> None:
+    """Write `polygons.json`, a COCO file of the masks."""
+    masks = ((name, read_mask(output / "masks" / f"{stem}.png")) for stem, name in names.items())
+    text = json.dumps(coco_document([(name, mask.shape, polygons(mask)) for name, mask in masks]))
+    checkpoint.write_atomically(output / "polygons.json", lambda file: file.write(text.encode()))
+
+
+def print_scores(measured: dict[str, Measured]) -> None:
+    """A table of the measures, the worst picture first, their means, and what is of all pictures together."""
     names = [field.name for field in fields(Scores)]
-    rows = [(path.stem, [getattr(scores, name) for name in names]) for path, scores in results.items()]
+    rows = [(stem, [getattr(m.scores, name) for name in names]) for stem, m in measured.items()]
     rows.sort(key=lambda row: row[1][names.index("iou")])
     rows.append(("mean", np.mean([values for _, values in rows], axis=0)))
     width = max(len(stem) for stem, _ in rows)
@@ -186,15 +173,20 @@ def print_scores(results: dict[Path, Scores]) -> None:
     for stem, values in rows:
         columns = (f"{value:{max(7, len(name))}.4f}" for name, value in zip(names, values, strict=True))
         print("  ".join([stem.ljust(width), *columns]))
+    summary = summarise(list(measured.values()))
+    print(", ".join(f"{name} {value:.4f}" for name, value in summary.items() if name not in names))
 
 
-def show_worst(output: Path, results: dict[Path, Scores], truths: dict[Path, Path]) -> None:
+def show_worst(
+    output: Path, measured: dict[str, Measured], paths: list[Path], truths: dict[str, Path]
+) -> None:
     """Write `worst.jpg`: image, truth and prediction of the pictures with the least IoU."""
-    worst = sorted(results, key=lambda path: results[path].iou)[:WORST]
-    found = (read_mask(output / "masks" / f"{path.stem}.png") for path in worst)
-    panels = [panel(read_image(p), read_mask(truths[p]), mask) for p, mask in zip(worst, found, strict=True)]
-    save = partial(Image.fromarray(sheet(panels)).save, format="JPEG")
-    checkpoint.write_atomically(output / "worst.jpg", save)
+    images = {path.stem: path for path in paths}
+    panels = []
+    for stem in sorted(measured, key=lambda stem: measured[stem].scores.iou)[:WORST]:
+        found = read_mask(output / "masks" / f"{stem}.png")
+        panels.append(panel(read_image(images[stem]), read_mask(truths[stem]), found))
+    write_picture(output / "worst.jpg", sheet(panels))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """predict.py: the real command on drawn cables."""
 
+import json
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -57,7 +60,9 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert np.mean((ours == 255) != official) < 0.002
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
         ious.append(score(ours == 255, Truth.of(read_mask(masks / path.name))).iou)
-    table = capsys.readouterr().out.splitlines()
+    speed, *table, of_the_set = capsys.readouterr().out.splitlines()
+    assert speed.startswith("5 pictures, ") and "images/s" in speed
+    assert of_the_set.startswith("total_iou 0.1") and "recall_thin" in of_the_set
     assert len(ious) == 5 and len(table) == 7
     assert table[-1].split()[:2] == ["mean", f"{np.mean(ious):.4f}"]
     assert table[0].split()[1:] == ["iou", "dice", "precision", "recall", "boundary_iou", "cldice"]
@@ -75,6 +80,81 @@ def test_unreadable_pictures_are_listed_and_the_rest_predicted(trained, data, tm
 def test_a_single_picture(trained, data, tmp_path):
     assert run(trained, data / "test/imgs/1.png", tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["1.png"]
+
+
+def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
+    flags = ("--probabilities", "--polygons", "--threshold", 0.01)
+    assert run(trained, data / "test/imgs", tmp_path / "out", *flags) == 0
+    document = json.loads((tmp_path / "out/polygons.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["0.png", "1.png", "2.png"]
+    for number, stem in enumerate("012", 1):
+        mask = read_mask(tmp_path / f"out/masks/{stem}.png")
+        with Image.open(tmp_path / f"out/probabilities/{stem}.png") as file:
+            probabilities = np.asarray(file) / 65535
+        least = 1 / (1 + np.exp(-0.01))
+        clear = np.abs(probabilities - least) > 1e-5  # what is not rounded to it
+        np.testing.assert_array_equal((probabilities > least)[clear], mask[clear])
+        assert clear.mean() > 0.99
+        parts = [part["area"] for part in document["annotations"] if part["image_id"] == number]
+        assert sum(parts) == mask.sum() > 0
+    with_zero = tmp_path / "zero"
+    assert run(trained, data / "test/imgs", with_zero) == 0
+    assert read_mask(with_zero / "masks/0.png").sum() > read_mask(tmp_path / "out/masks/0.png").sum()
+
+
+def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n0.png,0,0,10,10\n1.png,0,0,40,40\n")
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "boxes.csv") == 2
+    assert "no prompt for 2.png" in capsys.readouterr().err
+    with (tmp_path / "boxes.csv").open("a") as file:
+        file.write("2.png,5,5,60,40\n")
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "boxes.csv") == 0
+    assert run(trained, data / "test/imgs", tmp_path / "none") == 0
+    with_box, without = (read_mask(tmp_path / f"{name}/masks/1.png") for name in ("out", "none"))
+    assert (with_box != without).any()
+
+
+def test_tiles_see_more_of_a_large_picture(trained, data, tmp_path):
+    photo = cv2.resize(read_image(data / "test/imgs/1.png"), (320, 240), interpolation=cv2.INTER_NEAREST)
+    Image.fromarray(photo).save(tmp_path / "large.png")
+    assert run(trained, tmp_path / "large.png", tmp_path / "out", "--tiles", 64, "--batch_size", 3) == 0
+    assert run(trained, tmp_path / "large.png", tmp_path / "whole") == 0
+    tiled, whole = (read_mask(tmp_path / f"{name}/masks/large.png") for name in ("out", "whole"))
+    assert tiled.shape == whole.shape == (240, 320) and (tiled != whole).any()
+    with pytest.raises(SystemExit):
+        run(trained, tmp_path / "large.png", tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
+
+
+def write_video(path, frames):
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5, frames[0].shape[1::-1])
+    for frame in frames:
+        video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    video.release()
+
+
+def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
+    frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)]
+    write_video(tmp_path / "clip.avi", frames)
+    assert run(trained, tmp_path / "clip.avi", tmp_path / "out", "--polygons") == 0
+    masks = sorted(path.name for path in (tmp_path / "out/masks").iterdir())
+    assert masks == [f"clip_{number:06d}.png" for number in range(6)]
+    made = cv2.VideoCapture(str(tmp_path / "out/overlays/clip.mp4"))
+    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 6 and made.get(cv2.CAP_PROP_FPS) == 5
+    there, first = made.read()
+    assert there and first.shape == frames[0].shape
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_a_damaged_video_is_named(trained, data, tmp_path, capsys):
+    frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)] * 5
+    write_video(tmp_path / "clip.avi", frames)
+    content = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    assert run(trained, tmp_path / "clip.avi", tmp_path / "out") == 1
+    assert "clip.avi: of " in capsys.readouterr().err
+    assert run(trained, tmp_path / "none.mp4", tmp_path / "out2") == 1
+    assert "none.mp4: of 0 frames only 0 can be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Find the cables in pictures with a loaded SAM: whole or in tiles, with prompts or without."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+
+import model
+from dataset import Frame, model_input
+
+OVERLAP = 0.25  # of a tile's side, to its neighbours
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decoder is told of a picture.
+
+    points: float32 (N, 2), (x, y) in the picture's own pixels; of a box its two corners.
+    labels: int64 (N,), as `model.decode` takes them.
+    """
+
+    points: np.ndarray
+    labels: np.ndarray
+
+
+NO_PROMPT = (Prompt(np.zeros((0, 2), np.float32), np.zeros(0, np.int64)),)
+
+# From pictures, RGB uint8 (H, W, 3), and the prompts of each, at least one, to logits float32 (H, W).
+FindCables = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]
+
+
+def load(path: Path, device: torch.device, amp: torch.dtype | None) -> FindCables:
+    """`find_logits` with the SAM that the checkpoint is of; raises as `model.load_any` does."""
+    sam, model_type = model.load_any(path)
+    model.place(sam, device, amp)
+    return partial(find_logits, sam, model_type, amp)
+
+
+@torch.inference_mode()
+def find_logits(
+    sam: Sam,
+    model_type: str,
+    amp: torch.dtype | None,
+    images_u8: list[np.ndarray],
+    prompts: list[Sequence[Prompt]],
+) -> Iterator[np.ndarray]:
+    """Logits, float32 (H, W) at each picture's own resolution; above 0 is cable.
+
+    A picture is encoded once and decoded with each of its prompts; of their logits the largest count.
+    """
+    if not images_u8:
+        return
+    frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
+    samples = [model_input(image, np.zeros(image.shape[:2], np.float32), frame) for image in images_u8]
+    sizes = torch.stack([sample["size"] for sample in samples])
+    images = torch.stack([sample["image"] for sample in samples]).to(sam.device)
+    scales = [
+        size.flip(0) / torch.tensor(image.shape[1::-1]) for size, image in zip(sizes, images_u8, strict=True)
+    ]
+    counts = [len(of_picture) for of_picture in prompts]
+    points, labels = _batch(
+        [(prompt, scale) for of_picture, scale in zip(prompts, scales, strict=True) for prompt in of_picture]
+    )
+    with model.autocast(sam.device, amp):
+        embeddings = model.encode(sam, images, sizes.to(sam.device), model_type)
+        embeddings = embeddings.repeat_interleave(torch.tensor(counts, device=sam.device), dim=0)
+        logits, _ = model.decode(sam, embeddings, points.to(sam.device), labels.to(sam.device))
+    for image, size, low_res in zip(images_u8, sizes.tolist(), logits.float().split(counts), strict=True):
+        largest = low_res.amax(dim=0, keepdim=True)
+        yield model.upscale(sam, largest, tuple(size), image.shape[:2])[0, 0].cpu().numpy()
+
+
+def _batch(prompts: list[tuple[Prompt, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points (P, N, 2) and labels (P, N) of prompts and their scales (2,) to the model's input frame."""
+    longest = max(len(prompt.labels) for prompt, _ in prompts)
+    points = torch.zeros(len(prompts), longest, 2)
+    labels = torch.full((len(prompts), longest), model.ABSENT)
+    for i, (prompt, scale) in enumerate(prompts):
+        points[i, : len(prompt.labels)] = torch.from_numpy(prompt.points) * scale
+        labels[i, : len(prompt.labels)] = torch.from_numpy(prompt.labels)
+    return points, labels
+
+
+def find_in_tiles(find_cables: FindCables, image: np.ndarray, *, side: int, batch_size: int) -> np.ndarray:
+    """Logits (H, W) of a picture cut into tiles of at most `side` pixels, which overlap and are blended.
+
+    A tile's weight falls to its edges, where it has seen the least around, so that none of them shows.
+    """
+    height, width = image.shape[:2]
+    corners = [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
+    total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
+    for first in range(0, len(corners), batch_size):
+        part = corners[first : first + batch_size]
+        windows = [(slice(top, top + side), slice(left, left + side)) for top, left in part]
+        found = find_cables([image[window] for window in windows], [NO_PROMPT] * len(part))
+        for window, logits in zip(windows, found, strict=True):
+            weight = np.multiply.outer(*(_ramp(length, side) for length in logits.shape))
+            total[window] += weight * logits
+            weights[window] += weight
+    return total / weights
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where tiles start along an edge: evenly, the first and the last at its ends."""
+    if length <= side:
+        return [0]
+    count = math.ceil((length - OVERLAP * side) / (side * (1 - OVERLAP)))
+    return np.linspace(0, length - side, count).round().astype(int).tolist()
+
+
+def _ramp(length: int, side: int) -> np.ndarray:
+    """Weights (length,) that rise to 1 over the overlap from both ends."""
+    steps = np.arange(length, dtype=np.float32) + 1
+    return np.minimum(1, np.minimum(steps, steps[::-1]) / max(1, OVERLAP * side))

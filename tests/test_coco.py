@@ -1,0 +1,111 @@
+"""Prompts from CSV and COCO; polygons that are the masks they were made of."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from skimage.draw import polygon2mask
+
+from coco import coco_document, polygons, read_prompts
+
+
+def fill(part, size):
+    """What COCO's tools fill: even-odd, by pixels' centres."""
+    (ring,) = part["segmentation"]
+    x, y = np.array(ring).reshape(-1, 2).T
+    return polygon2mask(size, np.column_stack([y - 0.5, x - 0.5]))
+
+
+def test_a_loop_of_cable_keeps_its_hole():
+    mask = np.zeros((120, 160), np.uint8)
+    cv2.ellipse(mask, (70, 60), (40, 30), 20, 0, 360, 1, 4)
+    cv2.line(mask, (0, 60), (159, 100), 1, 3)  # crosses the loop: several holes
+    mask = mask.astype(bool)
+    (part,) = polygons(mask)
+    filled = fill(part, mask.shape)
+    assert np.count_nonzero(filled & mask) / np.count_nonzero(filled | mask) > 0.97
+    assert part["area"] == mask.sum() and part["bbox"][0] == 0
+
+
+def test_thin_lines_keep_their_width_and_place():
+    mask = np.zeros((40, 60), bool)
+    mask[10:12, 5:50] = True
+    mask[30, 20:60] = True  # of one pixel, up to the frame
+    parts = polygons(mask)
+    assert [part["bbox"] for part in parts] == [[5, 10, 45, 2], [20, 30, 40, 1]]
+    for part in parts:
+        x, y = np.array(part["segmentation"][0]).reshape(-1, 2).T
+        area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+        assert area == pytest.approx(part["area"], abs=1)
+        left, top, width, height = part["bbox"]
+        assert (x.min(), y.min(), np.ptp(x), np.ptp(y)) == (left, top, width, height)
+
+
+def test_pixels_that_touch_at_a_corner_are_one_part():
+    assert len(polygons(np.eye(6, dtype=bool))) == 1
+    assert polygons(np.zeros((5, 5), bool)) == []
+
+
+def test_the_document_ties_parts_to_their_pictures():
+    mask = np.zeros((9, 9), bool)
+    mask[1:3] = mask[5:7] = True
+    document = coco_document([("a.png", (9, 9), []), ("b.jpg", mask.shape, polygons(mask))])
+    assert [image["file_name"] for image in document["images"]] == ["a.png", "b.jpg"]
+    assert [part["image_id"] for part in document["annotations"]] == [2, 2]
+    assert len({part["id"] for part in document["annotations"]}) == 2
+    json.dumps(document)
+
+
+def test_points_of_a_csv_are_one_prompt_a_picture(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text("image,x,y,label\na.png,3,4,1\nb.png,1,1,\na.png,5.5,6,0\n")
+    prompts = read_prompts(path)
+    (prompt,) = prompts["a"]
+    assert prompt.points[:2].tolist() == [[3, 4], [5.5, 6]]
+    assert prompt.labels.tolist() == [1, 0, -1]  # ends with "not a point", as SamPredictor has it
+    assert prompts["b"][0].labels.tolist() == [1, -1]
+
+
+def test_every_box_is_a_prompt(tmp_path):
+    path = tmp_path / "boxes.csv"
+    path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,5,6,7,8\n")
+    first, second = read_prompts(path)["a"]
+    assert first.points.tolist() == [[1, 2], [30, 40]] and first.labels.tolist() == [2, 3]
+    assert second.points.tolist() == [[5, 6], [7, 8]]
+
+
+def test_coco_boxes_and_keypoints(tmp_path):
+    annotations = [
+        {"image_id": 7, "bbox": [1, 2, 10, 20]},
+        {"image_id": 8, "bbox": [0, 0, 5, 5], "keypoints": [3, 4, 2, 0, 0, 0]},  # the second is not there
+    ]
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "sub/b.jpg"}]
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    prompts = read_prompts(path)
+    assert prompts["a"][0].points.tolist() == [[1, 2], [10, 21]]
+    assert prompts["b"][0].points.tolist() == [[3, 4], [0, 0]]
+    assert prompts["b"][0].labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "picture,x,y\na.png,1,2\n"),
+        ("p.csv", "image,x,y\na.png,1,here\n"),
+        ("p.csv", "image,x,y\na.png,1\n"),
+        ("p.csv", "image,x,y\na.png,1,nan\n"),
+        ("p.csv", "image,x,y,label\na.png,1,2,7\n"),
+        ("p.csv", "image,x1,y1\na.png,1,2\n"),
+        ("p.csv", ""),
+        ("p.json", "{"),
+        ("p.json", "[]"),
+        ("p.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'),
+        ("p.json", '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}'),
+    ],
+)
+def test_files_that_are_no_prompts_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: .*expected a CSV"):
+        read_prompts(tmp_path / name)
