@@ -28,6 +28,7 @@ import yaml
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import checkpoint
@@ -50,7 +51,7 @@ from dataset import (
     test_loader,
     train_loader,
 )
-from losses import dice_loss, focal_loss, iou_mse
+from losses import cldice_loss, dice_loss, focal_loss, iou_mse
 from metrics import Measured, Truth, measure, summarise
 from preview import write_preview
 from visualize import draw_points, panel, sheet, shrink
@@ -125,6 +126,11 @@ MAY_CHANGE = (
 )
 
 
+# Flags whose default depends on --train: for "decoder", and where the encoder learns too. (Their help ends
+# with "%(default).0s", nothing, so that argparse does not say that the default is None.)
+DEFAULTS = (("lr", 1e-3, 5e-4), ("batch_size", 4, 1), ("alpha", 0.7, 0.5))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune SAM to segment cables.",
@@ -137,8 +143,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_optimisation_flags(parser.add_argument_group("optimisation"))
     _add_loss_flags(parser.add_argument_group("loss"))
     args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 1e-3 if args.train == "decoder" else 5e-4
+    for name, of_decoder, where_the_encoder_learns in DEFAULTS:
+        if getattr(args, name) is None:
+            setattr(args, name, of_decoder if args.train == "decoder" else where_the_encoder_learns)
     if args.encoder_lr is None:
         args.encoder_lr = args.lr / 2
     if args.embedding_reuse > 1 and args.train != "decoder":
@@ -273,7 +280,12 @@ def _add_model_flags(net: argparse._ArgumentGroup) -> None:
 
 def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
     optim.add_argument("-e", "--epoch_num", type=positive_int, default=50, help="epochs to train")
-    optim.add_argument("-b", "--batch_size", type=positive_int, default=4, help="samples per iteration")
+    optim.add_argument(
+        "-b",
+        "--batch_size",
+        type=positive_int,
+        help="samples per iteration (default: 4, or 1 where the encoder learns too)%(default).0s",
+    )
     optim.add_argument(
         "--virtual_batch_size",
         type=positive_int,
@@ -283,12 +295,12 @@ def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
     optim.add_argument(
         "--lr",
         type=positive,
-        help="maximum learning rate; %(default)s: 1e-3, or 5e-4 where the encoder learns too",
+        help="maximum learning rate (default: 1e-3, or 5e-4 where the encoder learns too)%(default).0s",
     )
     optim.add_argument(
         "--encoder_lr",
         type=positive,
-        help="that of the encoder or its adapters; %(default)s: half of --lr",
+        help="that of the encoder or its adapters (default: half of --lr)%(default).0s",
     )
     optim.add_argument(
         "--layer_decay",
@@ -315,14 +327,20 @@ def _add_loss_flags(loss: argparse._ArgumentGroup) -> None:
     loss.add_argument(
         "--alpha",
         type=fraction,
-        default=0.7,
-        help="focal loss: weight of foreground; background has 1 - alpha",
+        help="focal loss: weight of foreground, background has 1 - alpha "
+        "(default: 0.7, or 0.5 where the encoder learns too)%(default).0s",
     )
     loss.add_argument("--gamma", type=not_negative, default=2.0, help="focal loss: focusing power")
     loss.add_argument("--focal_weight", type=not_negative, default=20.0, help="of the focal loss in the sum")
     loss.add_argument("--dice_weight", type=not_negative, default=1.0, help="of the Dice loss in the sum")
     loss.add_argument(
         "--iou_weight", type=not_negative, default=1.0, help="of the IoU head's squared error in the sum"
+    )
+    loss.add_argument(
+        "--cldice_weight",
+        type=not_negative,
+        default=0.0,
+        help="of the clDice loss in the sum, which is for cables without gaps",
     )
 
 
@@ -420,8 +438,8 @@ class Setup:
 class Progress:
     """Where a run stands: with the weights and the optimizer's state all that it needs to go on.
 
-    `loss_sums` (3,) and `samples` count since the last log. `bad_steps` counts the optimizer steps left
-    out, `bad_in_row` the last of them. `untuned` and `best` are (IoU, Dice, iteration) of the test set.
+    `loss_sums` (4,) and `samples` count since the last log. `bad_steps` counts the optimizer steps left
+    out, `bad_in_row` the last of them. `untuned` and `best` are what `test` returned.
     """
 
     loss_sums: Tensor
@@ -430,8 +448,8 @@ class Progress:
     step: int = 0
     bad_steps: int = 0
     bad_in_row: int = 0
-    untuned: tuple[float, float, int] | None = None
-    best: tuple[float, float, int] | None = None
+    untuned: dict[str, float] | None = None
+    best: dict[str, float] | None = None
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -905,7 +923,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         [parameter for group in groups for parameter in group["params"]],
         torch.optim.AdamW(groups, weight_decay=args.weight_decay),
         torch.amp.GradScaler(setup.device.type, enabled=amp is torch.float16),
-        Progress(loss_sums=torch.zeros(3, device=setup.device)),
+        Progress(loss_sums=torch.zeros(4, device=setup.device)),
         model.decode,
     )
     if setup.resume:
@@ -918,8 +936,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         write_settings(args, setup)
         purge_step = run.progress.iteration + 1 if setup.resume else None
         run.writer = SummaryWriter(setup.folder, purge_step=purge_step)
-        flags = yaml.safe_dump(settings(args), sort_keys=False)
-        run.writer.add_text("flags", f"```\n{flags}```", run.progress.iteration)
+        log_settings(run.writer, args, run.progress.iteration)
     distributed.wait_for_all()
     if setup.compile:
         at_once = 1 if setup.device.type == "cpu" else args.batch_size
@@ -943,7 +960,8 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         progress.untuned = test(args, setup, run)
 
     grid = setup.train_set.frame.grid
-    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight], device=setup.device)
+    weights = [args.focal_weight, args.dice_weight, args.iou_weight, args.cldice_weight]
+    weights = torch.tensor(weights, device=setup.device)
     saved_at = time.monotonic()
     first = progress.iteration + 1
     seen, waited, clock = 0, 0.0, time.perf_counter()
@@ -980,7 +998,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             )
 
         # forward; losses in float32, on the targets' grid, away from padding
-        losses = torch.zeros(3, device=setup.device)
+        losses = torch.zeros(len(weights), device=setup.device)
         if uses:
             with model.autocast(setup.device, setup.amp):
                 logits, iou_pred = run.decode(setup.sam, batch["embedding"], batch["points"], batch["labels"])
@@ -989,13 +1007,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             if logits.shape != target.shape:
                 logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
             valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
-            losses = torch.stack(
-                [
-                    focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma).sum(),
-                    dice_loss(logits, target, valid).sum(),
-                    iou_mse(iou_pred, logits, target, valid).sum(),
-                ]
-            )
+            losses = loss_sums(args, logits, iou_pred, target, valid)
             # backward; sums over samples, so that every sample of the step weighs the same
             scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
 
@@ -1036,9 +1048,10 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         tested = progress.iteration % args.test_interval == 0 or last
         if tested and setup.test_set:
             result = test(args, setup, run)
-            is_best = progress.best is None or result[0] > progress.best[0]
+            is_best = progress.best is None or result["iou"] > progress.best["iou"]
             if is_best and all(weight.isfinite().all() for weight in run.parameters):
                 progress.best = result
+                log_best(run)
                 save_weights(setup, "best.pth")
         saved = batch_index + 1 == schedule.batches_per_epoch and (epoch + 1) % args.save_interval == 0
         if saved:
@@ -1064,6 +1077,19 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         print_result(progress, setup.checkpoints)
 
 
+def loss_sums(
+    args: argparse.Namespace, logits: Tensor, iou_pred: Tensor, target: Tensor, valid: Tensor
+) -> Tensor:
+    """Focal, Dice, IoU-head and clDice losses (4,), summed over samples; the last is 0 unless it counts."""
+    parts = [
+        focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma).sum(),
+        dice_loss(logits, target, valid).sum(),
+        iou_mse(iou_pred, logits, target, valid).sum(),
+        cldice_loss(logits, target, valid).sum() if args.cldice_weight else logits.new_zeros(()),
+    ]
+    return torch.stack(parts)
+
+
 def log(run: Run, weights: Tensor, speed: dict[str, float]) -> str:
     """Write the scalars since the last log; returns the main ones as a line."""
     progress = run.progress
@@ -1073,6 +1099,7 @@ def log(run: Run, weights: Tensor, speed: dict[str, float]) -> str:
         "train/focal": means[0],
         "train/dice": means[1],
         "train/iou_mse": means[2],
+        **({"train/cldice": means[3]} if weights[3] else {}),
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/bad_steps": progress.bad_steps,
         **speed,
@@ -1088,12 +1115,13 @@ def log(run: Run, weights: Tensor, speed: dict[str, float]) -> str:
     )
 
 
-def test(args: argparse.Namespace, setup: Setup, run: Run) -> tuple[float, float, int]:
-    """Evaluate on the test set and log it; returns IoU, Dice and the iteration."""
+def test(args: argparse.Namespace, setup: Setup, run: Run) -> dict[str, float]:
+    """Evaluate on the test set and log it; returns the iteration and all measures."""
     iteration = run.progress.iteration
     measured, panels = evaluate(setup, run.tests, args.batch_size)
     everywhere = distributed.gather(measured)
     summary = summarise(everywhere)
+    result = {"iteration": iteration} | summary
     if run.writer:
         for name, value in summary.items():
             run.writer.add_scalar(f"test/{name}", value, iteration)
@@ -1104,9 +1132,27 @@ def test(args: argparse.Namespace, setup: Setup, run: Run) -> tuple[float, float
         for name, shown in pictures.items():
             run.writer.add_image(name, sheet(shown), iteration, dataformats="HWC")
         with (setup.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"iteration": iteration} | summary) + "\n")
+            file.write(json.dumps(result) + "\n")
         tqdm.write(f"iteration {iteration}: test IoU {summary['iou']:.4f}, Dice {summary['dice']:.4f}")
-    return summary["iou"], summary["dice"], iteration
+    return result
+
+
+BEST = ("iou", "dice", "cldice")  # measures of the best test in TensorBoard's table of runs
+
+
+def log_settings(writer: SummaryWriter, args: argparse.Namespace, iteration: int) -> None:
+    """The flags as text, and as this run's row in TensorBoard's table of runs (HPARAMS)."""
+    flags = settings(args)
+    writer.add_text("flags", f"```\n{yaml.safe_dump(flags, sort_keys=False)}```", iteration)
+    columns = {name: value for name, value in flags.items() if value is not None}
+    for part in hparams(columns, {f"best/{name}": 0.0 for name in BEST})[:2]:  # the third says: ended
+        writer.file_writer.add_summary(part)
+
+
+def log_best(run: Run) -> None:
+    if run.writer:
+        for name in BEST:
+            run.writer.add_scalar(f"best/{name}", run.progress.best[name], run.progress.iteration)
 
 
 def log_precision_and_recall(writer: SummaryWriter, measured: list[Measured], iteration: int) -> None:
@@ -1222,10 +1268,10 @@ def write_settings(args: argparse.Namespace, setup: Setup) -> None:
 def print_result(progress: Progress, checkpoints: Path) -> None:
     """The closing lines of a run: untuned against tuned, and where things lie."""
     if progress.untuned and progress.best:
-        (iou, dice, _), (best_iou, best_dice, iteration) = progress.untuned, progress.best
+        untuned, best = progress.untuned, progress.best
         print(
-            f"untuned -> tuned: IoU {iou:.4f} -> {best_iou:.4f}, "
-            f"Dice {dice:.4f} -> {best_dice:.4f} (best at iteration {iteration})"
+            f"untuned -> tuned: IoU {untuned['iou']:.4f} -> {best['iou']:.4f}, "
+            f"Dice {untuned['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})"
         )
         print(f"best weights     {checkpoints / 'best.pth'}")
     if (checkpoints / "last.pth").exists():

@@ -32,6 +32,48 @@ def dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (_sum_pixels(probs) + _sum_pixels(target) + 1)
 
 
+# Erosions after which nothing is left of a cable: half of the largest width on the loss's grid.
+SKELETON_STEPS = 10
+
+
+def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Soft clDice loss: 1 - the harmonic mean of topology precision and sensitivity.
+
+    They are the share of the predicted centre lines on the truth, and of the true ones on the prediction
+    (Shit et al., clDice, CVPR 2021, eq. 1 to 3, with 1 added to numerators and denominators).
+    """
+    probs, target = torch.sigmoid(logits) * valid, target * valid
+    lines, true_lines = soft_skeleton(probs), soft_skeleton(target)
+    precision = (_sum_pixels(lines * target) + 1) / (_sum_pixels(lines) + 1)
+    sensitivity = (_sum_pixels(true_lines * probs) + 1) / (_sum_pixels(true_lines) + 1)
+    return 1 - 2 * precision * sensitivity / (precision + sensitivity)
+
+
+def soft_skeleton(probs: Tensor) -> Tensor:
+    """Centre lines, (B, 1, h, w) in 0..1, of what is likely foreground (clDice, algorithm 1).
+
+    Shrinks it a pixel at a time and keeps what an opening would remove: where it is but a line. What is
+    outside the grid is background, as padding is.
+    """
+    probs = F.pad(probs, (1, 1, 1, 1))
+    skeleton = torch.relu(probs - _dilate(_erode(probs)))
+    for _ in range(SKELETON_STEPS):
+        probs = _erode(probs)
+        line = torch.relu(probs - _dilate(_erode(probs)))
+        skeleton = skeleton + torch.relu(line - skeleton * line)
+    return skeleton[:, :, 1:-1, 1:-1]
+
+
+def _erode(x: Tensor) -> Tensor:
+    """The least of each pixel and its four neighbours."""
+    return torch.minimum(-F.max_pool2d(-x, (3, 1), 1, (1, 0)), -F.max_pool2d(-x, (1, 3), 1, (0, 1)))
+
+
+def _dilate(x: Tensor) -> Tensor:
+    """The largest of each pixel and its eight neighbours."""
+    return F.max_pool2d(x, 3, 1, 1)
+
+
 def iou_mse(iou_pred: Tensor, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Squared error of the IoU head, `iou_pred` (B, 1), against the IoU of the predicted mask.
 

@@ -15,6 +15,7 @@ from conftest import build_tiny, write_dataset
 from PIL import Image
 from segment_anything import SamPredictor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import finetune
@@ -104,7 +105,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
         "train/loss", "train/focal", "train/dice", "train/iou_mse", "train/lr", "train/bad_steps",
         "train/images_per_s", "train/data_wait", "test/iou", "test/dice", "test/precision", "test/recall",
         "test/boundary_iou", "test/cldice", "test/total_iou", "test/recall_thin",
-        "test/recall_thick", "test/best_threshold", "test/best_iou",
+        "test/recall_thick", "test/best_threshold", "test/best_iou", "best/iou", "best/dice", "best/cldice",
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["iteration"], pytest.approx(line["iou"])) for line in lines] == curves["test/iou"]
@@ -122,7 +123,13 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     assert curves["train/lr"][0][1] == pytest.approx(5e-3 * 6 / 10, rel=1e-4)
     assert all(0 <= share <= 1 for _, share in curves["train/data_wait"])
 
-    tags = EventAccumulator(str(folder)).Reload().Tags()
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()
+    start = HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    assert start.session_start_info.hparams["lr"].number_value == 5e-3
+    assert curves["best/iou"][-1][1] == max(ious)
     assert set(tags["images"]) == {"test/panel", "test/worst_and_median", "train/panel"}
     assert set(tags["tensors"]) == {"flags/text_summary", "test/pixels"}
     files = {path.name for path in (folder / "checkpoints").iterdir()}
@@ -316,6 +323,18 @@ def train_plainly(*argv):
         optimizer.step()
         optimizer.zero_grad()
     return model.official_weights(sam, setup.loaded)
+
+
+def test_cldice_counts_with_its_weight(tiny_weights, config_file):
+    for name, weight in (("without", 0), ("with", 2.5)):
+        flags = ("--cldice_weight", weight, "--epoch_num", 1, "--log_interval", 1, "--exp_name", name)
+        assert run_tiny(config_file(), tiny_weights, *flags) == 0
+    without, curves = scalars(Path("exp/without")), scalars(Path("exp/with"))
+    assert "train/cldice" not in without
+    (_, first), (_, cldice) = curves["train/loss"][0], curves["train/cldice"][0]
+    assert 0 < cldice < 1  # on the same weights
+    assert first == pytest.approx(without["train/loss"][0][1] + 2.5 * cldice, rel=1e-4)
+    assert curves["train/focal"][1] != without["train/focal"][1]  # and it is learned from
 
 
 @pytest.mark.filterwarnings("ignore:photos to test on")
@@ -695,6 +714,19 @@ def test_learning_rates_that_are_not_given(flags, rates):
     assert (args.lr, args.encoder_lr) == rates
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), (1e-3, 5e-4, 4, 0.7)),
+        (("--train", "lora"), (5e-4, 2.5e-4, 1, 0.5)),
+        (("--train", "encoder", "--lr", "2e-3", "-b", "8"), (2e-3, 1e-3, 8, 0.5)),
+    ],
+)
+def test_some_defaults_depend_on_what_learns(argv, expected):
+    args = finetune.parse_args(["-c", "x", *argv])
+    assert (args.lr, args.encoder_lr, args.batch_size, args.alpha) == expected
+
+
 def test_help_gives_every_default():
     result = subprocess.run(
         [sys.executable, str(ROOT / "finetune.py"), "--help"], capture_output=True, text=True
@@ -703,5 +735,13 @@ def test_help_gives_every_default():
     text = " ".join(result.stdout.split())
     for name, value in vars(finetune.parse_args(["-c", "x", "-n", "x"])).items():
         assert f"--{name}" in text
-        if value is not None and name not in ("config", "exp_name", "lr", "encoder_lr"):
+        if value is not None and name not in (
+            "config",
+            "exp_name",
+            "lr",
+            "encoder_lr",
+            "batch_size",
+            "alpha",
+        ):
             assert f"(default: {value})" in text, name
+    assert "(default: None)" not in text

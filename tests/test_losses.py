@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from losses import dice_loss, focal_loss, iou_mse
+from losses import cldice_loss, dice_loss, focal_loss, iou_mse, soft_skeleton
 
 
 def column(*values):
@@ -64,9 +64,54 @@ def test_iou_mse_against_hand_computed_values():
     torch.testing.assert_close(empty, torch.tensor([0.75**2]))
 
 
+def bars(*rows, size=40):
+    """A (1, 1, size, size) mask with bars `first` to `last` row, all but the outermost columns long."""
+    mask = torch.zeros(1, 1, size, size)
+    for first, last in rows:
+        mask[:, :, first : last + 1, 4:-4] = 1
+    return mask
+
+
+def test_soft_skeleton_is_the_centre_line():
+    skeleton = soft_skeleton(bars((8, 14), (30, 30)))[0, 0]  # 7 wide, and 1
+    assert skeleton[11, 8:-8].eq(1).all() and skeleton[30, 4:-4].eq(1).all()
+    skeleton[[11, 30]] = 0
+    assert skeleton[:, 8:-8].eq(0).all()
+    assert skeleton.sum() < 30  # but for branches to the corners nothing else
+
+
+def test_cldice_sees_gaps_and_forgives_width():
+    truth = bars((10, 16))
+    valid = torch.ones_like(truth, dtype=torch.bool)
+    whole, wider, broken = truth.clone(), bars((9, 17)), truth.clone()
+    broken[:, :, :, 17:23] = 0
+
+    def cldice(mask):
+        return cldice_loss(40 * mask - 20, truth, valid).item()
+
+    def dice(mask):
+        return dice_loss(40 * mask - 20, truth, valid).item()
+
+    assert cldice(whole) == pytest.approx(0, abs=1e-3)
+    assert dice(wider) > 0.1 and cldice(wider) < 0.5 * dice(wider)
+    assert cldice(broken) > 0.08
+    assert cldice(bars((24, 30))) > 0.9  # beside it
+
+
+def test_cldice_gradient_closes_a_gap():
+    truth = bars((10, 16))
+    logits = (4 * truth - 2).requires_grad_()
+    with torch.no_grad():
+        logits[:, :, 10:17, 18:22] = -2
+    cldice_loss(logits, truth, torch.ones_like(truth, dtype=torch.bool)).sum().backward()
+    assert logits.grad[:, :, 10:17, 18:22].sum() < 0  # a step against it adds foreground there
+    assert logits.grad.isfinite().all()
+
+
 LOSSES = {
     "focal": lambda logits, target, valid: focal_loss(logits, target, valid, alpha=0.7, gamma=2.0),
     "dice": dice_loss,
+    "cldice": cldice_loss,
     "iou_mse": lambda logits, target, valid: iou_mse(
         torch.full((len(logits), 1), 0.3), logits, target, valid
     ),
