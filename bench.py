@@ -37,7 +37,7 @@ from losses import dice_loss, focal_loss, iou_mse
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = ["encoder", "step", "loader", "iteration"]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,25 +52,35 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=1, help="data workers of whole iterations")
     parser.add_argument("--reuse", type=int, default=4, help="--embedding_reuse of the last row")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--without_plain", action="store_true", help="only ours, if plain takes too much")
     parser.add_argument("--seconds", type=float, default=20, help="about, for each number")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.config = args.config.resolve()
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     print(
         f"{args.model_type}, {args.train}, batch {args.batch_size}, {args.device}, {os.cpu_count()} cores\n"
     )
     print("| | plain, images/s | this tool, images/s | ratio | plain, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
+
+    def plain(function: Callable) -> tuple[float, float]:
+        return (float("nan"),) * 2 if args.without_plain else fresh(function, args, True)
+
     if "encoder" in args.parts:
-        encoded = compare("encoder", fresh(encoder, args, True), fresh(encoder, args, False))
+        encoded = compare("encoder", plain(encoder), fresh(encoder, args, False))
     if "step" in args.parts:  # from embeddings if the encoder is frozen, else from pictures
-        compare(f"{args.train} step", fresh(step, args, True), fresh(step, args, False))
+        compare(f"{args.train} step", plain(step), fresh(step, args, False))
     if "loader" in args.parts:
-        compare("loader, one core", fresh(loader, args, True), fresh(loader, args, False))
+        compare("loader, one core", plain(loader), fresh(loader, args, False))
     if "iteration" in args.parts:
-        plain = fresh(iteration, args)
+        slow = plain(iteration)
         for reuse in (1, args.reuse) if args.train == "decoder" else (1,):
             *ours, waited = fresh(run_command, args, reuse)
-            compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", plain, ours)
+            compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", slow, ours)
     if "encoder" in args.parts:
         work, (peak, _) = picture_flops(args) / 1e9, fresh(matrix_product, args)
         print(
@@ -96,11 +106,14 @@ def fresh(function: Callable, *args) -> tuple:
 
 
 def rate(step: Callable[[], object], amount: float, args: argparse.Namespace) -> tuple[float, float]:
-    """`amount` a second for one call of `step`, warmed up by two, and the peak memory in GB."""
+    """`amount` a second for one call of `step`, warmed up by as many as are timed at least, and peak GB."""
+    least = 2 if args.seconds else 1
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    step(), step(), synchronize()
+    for _ in range(least):
+        step()
+    synchronize()
     start, calls = time.perf_counter(), 0
-    while calls < 2 or time.perf_counter() - start < args.seconds:
+    while calls < least or time.perf_counter() - start < args.seconds:
         step()
         calls += 1
     synchronize()
@@ -208,8 +221,8 @@ def loader(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
     return rate(lambda: train_set[next(uses)], 1, argparse.Namespace(device="cpu", seconds=args.seconds))
 
 
-def iteration(args: argparse.Namespace) -> tuple[float, float]:
-    sam, _, optimizer = build(args, plain=True)
+def iteration(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
+    sam, _, optimizer = build(args, plain)
     train_set = make_train_set(args)
     batches = train_set.batches(batch_size=args.batch_size, epochs=10**9, start=0)
     data = iter(DataLoader(train_set, batch_sampler=batches, num_workers=args.num_workers))
