@@ -147,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, of_decoder if args.train == "decoder" else where_the_encoder_learns)
     if args.encoder_lr is None:
-        args.encoder_lr = args.lr / 2
+        args.encoder_lr = args.lr * (2 if args.train == "lora" else 0.5)
     if args.embedding_reuse > 1 and args.train != "decoder":
         parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {args.train}")
     if args.resume and args.exp_name is None:
@@ -300,7 +300,7 @@ def _add_optimisation_flags(optim: argparse._ArgumentGroup) -> None:
     optim.add_argument(
         "--encoder_lr",
         type=positive,
-        help="that of the encoder or its adapters (default: half of --lr)%(default).0s",
+        help="that of the encoder, or of its adapters (default: half of --lr, or twice it)%(default).0s",
     )
     optim.add_argument(
         "--layer_decay",

@@ -703,23 +703,13 @@ def test_the_script_itself_ends_without_a_traceback(data):
     assert "Traceback" not in result.stderr and not (data.parent / "exp").exists()
 
 
-@pytest.mark.parametrize(("flags", "rates"), [
-    ("", (1e-3, 5e-4)),
-    ("--train lora", (5e-4, 2.5e-4)),
-    ("--train encoder --lr 2e-3", (2e-3, 1e-3)),
-    ("--train encoder --lr 2e-3 --encoder_lr 3e-3", (2e-3, 3e-3)),
-])  # fmt: skip
-def test_learning_rates_that_are_not_given(flags, rates):
-    args = finetune.parse_args(["-c", "x", *flags.split()])
-    assert (args.lr, args.encoder_lr) == rates
-
-
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         ((), (1e-3, 5e-4, 4, 0.7)),
-        (("--train", "lora"), (5e-4, 2.5e-4, 1, 0.5)),
+        (("--train", "lora"), (5e-4, 1e-3, 1, 0.5)),
         (("--train", "encoder", "--lr", "2e-3", "-b", "8"), (2e-3, 1e-3, 8, 0.5)),
+        (("--train", "encoder", "--encoder_lr", "3e-3", "--alpha", "0.6"), (5e-4, 3e-3, 1, 0.6)),
     ],
 )
 def test_some_defaults_depend_on_what_learns(argv, expected):
