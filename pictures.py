@@ -82,9 +82,8 @@ def read_pictures(paths: list[Path], truths: dict[str, Path], unreadable: list[s
         yield Picture(path.name, path.stem, image, truth)
 
 
-def read_frames(paths: list[Path], truths: dict[str, Path], unreadable: list[str]) -> Iterator[Picture]:
+def read_frames(path: Path, unreadable: list[str]) -> Iterator[Picture]:
     """The frames of a video, numbered from 0; a message to `unreadable` if it ends early."""
-    (path,) = paths
     video = cv2.VideoCapture(str(path))
     expected, number = frame_count(path), 0
     while True:
@@ -104,7 +103,7 @@ def write_picture(path: Path, array: np.ndarray) -> None:
 
 
 def write_video(output: Path, source: Path, stems: Iterable[str]) -> None:
-    """Join the overlays of a video's frames to one, `overlays/NAME.mp4`."""
+    """Join the overlays of a video's frames to one, `overlays/NAME.mp4`; raises OSError if it cannot."""
     target = output / "overlays" / f"{source.stem}.mp4"
     rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25
     frames = (read_image(output / "overlays" / f"{stem}.jpg") for stem in stems)
@@ -112,6 +111,8 @@ def write_video(output: Path, source: Path, stems: Iterable[str]) -> None:
     with tempfile.TemporaryDirectory(dir=output) as folder:  # cv2 takes a name, not a file
         whole = Path(folder) / target.name
         video = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*"mp4v"), rate, first.shape[1::-1])
+        if not video.isOpened():
+            raise OSError(f"{target}: OpenCV cannot write it")
         for frame in chain([first], frames):
             video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         video.release()

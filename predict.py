@@ -75,16 +75,18 @@ def main(argv: list[str] | None = None) -> int:
     unreadable = []
     try:
         paths = find_pictures(args.input)
+        video = paths[0] if is_video(paths[0]) else None
+        if video and (args.masks or args.prompt):
+            raise ValueError(f"{video}: --masks and --prompt are for pictures, not for a video")
         truths = find_truths(args.masks, paths) if args.masks else {}
         prompts = find_prompts(args.prompt, paths) if args.prompt else {}
         device = model.pick_device(args.device)
         find_cables = load(args.checkpoint, device, model.amp_dtype(args.amp, device))
-        read = read_frames if is_video(paths[0]) else read_pictures
-        total = frame_count(paths[0]) if is_video(paths[0]) else len(paths)
-        bar = tqdm(total=total, unit=" images", dynamic_ncols=True)
-        found, measured = predict(args, find_cables, read(paths, truths, unreadable), prompts, bar)
-        if is_video(paths[0]) and found:
-            write_video(args.output, paths[0], found)
+        pictures = read_frames(video, unreadable) if video else read_pictures(paths, truths, unreadable)
+        bar = tqdm(total=frame_count(video) if video else len(paths), unit=" images", dynamic_ncols=True)
+        found, measured = predict(args, find_cables, pictures, prompts, bar)
+        if video and found:
+            write_video(args.output, video, found)
         if args.polygons:
             write_polygons(args.output, found)
         if measured:

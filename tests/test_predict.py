@@ -138,6 +138,7 @@ def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
     assert run(trained, tmp_path / "clip.avi", tmp_path / "out", "--polygons") == 0
     masks = sorted(path.name for path in (tmp_path / "out/masks").iterdir())
     assert masks == [f"clip_{number:06d}.png" for number in range(6)]
+    assert run(trained, tmp_path / "clip.avi", tmp_path / "no", "--masks", data / "test/masks") == 2
     made = cv2.VideoCapture(str(tmp_path / "out/overlays/clip.mp4"))
     assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 6 and made.get(cv2.CAP_PROP_FPS) == 5
     there, first = made.read()
