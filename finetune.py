@@ -1144,7 +1144,8 @@ def log_settings(writer: SummaryWriter, args: argparse.Namespace, iteration: int
     """The flags as text, and as this run's row in TensorBoard's table of runs (HPARAMS)."""
     flags = settings(args)
     writer.add_text("flags", f"```\n{yaml.safe_dump(flags, sort_keys=False)}```", iteration)
-    columns = {name: value for name, value in flags.items() if value is not None}
+    left_out = {*MAY_CHANGE, "exp_name", "checkpoint"} - {"config", "epoch_num"}
+    columns = {name: flags[name] for name in flags if name not in left_out and flags[name] is not None}
     for part in hparams(columns, {f"best/{name}": 0.0 for name in BEST})[:2]:  # the third says: ended
         writer.file_writer.add_summary(part)
 
