@@ -32,6 +32,7 @@ class Row:
     augmented: bool = True
     photos: int = PHOTOS
     prompt: str = "none"
+    cldice_weight: float = 0.0
     seeds: int = 1
 
 
@@ -45,6 +46,7 @@ ROWS = (
     Row("composites of 40 photos", photos=40),
     Row("composites, a point", prompt="point"),
     Row("composites, a box", prompt="box"),
+    Row("composites, clDice loss", cldice_weight=0.5),
 )
 
 
@@ -54,7 +56,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with the datasets of configs/cables.yaml"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "demo/results.png", help="the picture")
-    parser.add_argument("--flags", default="--embedding_reuse 4 --epoch_num 12", help="of every run")
+    parser.add_argument("--flags", default="--embedding_reuse 4 --epoch_num 8", help="of every run")
     args = parser.parse_args()
     for seed in range(max(row.seeds for row in ROWS)):
         for row in ROWS:
@@ -76,7 +78,7 @@ def run(row: Row, seed: int, data: Path, flags: list[str]) -> None:
         return
     command = [sys.executable, ROOT / "finetune.py", "--config", write_config(row, data)]
     command += ["--model_type", "lite_medsam", "--exp_name", name, "--seed", seed, "--prompt", row.prompt]
-    command += ["--test_interval", 1_000_000, *flags]
+    command += ["--cldice_weight", row.cldice_weight, "--test_interval", 1_000_000, *flags]
     print(" ".join(map(str, command)), flush=True)
     subprocess.run([str(part) for part in command], check=True)
 
