@@ -32,8 +32,7 @@ def dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (_sum_pixels(probs) + _sum_pixels(target) + 1)
 
 
-# Erosions after which nothing is left of a cable: half of the largest width on the loss's grid.
-SKELETON_STEPS = 10
+SKELETON_STEPS = 10  # erosions, of a pixel on either side: cables are at most 20 wide on the loss's grid
 
 
 def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -55,23 +54,28 @@ def soft_skeleton(probs: Tensor) -> Tensor:
     Shrinks it a pixel at a time and keeps what an opening would remove: where it is but a line. What is
     outside the grid is background, as padding is.
     """
-    probs = F.pad(probs, (1, 1, 1, 1))
-    skeleton = torch.relu(probs - _dilate(_erode(probs)))
+    skeleton = torch.zeros_like(probs)
     for _ in range(SKELETON_STEPS):
-        probs = _erode(probs)
-        line = torch.relu(probs - _dilate(_erode(probs)))
+        smaller = _erode(probs)
+        line = torch.relu(probs - _dilate(smaller))
         skeleton = skeleton + torch.relu(line - skeleton * line)
-    return skeleton[:, :, 1:-1, 1:-1]
+        probs = smaller
+    return skeleton
 
 
 def _erode(x: Tensor) -> Tensor:
-    """The least of each pixel and its four neighbours."""
-    return torch.minimum(-F.max_pool2d(-x, (3, 1), 1, (1, 0)), -F.max_pool2d(-x, (1, 3), 1, (0, 1)))
+    """The least of each pixel and its four neighbours. (Faster on a CPU than pooling, as is the next.)"""
+    around = F.pad(x, (1, 1, 1, 1))
+    of_rows = torch.minimum(around[..., :-2, 1:-1], around[..., 2:, 1:-1])
+    of_columns = torch.minimum(around[..., 1:-1, :-2], around[..., 1:-1, 2:])
+    return torch.minimum(x, torch.minimum(of_rows, of_columns))
 
 
 def _dilate(x: Tensor) -> Tensor:
     """The largest of each pixel and its eight neighbours."""
-    return F.max_pool2d(x, 3, 1, 1)
+    x = F.pad(x, (1, 1, 1, 1))
+    x = torch.maximum(torch.maximum(x[..., :-2, :], x[..., 2:, :]), x[..., 1:-1, :])
+    return torch.maximum(torch.maximum(x[..., :-2], x[..., 2:]), x[..., 1:-1])
 
 
 def iou_mse(iou_pred: Tensor, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
