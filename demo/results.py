@@ -56,7 +56,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with the datasets of configs/cables.yaml"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "demo/results.png", help="the picture")
-    parser.add_argument("--flags", default="--embedding_reuse 4 --epoch_num 8", help="of every run")
+    parser.add_argument("--flags", default="--embedding_reuse 4 --epoch_num 6", help="of every run")
     args = parser.parse_args()
     for seed in range(max(row.seeds for row in ROWS)):
         for row in ROWS:
