@@ -2,9 +2,9 @@
 
     python demo/results.py --data data
 
-14 runs of 300 samples, 7 minutes each on 2 CPU cores by the 1.32 s that a sample takes, all of `finetune.py` on
-configs that this writes to exp/results_configs/. A run that has ended is not run again. Prints the table and
-draws demo/results.png.
+14 runs of 300 samples, 7 minutes each on 2 CPU cores by the 1.32 s that a sample takes, all of `finetune.py`
+on configs that this writes to exp/results_configs/. A run that has ended is not run again. Prints the table
+and draws demo/results.png.
 """
 
 import argparse
