@@ -15,16 +15,15 @@ from torch.utils.checkpoint import checkpoint
 SCORES_AT_ONCE = 1 << 26
 
 
-def accelerate(encoder: nn.Module, *, fold: bool = True, attention: bool = True) -> None:
+def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
     """Give ViT's attention a fused kernel, and compute TinyViT's BatchNorm as part of its convolutions.
 
     `fold` does the latter once and for all, which changes the names of the weights: it is for those that
-    do not train. Else it is done anew in every pass. `attention` can be left as it is, for an export.
-    (A fused kernel for TinyViT's attention, over windows
+    do not train. Else it is done anew in every pass. (A fused kernel for TinyViT's attention, over windows
     of 49 or 196 pixels, makes it slower on a CPU.)
     """
     for module in list(encoder.modules()):
-        if attention and isinstance(module, Attention):
+        if isinstance(module, Attention):
             module.forward = MethodType(vit_attention, module)
         for name, child in list(module.named_children()):
             if not hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm

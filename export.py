@@ -174,7 +174,8 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
     if sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT:
         raise ValueError(f"--format onnx: {model_type} is more than the 2 GB that an ONNX file holds")
     side = sam.image_encoder.img_size
-    encoder.accelerate(sam.image_encoder, attention=False)
+    if not isinstance(sam.image_encoder, ImageEncoderViT):  # whose fast attention depends on the batch
+        encoder.accelerate(sam.image_encoder)
     for module in sam.image_encoder.modules():
         if hasattr(module, "input_resolution") and hasattr(module, "conv3"):
             module.register_forward_pre_hook(_as_picture)
