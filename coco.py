@@ -35,7 +35,7 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
                 points.setdefault(Path(image).stem, []).append(numbers)
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(
-            f"--prompts {path}: {error}; expected a CSV with the header image,x,y[,label] or "
+            f"--prompt {path}: {error}; expected a CSV with the header image,x,y[,label] or "
             "image,x1,y1,x2,y2, or a COCO file with boxes or keypoints"
         ) from error
     for stem, rows in points.items():

@@ -6,6 +6,8 @@ Writes a mask (0 and 255) and an overlay per picture; with the true masks given,
 """
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.polygons:
             write_polygons(args.output, found)
         if measured:
-            print_scores(measured)
+            report_scores(args.output, measured)
             show_worst(args.output, measured, paths, truths)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,15 +166,18 @@ def write_polygons(output: Path, names: dict[str, str]) -> None:
     checkpoint.write_atomically(output / "polygons.json", lambda file: file.write(text.encode()))
 
 
-def print_scores(measured: dict[str, Measured]) -> None:
-    """A table of the measures, the worst picture first, their means, and what is of all pictures together."""
+def report_scores(output: Path, measured: dict[str, Measured]) -> None:
+    """Write the measures of every picture, the worst first, as `measures.csv`; print them and the set's."""
     names = [field.name for field in fields(Scores)]
-    rows = [(stem, [getattr(m.scores, name) for name in names]) for stem, m in measured.items()]
-    rows.sort(key=lambda row: row[1][names.index("iou")])
-    rows.append(("mean", np.mean([values for _, values in rows], axis=0)))
-    width = max(len(stem) for stem, _ in rows)
+    rows = [(stem, *(getattr(m.scores, name) for name in names)) for stem, m in measured.items()]
+    rows.sort(key=lambda row: row[1 + names.index("iou")])
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("picture", *names), *rows])
+    checkpoint.write_atomically(output / "measures.csv", lambda file: file.write(table.getvalue().encode()))
+    rows.append(("mean", *np.mean([values for _, *values in rows], axis=0)))
+    width = max(len(stem) for stem, *_ in rows)
     print("  ".join(["picture".ljust(width), *(f"{name:>7}" for name in names)]))
-    for stem, values in rows:
+    for stem, *values in rows:
         columns = (f"{value:{max(7, len(name))}.4f}" for name, value in zip(names, values, strict=True))
         print("  ".join([stem.ljust(width), *columns]))
     summary = summarise(list(measured.values()))

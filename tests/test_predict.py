@@ -1,5 +1,6 @@
 """predict.py: the real command on drawn cables."""
 
+import csv
 import json
 
 import cv2
@@ -67,6 +68,10 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
     assert table[-1].split()[:2] == ["mean", f"{np.mean(ious):.4f}"]
     assert table[0].split()[1:] == ["iou", "dice", "precision", "recall", "boundary_iou", "cldice"]
     assert float(table[1].split()[-6]) == pytest.approx(min(ious), abs=1e-4)  # the worst comes first
+    with (tmp_path / "out/measures.csv").open(newline="") as file:
+        written = [(row["picture"], float(row["iou"])) for row in csv.DictReader(file)]
+    assert [iou for _, iou in written] == pytest.approx(sorted(ious))
+    assert {stem for stem, _ in written} == {path.stem for path in photos.iterdir()}
     assert read_image(tmp_path / "out/worst.jpg").shape[1] == 960
 
 
