@@ -754,43 +754,49 @@ def embedded_batches(
         This process's uses of the batch; unless there are none, `embedding` (B, C, e, e), `target` uint8
         (B, 1, grid, grid), `size`, `points` and `labels`; and the seconds that it waited for data.
     """
-    device, train_set = setup.device, setup.train_set
-    parts = distributed.size()
+    train_set, parts = setup.train_set, distributed.size()
     span = {"batch_size": args.batch_size * parts, "epochs": args.epoch_num, "start": start}
     span |= {"part": distributed.rank(), "parts": parts}
-    pin = device.type == "cuda"
-    loader = train_loader(train_set, **span, num_workers=args.num_workers, pin_memory=pin)
-    made = zip(train_set.batches_to_make(**span), loader, strict=True)
+    made = encoded_samples(args, setup, span)
     pool = None
     if train_set.places:
         pool = EmbeddingPool(setup.folder, train_set.places, **pool_layout(setup.sam, setup.amp))
-
-    def make() -> tuple[list[Use], dict[str, Tensor], float]:
-        asked = time.perf_counter()
-        uses, samples = next(made)
-        waited = time.perf_counter() - asked
-        samples = to_device(samples, device)
-        images, sizes = samples.pop("image"), samples["size"]
-        samples["embedding"] = setup.encode(images, sizes)
-        return uses, samples, waited
-
     for uses in train_set.batches(**span):
         if not uses:
             yield uses, None, 0.0
             continue
         if pool is None:
-            yield make()
+            yield next(made)
             continue
-        total_wait = 0.0
+        waited = 0.0
         while not all(pool.holds(use) for use in uses):
-            made_uses, samples, waited = make()
-            total_wait += waited
-            parts = (samples[name].cpu() for name in ("embedding", "target", "size"))
-            for use, *sample in zip(made_uses, *parts, strict=True):
-                pool.put(use, *sample)
-        batch = to_device(from_pool(pool, train_set, uses), device)
+            made_uses, samples, seconds = next(made)
+            put_in_pool(pool, made_uses, samples)
+            waited += seconds
+        batch = to_device(from_pool(pool, train_set, uses), setup.device)
         batch["embedding"] = batch["embedding"].to(setup.amp or torch.float32)
-        yield uses, batch, total_wait
+        yield uses, batch, waited
+
+
+def encoded_samples(
+    args: argparse.Namespace, setup: Setup, span: dict[str, int]
+) -> Iterator[tuple[list[Use], dict[str, Tensor], float]]:
+    """What has to be made for the batches of `span`, as `embedded_batches` yields it."""
+    options = {"num_workers": args.num_workers, "pin_memory": setup.device.type == "cuda"}
+    loader = iter(train_loader(setup.train_set, **span, **options))
+    for uses in setup.train_set.batches_to_make(**span):
+        asked = time.perf_counter()
+        samples = next(loader)
+        waited = time.perf_counter() - asked
+        samples = to_device(samples, setup.device)
+        samples["embedding"] = setup.encode(samples.pop("image"), samples["size"])
+        yield uses, samples, waited
+
+
+def put_in_pool(pool: EmbeddingPool, uses: list[Use], samples: dict[str, Tensor]) -> None:
+    parts = (samples[name].cpu() for name in ("embedding", "target", "size"))
+    for use, *sample in zip(uses, *parts, strict=True):
+        pool.put(use, *sample)
 
 
 def from_pool(pool: EmbeddingPool, train_set: TrainSet, uses: list[Use]) -> dict[str, Tensor]:
@@ -838,6 +844,18 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    code = run_to_the_end(args, setup)
+    if code and distributed.is_main() and (setup.folder / RESUME_FILE).exists():
+        print(
+            f"--exp_name {args.exp_name} --resume, with the other flags as they were, goes on from the last "
+            f"state, in {setup.folder / RESUME_FILE}",
+            file=sys.stderr,
+        )
+    return code
+
+
+def run_to_the_end(args: argparse.Namespace, setup: Setup) -> int:
+    """Train; returns 0, 1 after a message of what ended the run, or 128 and the number of a signal."""
     stop, error = StopRequest(), None
     try:
         with stop:
@@ -853,16 +871,11 @@ def main(argv: list[str] | None = None) -> int:
         if error is fault:
             raise
     distributed.leave()
-    if error and not stop.signal:
+    if stop.signal:
+        return 128 + stop.signal
+    if error:
         print(f"error: {error}", file=sys.stderr)
-    code = 128 + stop.signal if stop.signal else 1 if error else 0
-    if code and distributed.is_main() and (setup.folder / RESUME_FILE).exists():
-        print(
-            f"--exp_name {args.exp_name} --resume, with the other flags as they were, goes on from the last "
-            f"state, in {setup.folder / RESUME_FILE}",
-            file=sys.stderr,
-        )
-    return code
+    return 1 if error else 0
 
 
 class RunError(Exception):
