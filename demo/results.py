@@ -4,7 +4,7 @@
 
 Trains LiteMedSAM on the 60 photos of cables_plain, 300 samples a run, as the rows say, and measures the last
 weights on three sets that are unlike them, by predict.py. Prints every command, then the table, and draws
-OUT.png, bars, and OUT_maps.png, what is found in one picture of each set. What has been done lies under exp/
+OUT.png, bars, and OUT_maps.png, what is found in two pictures of each set. What has been done lies under exp/
 and is not done again.
 """
 
@@ -25,6 +25,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = Path("exp/results_data")
 PHOTOS = 60  # in cables_plain, and samples of an epoch
+RANKING = "composites"
 TESTED = {"cables_cluttered": 10, "cables_rendered_test": 29, "cables_black": 20}  # evenly chosen pictures
 
 
@@ -210,7 +211,7 @@ def draw_bars(measures: Measures, out: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="IoU, mean of the test pictures", xlim=(0, 1))
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(TESTED))
     figure.savefig(out)
 
 
@@ -218,24 +219,27 @@ FOUND, MISSED, WRONG = (70, 160, 70), (40, 110, 230), (225, 70, 50)  # on white
 
 
 def draw_maps(rows: list[Row], out: Path) -> None:
-    """What seed 0 found, missed and took wrongly for cable in one picture of each set.
+    """What seed 0 found, missed and took wrongly for cable in two pictures of each set.
 
-    It is the one that is in the middle of the set by IoU, ranked by the row "composites" or else the first.
+    They are in the middle and at the end of the set as RANKING's IoU ranks it, or else the first row's.
     """
-    ranking = next((row for row in rows if row.name == "composites"), rows[0])
-    middle = {
-        name: sorted(ious(ranking, name), key=ious(ranking, name).get)[TESTED[name] // 2] for name in TESTED
-    }
+    ranking = next((row for row in rows if row.name == RANKING), rows[0])
+    shown = []
+    for name in TESTED:
+        ranked = sorted(ious(ranking, name), key=ious(ranking, name).get)
+        shown += [(name, "middle", ranked[len(ranked) // 2]), (name, "worst", ranked[0])]
+    size = (1.7 * len(shown), 0.4 + 1.5 * len(rows))
     figure, axes = plt.subplots(
-        len(rows), len(TESTED), figsize=(7.5, 1.75 * len(rows)), dpi=80, layout="constrained", squeeze=False
+        len(rows), len(shown), figsize=size, dpi=75, layout="constrained", squeeze=False
     )
     for row, line in zip(rows, axes, strict=True):
-        for name, cell in zip(TESTED, line, strict=True):
-            stem = middle[name]
+        for (name, place, stem), cell in zip(shown, line, strict=True):
             (truth,) = (LINKS / f"{name}_{TESTED[name]}/masks").glob(f"{stem}.*")
             cell.imshow(agreement(truth, folder(row, 0) / name / "masks" / f"{stem}.png"))
-            cell.set_title(f"{row.name}: {ious(row, name)[stem]:.2f}", fontsize=8)
-            cell.axis("off")
+            heading = f"{name}\n{place} picture\n" if row is rows[0] else ""
+            cell.set_title(f"{heading}{ious(row, name)[stem]:.2f}", fontsize=8)
+            cell.set(xticks=[], yticks=[])
+        line[0].set_ylabel(row.name.replace(", ", ",\n"), fontsize=8)
     figure.savefig(out)
 
 
