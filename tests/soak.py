@@ -1,4 +1,4 @@
-"""Train the tiny SAM for long and print memory and open files on the way. By hand, on Linux, not in CI.
+"""Train the tiny SAM for long and print memory and open files on the way. On Linux; in CI a short one.
 
 python tests/soak.py --iterations 4000
 """
@@ -58,7 +58,7 @@ def watch(command: list[str], folder: Path, seconds: float) -> None:
                     f"{done[-1] if done else '-':>9}  {memory / 1e3:11.0f}  {opened:10}  {files:13}",
                     flush=True,
                 )
-    print(f"exit code {process.returncode}")
+    sys.exit(process.returncode)
 
 
 def resident(pid: str) -> int:
