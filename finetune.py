@@ -783,14 +783,14 @@ def encoded_samples(
 ) -> Iterator[tuple[list[Use], dict[str, Tensor], float]]:
     """What has to be made for the batches of `span`, as `embedded_batches` yields it."""
     options = {"num_workers": args.num_workers, "pin_memory": setup.device.type == "cuda"}
-    loader = iter(train_loader(setup.train_set, **span, **options))
-    for uses in setup.train_set.batches_to_make(**span):
-        asked = time.perf_counter()
-        samples = next(loader)
+    loader = train_loader(setup.train_set, **span, **options)
+    asked = time.perf_counter()
+    for uses, samples in zip(setup.train_set.batches_to_make(**span), loader, strict=True):
         waited = time.perf_counter() - asked
         samples = to_device(samples, setup.device)
         samples["embedding"] = setup.encode(samples.pop("image"), samples["size"])
         yield uses, samples, waited
+        asked = time.perf_counter()
 
 
 def put_in_pool(pool: EmbeddingPool, uses: list[Use], samples: dict[str, Tensor]) -> None:
