@@ -74,17 +74,22 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
         # a soft shadow falls on what lies below
         shadow = np.clip(1.5 - 0.75 * np.linalg.norm(offset - 0.6, axis=-1), 0, 0.5) * 0.5
         image[box] *= 1 - np.where(beyond | (distance <= 1), 0, shadow)[..., None]
-        # a cylinder lit from one side
         inside = (distance <= 1) & ~beyond
-        depth = np.sqrt(np.clip(1 - distance**2, 0, 1))
-        normal = np.concatenate([offset, depth[..., None]], axis=-1)
-        diffuse = np.clip(normal @ light, 0, 1)
-        shine = 0.5 * np.clip(normal @ light, 0, 1) ** 30
+        diffuse, shine = light_cylinder(offset, distance, light)
         along = start + 3 * nearest
         strands = 1 - twist * (np.sin(along / radius * 1.5 + 4 * offset[..., 0]) > 0)
         shaded = colour * ((0.35 + 0.65 * diffuse) * strands)[..., None] + shine[..., None]
         image[box][inside] = np.clip(shaded, 0, 1)[inside]
         mask[box][inside] = 1.0
+
+
+def light_cylinder(
+    offset: np.ndarray, distance: np.ndarray, light: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Diffuse light and shine (h, w) on a cylinder of radius 1, `offset` (h, w, 2) from its axis."""
+    depth = np.sqrt(np.clip(1 - distance**2, 0, 1))
+    facing = np.clip(np.concatenate([offset, depth[..., None]], axis=-1) @ light, 0, 1)
+    return facing, 0.5 * facing**30
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
