@@ -18,8 +18,8 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import Tensor, nn
 
 import checkpoint
-import encoder
-import model
+import inference
+from sam import decoder, encoder
 
 ONNX_OPSET = 18
 ONNX_LIMIT = 2_000_000_000  # bytes of one file of protobuf
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output.exists():
             raise FileExistsError(f"--output {args.output}: is there already")
-        sam, model_type = model.load_any(args.checkpoint)
+        sam, model_type = inference.load_any(args.checkpoint)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         {"hf": export_hf, "onnx": export_onnx}[args.format](sam, model_type, args.output)
     except (ValueError, OSError) as error:
@@ -93,7 +93,7 @@ def export_hf(sam: Sam, model_type: str, output: Path) -> None:
 
     hf = SamModel(SamConfig(**hf_config(sam)))
     hf.load_state_dict(hf_weights(sam.state_dict()), strict=True)
-    side, grid = sam.image_encoder.img_size, model.mask_grid(sam)
+    side, grid = sam.image_encoder.img_size, decoder.mask_grid(sam)
     sides = {"size": {"longest_edge": side}, "mask_size": {"longest_edge": grid}}
     pads = {"pad_size": {"height": side, "width": side}, "mask_pad_size": {"height": grid, "width": grid}}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
@@ -149,7 +149,7 @@ def hf_config(sam: Sam) -> dict[str, dict]:
 
 
 class WithoutPrompt(nn.Module):
-    """Encoder and decoder as one: pictures in, low-resolution logits out; see `model.decode`.
+    """Encoder and decoder as one: pictures in, low-resolution logits out; see `decoder.decode`.
 
     `images` uint8 (B, S, S, 3), RGB, padded bottom and right, and `sizes` int64 (B, 2), (h, w) of the
     pictures in it, give logits float32 (B, 1, g, g).
@@ -160,10 +160,10 @@ class WithoutPrompt(nn.Module):
         self.sam, self.model_type = sam, model_type
 
     def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
-        embeddings = self.sam.image_encoder(model.preprocess(images, sizes, self.model_type))
+        embeddings = self.sam.image_encoder(encoder.preprocess(images, sizes, self.model_type))
         no_points = images.new_zeros(images.shape[0], 0, 2, dtype=torch.float32)
         no_labels = images.new_zeros(images.shape[0], 0, dtype=torch.int64)
-        return model.decode(self.sam, embeddings, no_points, no_labels)[0]
+        return decoder.decode(self.sam, embeddings, no_points, no_labels)[0]
 
 
 def export_onnx(sam: Sam, model_type: str, output: Path) -> None:

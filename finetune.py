@@ -32,14 +32,9 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import checkpoint
-import distributed
-import model
-from cache import MIB, EmbeddingPool, check_room
+import runtime
 from config import Config, load_config
 from dataset import (
-    MAX_PIXELS,
-    PROMPTS,
-    Frame,
     Source,
     TestSet,
     TrainSet,
@@ -47,14 +42,18 @@ from dataset import (
     Use,
     find_sources,
     leaks,
-    listed,
     test_loader,
     train_loader,
 )
+from embeddings import MIB, EmbeddingPool, check_room
+from imaging.files import MAX_PIXELS, listed
+from imaging.geometry import Frame
+from imaging.metrics import Measured, Truth, measure, summarise
+from imaging.prompts import PROMPTS
+from imaging.visualize import draw_points, panel, sheet, shrink
 from losses import cldice_loss, dice_loss, focal_loss, iou_mse
-from metrics import Measured, Truth, measure, summarise
 from preview import write_preview
-from visualize import draw_points, panel, sheet, shrink
+from sam import decoder, encoder, trainable, variants
 
 RESUME_FILE = "resume.pth"
 FINER = 2  # how much finer than the decoder's grid the loss is, where the encoder learns to use it
@@ -251,7 +250,7 @@ def _add_speed_flags(speed: argparse._ArgumentGroup) -> None:
 
 
 def _add_model_flags(net: argparse._ArgumentGroup) -> None:
-    net.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
+    net.add_argument("--model_type", choices=list(variants.VARIANTS), default="vit_b", help="SAM variant")
     net.add_argument(
         "--checkpoint",
         type=Path,
@@ -429,9 +428,9 @@ class Setup:
         return [*self.train_set.sources, *([self.test_set.source] if self.test_set else [])]
 
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """`model.encode` on the device; an encoder that trains in float32 computes in the compute type."""
-        with model.autocast(self.device, self.amp if self.train == "encoder" else None):
-            return model.encode(self.sam, images.to(self.device), sizes.to(self.device), self.model_type)
+        """`encoder.encode` on the device; an encoder that trains in float32 computes in the compute type."""
+        with runtime.autocast(self.device, self.amp if self.train == "encoder" else None):
+            return encoder.encode(self.sam, images.to(self.device), sizes.to(self.device), self.model_type)
 
 
 @dataclass
@@ -456,7 +455,7 @@ def preview(args: argparse.Namespace) -> None:
     """What `--preview` does, without weights; raises as `prepare` does."""
     config = load_config(args.config)
     sources, test_source = find_data(args, config)
-    variant = model.VARIANTS[args.model_type]
+    variant = variants.VARIANTS[args.model_type]
     write_preview(
         sources,
         test_source,
@@ -485,7 +484,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         raise ValueError(
             f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
         )
-    device = distributed.join(model.pick_device(args.device))
+    device = runtime.join(runtime.pick_device(args.device))
     config = load_config(args.config)
     resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
     if resume:
@@ -494,14 +493,14 @@ def prepare(args: argparse.Namespace) -> Setup:
     if resume:
         check_same_files(resume, [*sources, *([test_source] if test_source else [])])
 
-    amp = model.amp_dtype(args.amp, device)
-    path = args.checkpoint or model.pretrained_path(args.model_type)
+    amp = runtime.amp_dtype(args.amp, device)
+    path = args.checkpoint or variants.pretrained_path(args.model_type)
     loaded = checkpoint.load_weights(path)
-    sam = model.VARIANTS[args.model_type].build()
-    model.load_weights(sam, loaded, args.model_type, path)
-    model.place(sam, device, amp, train=args.train)
+    sam = variants.VARIANTS[args.model_type].build()
+    variants.load_weights(sam, loaded, args.model_type, path)
+    encoder.place(sam, device, amp, train=args.train)
 
-    frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
+    frame = Frame(sam.image_encoder.img_size, decoder.mask_grid(sam))
     test_set = None
     if test_source:
         test_set = TestSet(test_source, frame=frame, prompt=args.prompt, seed=args.seed)
@@ -548,7 +547,7 @@ def pool_layout(sam: Sam, amp: torch.dtype | None) -> dict:
     return {
         "shape": (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         "dtype": np.dtype(np.float16 if amp else np.float32),
-        "grid": model.mask_grid(sam),
+        "grid": decoder.mask_grid(sam),
     }
 
 
@@ -578,8 +577,8 @@ def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> No
         for name, value in settings(args).items()
         if name not in MAY_CHANGE and resume["flags"].get(name) != value
     ]
-    if resume["processes"] != distributed.size():
-        faults.append(f"processes: were {resume['processes']}, are now {distributed.size()}")
+    if resume["processes"] != runtime.size():
+        faults.append(f"processes: were {resume['processes']}, are now {runtime.size()}")
     if resume["config"] != (now := config.model_dump_json()):
         faults.append(f"the data: was {resume['config']}, is now {now}")
     if faults:
@@ -601,7 +600,7 @@ def file_digests(sources: list[Source]) -> dict[str, str]:
 def warn_of_leaks(train_sources: list[Source], test_source: Source) -> None:
     """Warn of photos that are both trained and tested on."""
     shared = [f"{test} = {train}" for test, train in leaks(train_sources, test_source)]
-    if shared and distributed.is_main():
+    if shared and runtime.is_main():
         warnings.warn(
             f"photos to test on are also trained on, so that the test measures memory:\n  {listed(shared)}",
             stacklevel=2,
@@ -665,10 +664,10 @@ class EncodedTest:
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
     """Read this process's share of the test samples; encode them if their embeddings will stay the same."""
-    part = {"part": distributed.rank(), "parts": distributed.size()}
+    part = {"part": runtime.rank(), "parts": runtime.size()}
     loader = test_loader(setup.test_set, num_workers=args.num_workers, **part)
     encoded = []
-    for sample in tqdm(loader, "encoding the test set", leave=False, disable=not distributed.is_main()):
+    for sample in tqdm(loader, "encoding the test set", leave=False, disable=not runtime.is_main()):
         image, size = sample["image"][None], sample["size"][None]
         embedding = setup.encode(image, size).cpu() if setup.train == "decoder" else None
         encoded.append(
@@ -698,10 +697,10 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
         else:
             sizes = torch.tensor([test.size for test in batch])
             embeddings = setup.encode(torch.cat([test.image for test in batch]), sizes)
-        with model.autocast(device, setup.amp):
-            logits, _ = model.decode(sam, embeddings, points, labels)
+        with runtime.autocast(device, setup.amp):
+            logits, _ = decoder.decode(sam, embeddings, points, labels)
         for test, low_res_logits in zip(batch, logits.float(), strict=True):
-            upscaled = model.upscale(sam, low_res_logits[None], test.size, test.truth.mask.shape)
+            upscaled = decoder.upscale(sam, low_res_logits[None], test.size, test.truth.mask.shape)
             yield upscaled[0, 0].cpu().numpy()
 
 
@@ -732,7 +731,7 @@ def show_train(sam: Sam, train_set: TrainSet, uses: list[Use], logits: Tensor) -
         picture = sample["image"].numpy()[:height, :width]
         prompt = sample["points"].numpy(), sample["labels"].numpy()
         truth, prediction = (
-            model.upscale(sam, low_res[None], size, size)[0, 0].numpy()
+            decoder.upscale(sam, low_res[None], size, size)[0, 0].numpy()
             for low_res in (sample["target"] / 255 - 0.5, predicted)
         )
         panels.append(panel(draw_points(picture, *prompt), truth > 0, prediction > 0))
@@ -754,9 +753,9 @@ def embedded_batches(
         This process's uses of the batch; unless there are none, `embedding` (B, C, e, e), `target` uint8
         (B, 1, grid, grid), `size`, `points` and `labels`; and the seconds that it waited for data.
     """
-    train_set, parts = setup.train_set, distributed.size()
+    train_set, parts = setup.train_set, runtime.size()
     span = {"batch_size": args.batch_size * parts, "epochs": args.epoch_num, "start": start}
-    span |= {"part": distributed.rank(), "parts": parts}
+    span |= {"part": runtime.rank(), "parts": parts}
     made = encoded_samples(args, setup, span)
     pool = None
     if train_set.places:
@@ -840,12 +839,12 @@ def main(argv: list[str] | None = None) -> int:
             preview(args)
             return 0
         setup = prepare(args)
-        distributed.wait_for_all()
+        runtime.wait_for_all()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = run_to_the_end(args, setup)
-    if code and distributed.is_main() and (setup.folder / RESUME_FILE).exists():
+    if code and runtime.is_main() and (setup.folder / RESUME_FILE).exists():
         print(
             f"--exp_name {args.exp_name} --resume, with the other flags as they were, goes on from the last "
             f"state, in {setup.folder / RESUME_FILE}",
@@ -870,7 +869,7 @@ def run_to_the_end(args: argparse.Namespace, setup: Setup) -> int:
         error = as_run_error(fault)
         if error is fault:
             raise
-    distributed.leave()
+    runtime.leave()
     if stop.signal:
         return 128 + stop.signal
     if error:
@@ -920,7 +919,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
     """Set up what trains, from the state to resume if there is one, and open `setup.folder`."""
     sam, amp = setup.sam, setup.amp
     torch.manual_seed(args.seed)
-    groups = model.prepare_training(
+    groups = trainable.prepare_training(
         sam,
         train=args.train,
         lr=args.lr,
@@ -930,18 +929,18 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         lora_alpha=args.lora_alpha,
         grad_checkpointing=args.grad_checkpointing,
     )
-    batch_size = args.batch_size * distributed.size()
+    batch_size = args.batch_size * runtime.size()
     run = Run(
         Schedule(setup.train_set.epoch_length, batch_size, args.virtual_batch_size, args.epoch_num),
         [parameter for group in groups for parameter in group["params"]],
         torch.optim.AdamW(groups, weight_decay=args.weight_decay),
         torch.amp.GradScaler(setup.device.type, enabled=amp is torch.float16),
         Progress(loss_sums=torch.zeros(4, device=setup.device)),
-        model.decode,
+        decoder.decode,
     )
     if setup.resume:
         load_state(setup, run)
-    if distributed.is_main():
+    if runtime.is_main():
         print_summary(args, setup, run.schedule)
         if setup.resume:
             print(f"resumed     after iteration {run.progress.iteration}")
@@ -950,11 +949,11 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         purge_step = run.progress.iteration + 1 if setup.resume else None
         run.writer = SummaryWriter(setup.folder, purge_step=purge_step)
         log_settings(run.writer, args, run.progress.iteration)
-    distributed.wait_for_all()
+    runtime.wait_for_all()
     if setup.compile:
         at_once = 1 if setup.device.type == "cpu" else args.batch_size
         sam.image_encoder.forward = compiled(sam.image_encoder.forward, at_once)
-        run.decode = compiled(model.decode, args.batch_size)
+        run.decode = compiled(decoder.decode, args.batch_size)
     if setup.test_set:
         run.tests = encode_test_set(args, setup)
     return run
@@ -968,7 +967,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
     """
     run = start(args, setup)
     schedule, progress, optimizer, scaler = run.schedule, run.progress, run.optimizer, run.scaler
-    is_main = distributed.is_main()
+    is_main = runtime.is_main()
     if setup.test_set and not setup.resume:
         progress.untuned = test(args, setup, run)
 
@@ -993,7 +992,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         except StopIteration:
             break
         except RunError:
-            if distributed.size() == 1:  # else the others are further, or wait for this one
+            if runtime.size() == 1:  # else the others are further, or wait for this one
                 save_state(args, setup, run)
             raise
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
@@ -1013,20 +1012,20 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         # forward; losses in float32, on the targets' grid, away from padding
         losses = torch.zeros(len(weights), device=setup.device)
         if uses:
-            with model.autocast(setup.device, setup.amp):
+            with runtime.autocast(setup.device, setup.amp):
                 logits, iou_pred = run.decode(setup.sam, batch["embedding"], batch["points"], batch["labels"])
             target = batch["target"].float() / 255
             logits = logits.float()
             if logits.shape != target.shape:
                 logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
-            valid = model.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
+            valid = encoder.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
             losses = loss_sums(args, logits, iou_pred, target, valid)
             # backward; sums over samples, so that every sample of the step weighs the same
             scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
 
         # step, once the batches of a step are through
         if schedule.ends_step(batch_index):
-            distributed.add_up_gradients(run.parameters)
+            runtime.add_up_gradients(run.parameters)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.grad_clip)
             if is_good := bool(norm.isfinite()):
@@ -1042,7 +1041,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
         losses = losses.detach()
-        distributed.add_up([losses])
+        runtime.add_up([losses])
         progress.loss_sums += losses
         progress.samples += schedule.samples_in_batch(batch_index)
         seen, waited = seen + schedule.samples_in_batch(batch_index), waited + wait
@@ -1073,7 +1072,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         if last:
             save_weights(setup, "last.pth")
         state_is_old = time.monotonic() - saved_at >= 60 * args.resume_interval
-        ending, state_is_old = distributed.largest([stop.signal or 0, int(state_is_old)])
+        ending, state_is_old = runtime.largest([stop.signal or 0, int(state_is_old)])
         if tested or saved or state_is_old or ending:
             save_state(args, setup, run)
             saved_at = time.monotonic()
@@ -1132,7 +1131,7 @@ def test(args: argparse.Namespace, setup: Setup, run: Run) -> dict[str, float]:
     """Evaluate on the test set and log it; returns the iteration and all measures."""
     iteration = run.progress.iteration
     measured, panels = evaluate(setup, run.tests, args.batch_size)
-    everywhere = distributed.gather(measured)
+    everywhere = runtime.gather(measured)
     summary = summarise(everywhere)
     result = {"iteration": iteration} | summary
     if run.writer:
@@ -1179,8 +1178,8 @@ def log_precision_and_recall(writer: SummaryWriter, measured: list[Measured], it
 
 
 def save_weights(setup: Setup, name: str) -> None:
-    if distributed.is_main():
-        weights = model.official_weights(setup.sam, setup.loaded)
+    if runtime.is_main():
+        weights = trainable.official_weights(setup.sam, setup.loaded)
         checkpoint.save_weights(weights, setup.checkpoints / name)
 
 
@@ -1215,7 +1214,7 @@ def bad_steps_message(progress: Progress, setup: Setup, uses: list[Use]) -> str:
 
 def remove_old(checkpoints: Path, keep: int | None) -> None:
     """Remove the epochs' checkpoints but for the last `keep`."""
-    if keep and distributed.is_main():
+    if keep and runtime.is_main():
         for path in sorted(checkpoints.glob("epoch_*.pth"))[:-keep]:
             path.unlink()
 
@@ -1223,19 +1222,19 @@ def remove_old(checkpoints: Path, keep: int | None) -> None:
 def save_state(args: argparse.Namespace, setup: Setup, run: Run) -> None:
     """Save what `--resume` needs: no generator's state, for samples are functions of seed, epoch and slot."""
     amid_step = run.schedule.is_amid_step(run.progress.iteration)
-    gradients = model.gradients(setup.sam) if amid_step else {}
-    distributed.add_up(gradients.values())
+    gradients = trainable.gradients(setup.sam) if amid_step else {}
+    runtime.add_up(gradients.values())
     if not run.writer:
         return
     run.writer.flush()
     state = {
         "progress": vars(run.progress),
-        "weights": model.trained_weights(setup.sam),
+        "weights": trainable.trained_weights(setup.sam),
         "gradients": gradients,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "flags": settings(args),
-        "processes": distributed.size(),
+        "processes": runtime.size(),
         "config": setup.config.model_dump_json(),
         "files": file_digests(setup.sources),
     }
@@ -1245,9 +1244,9 @@ def save_state(args: argparse.Namespace, setup: Setup, run: Run) -> None:
 def load_state(setup: Setup, run: Run) -> None:
     """Set what `save_state` saved."""
     state = setup.resume
-    model.load_trained_weights(setup.sam, state["weights"])
-    if distributed.is_main():  # those of all processes are in it
-        model.load_gradients(setup.sam, state["gradients"])
+    trainable.load_trained_weights(setup.sam, state["weights"])
+    if runtime.is_main():  # those of all processes are in it
+        trainable.load_gradients(setup.sam, state["gradients"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
@@ -1257,7 +1256,7 @@ def load_state(setup: Setup, run: Run) -> None:
 
 def drop_later_lines(path: Path, iteration: int) -> None:
     """Of the measures written so far keep those up to an iteration: the rest is measured again."""
-    if distributed.is_main() and path.exists():
+    if runtime.is_main() and path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
         text = "".join(f"{line}\n" for line in kept)

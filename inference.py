@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
-import model
-from dataset import Frame, model_input
+import checkpoint
+import inference
+import runtime
+from imaging.geometry import Frame, model_input
+from sam import decoder, encoder, point_labels
+from sam.variants import VARIANTS, load_weights, recognise
 
 OVERLAP = 0.25  # of a tile's side, to its neighbours
 
@@ -21,7 +25,7 @@ class Prompt:
     """What the decoder is told of a picture.
 
     points: float32 (N, 2), (x, y) in the picture's own pixels; of a box its two corners.
-    labels: int64 (N,), as `model.decode` takes them.
+    labels: int64 (N,), as `decoder.decode` takes them.
     """
 
     points: np.ndarray
@@ -34,10 +38,24 @@ NO_PROMPT = (Prompt(np.zeros((0, 2), np.float32), np.zeros(0, np.int64)),)
 FindCables = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]
 
 
+def load_any(path: Path) -> tuple[Sam, str]:
+    """The SAM that a checkpoint is of, and the name of its variant, recognised by its weights.
+
+    Raises FileNotFoundError, or ValueError naming the file if it is not of any variant.
+    """
+    weights = checkpoint.load_weights(path)
+    model_type = recognise(weights)
+    if model_type is None:
+        raise ValueError(f"{path} holds weights of none of {', '.join(VARIANTS)}")
+    sam = VARIANTS[model_type].build()
+    load_weights(sam, weights, model_type, path)
+    return sam, model_type
+
+
 def load(path: Path, device: torch.device, amp: torch.dtype | None) -> FindCables:
-    """`find_logits` with the SAM that the checkpoint is of; raises as `model.load_any` does."""
-    sam, model_type = model.load_any(path)
-    model.place(sam, device, amp)
+    """`find_logits` with the SAM that the checkpoint is of; raises as `inference.load_any` does."""
+    sam, model_type = inference.load_any(path)
+    encoder.place(sam, device, amp)
     return partial(find_logits, sam, model_type, amp)
 
 
@@ -55,7 +73,7 @@ def find_logits(
     """
     if not images_u8:
         return
-    frame = Frame(sam.image_encoder.img_size, model.mask_grid(sam))
+    frame = Frame(sam.image_encoder.img_size, decoder.mask_grid(sam))
     samples = [model_input(image, np.zeros(image.shape[:2], np.float32), frame) for image in images_u8]
     sizes = torch.stack([sample["size"] for sample in samples])
     images = torch.stack([sample["image"] for sample in samples]).to(sam.device)
@@ -66,20 +84,20 @@ def find_logits(
     points, labels = _batch(
         [(prompt, scale) for of_picture, scale in zip(prompts, scales, strict=True) for prompt in of_picture]
     )
-    with model.autocast(sam.device, amp):
-        embeddings = model.encode(sam, images, sizes.to(sam.device), model_type)
+    with runtime.autocast(sam.device, amp):
+        embeddings = encoder.encode(sam, images, sizes.to(sam.device), model_type)
         embeddings = embeddings.repeat_interleave(torch.tensor(counts, device=sam.device), dim=0)
-        logits, _ = model.decode(sam, embeddings, points.to(sam.device), labels.to(sam.device))
+        logits, _ = decoder.decode(sam, embeddings, points.to(sam.device), labels.to(sam.device))
     for image, size, low_res in zip(images_u8, sizes.tolist(), logits.float().split(counts), strict=True):
         largest = low_res.amax(dim=0, keepdim=True)
-        yield model.upscale(sam, largest, tuple(size), image.shape[:2])[0, 0].cpu().numpy()
+        yield decoder.upscale(sam, largest, tuple(size), image.shape[:2])[0, 0].cpu().numpy()
 
 
 def _batch(prompts: list[tuple[Prompt, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Points (P, N, 2) and labels (P, N) of prompts and their scales (2,) to the model's input frame."""
     longest = max(len(prompt.labels) for prompt, _ in prompts)
     points = torch.zeros(len(prompts), longest, 2)
-    labels = torch.full((len(prompts), longest), model.ABSENT)
+    labels = torch.full((len(prompts), longest), point_labels.ABSENT)
     for i, (prompt, scale) in enumerate(prompts):
         points[i, : len(prompt.labels)] = torch.from_numpy(prompt.points) * scale
         labels[i, : len(prompt.labels)] = torch.from_numpy(prompt.labels)

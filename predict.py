@@ -19,12 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-import model
-from coco import coco_document, polygons, read_prompts
-from dataset import read_image, read_mask
-from inference import NO_PROMPT, FindCables, Prompt, find_in_tiles, load
-from metrics import Measured, Scores, Truth, measure, summarise
-from pictures import (
+import runtime
+from imaging.coco import coco_document, polygons, read_prompts
+from imaging.files import read_image, read_mask
+from imaging.media import (
     Picture,
     find_pictures,
     find_truths,
@@ -35,7 +33,9 @@ from pictures import (
     write_picture,
     write_video,
 )
-from visualize import PREDICTION_COLOUR, overlay, panel, sheet
+from imaging.metrics import Measured, Scores, Truth, measure, summarise
+from imaging.visualize import PREDICTION_COLOUR, overlay, panel, sheet
+from inference import NO_PROMPT, FindCables, Prompt, find_in_tiles, load
 
 WORST = 4  # pictures shown of those that agree least with their truth
 
@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{video}: --masks and --prompt are for pictures, not for a video")
         truths = find_truths(args.masks, paths) if args.masks else {}
         prompts = find_prompts(args.prompt, paths) if args.prompt else {}
-        device = model.pick_device(args.device)
-        find_cables = load(args.checkpoint, device, model.amp_dtype(args.amp, device))
+        device = runtime.pick_device(args.device)
+        find_cables = load(args.checkpoint, device, runtime.amp_dtype(args.amp, device))
         pictures = read_frames(video, unreadable) if video else read_pictures(paths, truths, unreadable)
         bar = tqdm(total=frame_count(video) if video else len(paths), unit=" images", dynamic_ncols=True)
         found, measured = predict(args, find_cables, pictures, prompts, bar)

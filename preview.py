@@ -8,9 +8,11 @@ import numpy as np
 from PIL import Image
 
 import checkpoint
-from dataset import Frame, Source, TestSet, TrainSet, listed, read_image, read_mask
-from metrics import Truth
-from visualize import draw_points, grid_sheet, outline
+from dataset import Source, TestSet, TrainSet
+from imaging.files import listed, read_image, read_mask
+from imaging.geometry import Frame
+from imaging.metrics import Truth
+from imaging.visualize import draw_points, grid_sheet, outline
 
 ENLARGED = 400  # pixels that a sample is at least enlarged to before it is drawn on, as on the sheet
 SAMPLES = 12  # on a contact sheet

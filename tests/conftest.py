@@ -22,7 +22,7 @@ from segment_anything.modeling import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
-import model
+from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)
@@ -68,9 +68,9 @@ def tiny_sam() -> Sam:
     return build_tiny()
 
 
-TINY = model.Variant(
+TINY = variants.Variant(
     build_tiny,
-    model.normalize_mean_std,
+    variants.normalize_mean_std,
     ("image_encoder.patch_embed.proj.weight", 48),
     img_size=TINY_SIZE,
     mask_grid=4 * TINY_SIZE // TINY_PATCH,
@@ -80,7 +80,7 @@ TINY = model.Variant(
 @pytest.fixture
 def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     """A checkpoint of the tiny SAM, which `--model_type tiny` then knows how to build."""
-    monkeypatch.setitem(model.VARIANTS, "tiny", TINY)
+    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
     path = tmp_path / "tiny.pth"
     checkpoint.save_weights(tiny_sam.state_dict(), path)
     return path

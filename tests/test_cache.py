@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-from cache import DecodedFiles, EmbeddingPool
+import embeddings
+from embeddings import EmbeddingPool
+from imaging.decoded_cache import DecodedFiles
 
 # --- decoded files ---
 
@@ -101,7 +102,7 @@ def test_the_file_takes_the_stated_room_and_has_no_name(tmp_path):
     before = os.statvfs(tmp_path)
     pool = EmbeddingPool(tmp_path, 64, (256, 64, 64), np.dtype(np.float16), grid=256)
     size = EmbeddingPool.size(64, (256, 64, 64), np.dtype(np.float16), 256)
-    assert size == 64 * (2 * cache.MIB + 256 * 256) == pool._embeddings.nbytes + pool._targets.nbytes
+    assert size == 64 * (2 * embeddings.MIB + 256 * 256) == pool._embeddings.nbytes + pool._targets.nbytes
     assert list(tmp_path.iterdir()) == []
     assert (before.f_bfree - os.statvfs(tmp_path).f_bfree) * before.f_frsize > 0.5 * size
     del pool
@@ -109,8 +110,9 @@ def test_the_file_takes_the_stated_room_and_has_no_name(tmp_path):
 
 
 def test_too_little_room_is_refused(tmp_path, monkeypatch):
-    usage = cache.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=1000 * cache.MIB))
-    cache.check_room(tmp_path / "not" / "yet", 1000 * cache.MIB, "it")
+    usage = embeddings.shutil.disk_usage(tmp_path)
+    limited = usage._replace(free=1000 * embeddings.MIB)
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda folder: limited)
+    embeddings.check_room(tmp_path / "not" / "yet", 1000 * embeddings.MIB, "it")
     with pytest.raises(OSError, match=r"it would take 1001 MiB on the disk of .*, which has 1000 MiB left"):
-        cache.check_room(tmp_path / "not" / "yet", 1001 * cache.MIB, "it")
+        embeddings.check_room(tmp_path / "not" / "yet", 1001 * embeddings.MIB, "it")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from skimage.draw import polygon2mask
 
-from coco import coco_document, polygons, read_prompts
+from imaging.coco import coco_document, polygons, read_prompts
 
 
 def fill(part, size):

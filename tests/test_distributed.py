@@ -9,7 +9,7 @@ from conftest import run_process
 from test_finetune import run_tiny, scalars
 
 import checkpoint
-import distributed
+import runtime
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
 
@@ -80,5 +80,5 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert distributed.is_main() and distributed.size() == 1
-    assert distributed.largest([3, 1]) == [3, 1]
+    assert runtime.is_main() and runtime.size() == 1
+    assert runtime.largest([3, 1]) == [3, 1]

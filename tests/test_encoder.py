@@ -6,8 +6,7 @@ import pytest
 import torch
 from segment_anything.modeling.image_encoder import Attention, Block
 
-import encoder
-import model
+from sam import encoder, trainable, variants
 
 
 def random_attention(side, heads=3, head_dim=16, rel_pos=True):
@@ -66,14 +65,14 @@ def test_a_whole_vit_equals_the_official_one(tiny_sam):
             torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(3, 3, 64, 64)
     official = tiny_sam.image_encoder(x)
-    model.place(tiny_sam, torch.device("cpu"), None)
+    encoder.place(tiny_sam, torch.device("cpu"), None)
     assert relative_error(tiny_sam.image_encoder(x), official) < 1e-4
 
 
 @torch.no_grad()
 def test_tiny_vit_without_batch_norm_equals_the_official_one():
     torch.manual_seed(0)
-    official = model.VARIANTS["lite_medsam"].build().eval().image_encoder
+    official = variants.VARIANTS["lite_medsam"].build().eval().image_encoder
     for module in official.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -101,7 +100,7 @@ def test_gradients_of_attention_equal_the_official_ones():
 
 def test_gradients_through_frozen_statistics_equal_the_official_ones():
     torch.manual_seed(0)
-    official = model.VARIANTS["lite_medsam"].build().eval().image_encoder.patch_embed
+    official = variants.VARIANTS["lite_medsam"].build().eval().image_encoder.patch_embed
     for module in official.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor in (module.running_mean, module.weight.data, module.bias.data):
@@ -122,17 +121,19 @@ def test_gradients_through_frozen_statistics_equal_the_official_ones():
 
 
 def small_encoder(name, tiny_sam):
-    """A ViT or TinyViT that `model.place` made ready to train, and a picture."""
+    """A ViT or TinyViT that `encoder.place` made ready to train, and a picture."""
     torch.manual_seed(0)
     if name == "vit":
         return tiny_sam, torch.rand(1, 3, 64, 64)
-    return model.VARIANTS["lite_medsam"].build().eval(), torch.rand(1, 3, 256, 256)
+    return variants.VARIANTS["lite_medsam"].build().eval(), torch.rand(1, 3, 256, 256)
 
 
 def prepare(sam, train, **options):
-    model.place(sam, torch.device("cpu"), None, train=train)
+    encoder.place(sam, torch.device("cpu"), None, train=train)
     settings = {"lr": 1.0, "encoder_lr": 0.5, "layer_decay": 0.5, "lora_rank": 2, "lora_alpha": 4.0}
-    return model.prepare_training(sam, train=train, **{"grad_checkpointing": False, **settings, **options})
+    return trainable.prepare_training(
+        sam, train=train, **{"grad_checkpointing": False, **settings, **options}
+    )
 
 
 @pytest.mark.parametrize("name", ["vit", "tiny_vit"])
@@ -161,9 +162,9 @@ def test_rates_fall_with_every_block_from_the_output(tiny_sam):
     assert rates["image_encoder.blocks.1.attn.qkv.weight"] == 0.25
     assert rates["image_encoder.blocks.0.norm1.bias"] == 0.125
     assert rates["image_encoder.patch_embed.proj.weight"] == rates["image_encoder.pos_embed"] == 0.125
-    lite = model.VARIANTS["lite_medsam"].build().eval()
+    lite = variants.VARIANTS["lite_medsam"].build().eval()
     prepare(lite, "encoder")
-    depths = [depth for depth, _ in encoder.by_depth(lite.image_encoder)]
+    depths = [depth for depth, _ in trainable.by_depth(lite.image_encoder)]
     assert depths == sorted(depths, reverse=True) and set(depths) == set(range(13))
 
 
@@ -179,7 +180,7 @@ def test_merged_adapters_compute_the_same_under_official_keys(tiny_sam, name):
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted = sam.image_encoder(x)
-    fresh.load_state_dict(model.official_weights(sam, loaded), strict=True)
+    fresh.load_state_dict(trainable.official_weights(sam, loaded), strict=True)
     fresh.eval()
     assert relative_error(before, adapted) > 0.01
     assert relative_error(fresh.image_encoder(x), adapted) < 1e-4

@@ -8,10 +8,10 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 import checkpoint
-import encoder
 import export
-import model
-from dataset import read_image
+import inference
+from imaging.files import read_image
+from sam import encoder, variants
 
 
 @pytest.fixture
@@ -86,13 +86,13 @@ def test_onnx_computes_the_same_for_any_number_of_pictures(random_weights, tiny_
 
 
 def test_lite_medsam_becomes_onnx(tmp_path):
-    path = model.pretrained_path("lite_medsam")
+    path = variants.pretrained_path("lite_medsam")
     assert run(path, "onnx", tmp_path / "lite.onnx") == 0
     session = onnxruntime.InferenceSession(tmp_path / "lite.onnx", providers=["CPUExecutionProvider"])
     images = np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), dtype=np.uint8)
     sizes = np.array([[200, 256], [256, 256], [256, 100]])
     (found,) = session.run(None, {"images": images, "sizes": sizes})
-    sam, model_type = model.load_any(path)
+    sam, model_type = inference.load_any(path)
     encoder.accelerate(sam.image_encoder)
     with torch.no_grad():
         ours = export.WithoutPrompt(sam, model_type)(torch.from_numpy(images), torch.from_numpy(sizes))
@@ -101,7 +101,7 @@ def test_lite_medsam_becomes_onnx(tmp_path):
 
 
 def test_the_mask_generator_takes_the_checkpoint(random_weights, tiny_sam, photo):
-    fresh = model.VARIANTS["tiny"].build()
+    fresh = variants.VARIANTS["tiny"].build()
     fresh.load_state_dict(torch.load(random_weights, weights_only=True), strict=True)
     generator = SamAutomaticMaskGenerator(
         fresh, points_per_side=3, pred_iou_thresh=-1e9, stability_score_thresh=-1.0
@@ -122,7 +122,7 @@ def test_the_mask_generator_takes_the_checkpoint(random_weights, tiny_sam, photo
 def test_what_cannot_be_exported_is_said(random_weights, tmp_path, monkeypatch, capsys, kind, fault, message):
     output, weights = tmp_path / "out", random_weights
     if fault == "lite_medsam":
-        weights = model.pretrained_path("lite_medsam")
+        weights = variants.pretrained_path("lite_medsam")
     elif fault == "exists":
         output.mkdir()
     elif fault == "missing":

@@ -19,8 +19,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import finetune
-import model
 from finetune import Schedule, learning_rate
+from sam import decoder, encoder, trainable, variants
 
 ROOT = Path(__file__).parent.parent
 
@@ -302,15 +302,15 @@ def train_plainly(*argv):
     args = finetune.parse_args([str(part) for part in argv])
     setup = finetune.prepare(args)
     sam, train_set = setup.sam, setup.train_set
-    parameters = model.freeze(sam)
+    parameters = trainable.freeze(sam)
     optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay)
     batches = list(train_set.batches(batch_size=args.batch_size, epochs=args.epoch_num, start=0))
     for step, uses in enumerate(batches):
         samples = [train_set[use] for use in uses]
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        embeddings = model.encode(sam, batch["image"], batch["size"], args.model_type)
-        logits, iou_pred = model.decode(sam, embeddings, batch["points"], batch["labels"])
-        target, valid = batch["target"] / 255, model.valid_pixels(batch["size"], 32, 0.5)
+        embeddings = encoder.encode(sam, batch["image"], batch["size"], args.model_type)
+        logits, iou_pred = decoder.decode(sam, embeddings, batch["points"], batch["labels"])
+        target, valid = batch["target"] / 255, encoder.valid_pixels(batch["size"], 32, 0.5)
         focal = finetune.focal_loss(logits, target, valid, alpha=args.alpha, gamma=args.gamma)
         dice = finetune.dice_loss(logits, target, valid)
         iou = finetune.iou_mse(iou_pred, logits, target, valid)
@@ -322,7 +322,7 @@ def train_plainly(*argv):
             )
         optimizer.step()
         optimizer.zero_grad()
-    return model.official_weights(sam, setup.loaded)
+    return trainable.official_weights(sam, setup.loaded)
 
 
 def test_cldice_counts_with_its_weight(tiny_weights, config_file):
@@ -366,8 +366,8 @@ def test_nothing_kept_changes_what_is_learned(tiny_weights, config_file, data, k
 @pytest.mark.parametrize(("reuse", "encoded"), [(1, 6 * 8), (4, 6 + 6 * 7 / 4)])
 def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, reuse, encoded):
     pictures = []
-    encode = model.encode
-    monkeypatch.setattr(model, "encode", lambda *args: pictures.append(len(args[1])) or encode(*args))
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *args: pictures.append(len(args[1])) or encode(*args))
     config = config_file(with_test=False)
     assert run_tiny(config, tiny_weights, "-e", 8, "-b", 2, "--embedding_reuse", reuse) == 0
     assert abs(sum(pictures) - encoded) < 2
@@ -685,10 +685,10 @@ def test_a_run_is_never_overwritten(tiny_weights, config_file, capsys):
 
 
 def test_weights_that_cannot_be_had_end_with_a_message(config_file, capsys, monkeypatch):
-    variant = model.Variant(
-        build_tiny, model.normalize_mean_std, ("none", 0), url="http://127.0.0.1:9/x.pth", sha256="0"
+    variant = variants.Variant(
+        build_tiny, variants.normalize_mean_std, ("none", 0), url="http://127.0.0.1:9/x.pth", sha256="0"
     )
-    monkeypatch.setitem(model.VARIANTS, "tiny", variant)
+    monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     assert run("-c", config_file(), "--model_type", "tiny") == 2
     assert "--checkpoint PATH" in capsys.readouterr().err and not Path("exp").exists()

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-import metrics
-from metrics import Truth
+from imaging import metrics
+from imaging.metrics import Truth
 
 
 def score(prediction, truth):

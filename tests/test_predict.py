@@ -13,8 +13,8 @@ from segment_anything import SamPredictor
 
 import checkpoint
 import predict
-from dataset import read_image, read_mask
-from metrics import Truth, score
+from imaging.files import read_image, read_mask
+from imaging.metrics import Truth, score
 
 
 @pytest.fixture

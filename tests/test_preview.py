@@ -11,7 +11,7 @@ from conftest import write_dataset
 from PIL import Image
 from test_finetune import run_tiny
 
-from dataset import read_image
+from imaging.files import read_image
 
 
 @pytest.fixture(autouse=True)

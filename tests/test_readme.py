@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import write_backgrounds, write_dataset
 
-import bench
 import export
 import finetune
 import predict
+from tools import bench
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-PARSERS = {"finetune.py": finetune, "predict.py": predict, "export.py": export, "bench.py": bench}
+PARSERS = {"finetune.py": finetune, "predict.py": predict, "export.py": export, "tools/bench.py": bench}
 
 
 def commands():
@@ -78,12 +78,12 @@ def test_the_commands_of_the_readme_run(tiny_weights, tmp_path, monkeypatch):
             assert (results / ("preview/test.jpg" if args.preview else "checkpoints/best.pth")).exists()
         elif script == "predict.py":
             assert predict.main([*argv, "--device", "cpu"]) == 0, command
-        elif script == "demo/plot_curves.py":
+        elif script == "tools/plot_curves.py":
             monkeypatch.setattr(sys, "argv", [script, *argv])
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
             elsewhere.append(script)
-    assert set(elsewhere) == {"export.py", "bench.py", "demo/results.py"}
+    assert set(elsewhere) == {"export.py", "tools/bench.py", "tools/results.py"}
     assert len(list(tmp_path.glob("found/masks/*.png"))) == 3
     assert (tmp_path / "demo/precision_and_reuse.png").exists()
 

@@ -22,6 +22,7 @@ from test_finetune import run_tiny, scalars
 import checkpoint
 import dataset
 import finetune
+from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
 # 9 samples in batches of 2: 5 iterations an epoch, in optimizer steps of 2, 2 and 1 batches.
@@ -216,17 +217,17 @@ def test_a_test_picture_that_vanishes_after_the_check_is_named(
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     config = finetune.load_config(config)
     sources = dataset.find_sources(list(config.dataset.train))
-    train_set = dataset.TrainSet(sources, frame=dataset.Frame(64, 32), prompt="none", seed=0)
+    train_set = dataset.TrainSet(sources, frame=geometry.Frame(64, 32), prompt="none", seed=0)
     use = train_set.epoch(0)[0]
-    expected, read_image, calls = train_set[use], dataset.read_image, []
+    expected, read_image, calls = train_set[use], compositing.read_image, []
 
     def fail_once(path):
         calls.append(path)
         if len(calls) == 1:
-            raise dataset.FileFault("hiccup")
+            raise files.FileFault("hiccup")
         return read_image(path)
 
-    monkeypatch.setattr(dataset, "read_image", fail_once)
+    monkeypatch.setattr(compositing, "read_image", fail_once)
     assert torch.equal(train_set[use]["image"], expected["image"])
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-import visualize
+from imaging import visualize
 
 
 def test_panel_tints_only_masked_pixels():

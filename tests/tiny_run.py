@@ -12,18 +12,18 @@ from itertools import count
 
 from conftest import TINY
 
-import distributed
 import finetune
-import model
+import runtime
+from sam import variants
 
-model.VARIANTS["tiny"] = TINY
+variants.VARIANTS["tiny"] = TINY
 iterations = count(1)
 dice_loss = finetune.dice_loss
 
 
 def dice_loss_or_fate(*args):
     number = next(iterations)
-    last = distributed.rank() == distributed.size() - 1
+    last = runtime.rank() == runtime.size() - 1
     if last and number == int(os.environ.get("KILL_IN", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == int(os.environ.get("FULL_IN", 0)):

@@ -17,7 +17,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -
 def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Draw a prompt, in the image's own pixels: points as discs, a box as a frame.
 
-    `points` (N, 2) float and `labels` (N,) int are as `model.decode` takes them.
+    `points` (N, 2) float and `labels` (N,) int are as `decoder.decode` takes them.
     """
     drawn = image.copy()
     radius = max(2, max(image.shape[:2]) // 80)

@@ -1,6 +1,6 @@
 """Train the tiny SAM for long and print memory and open files on the way. On Linux; in CI a short one.
 
-python tests/soak.py --iterations 4000
+python tools/soak.py --iterations 4000
 """
 
 import argparse
@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
 from conftest import build_tiny, write_backgrounds, write_dataset
 
 import checkpoint
@@ -34,7 +38,7 @@ def main() -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(document))
         torch.manual_seed(0)
         checkpoint.save_weights(build_tiny().state_dict(), folder / "tiny.pth")
-        command = [sys.executable, Path(__file__).parent / "tiny_run.py", "-c", "config.yaml", "-n", "soak"]
+        command = [sys.executable, ROOT / "tests/tiny_run.py", "-c", "config.yaml", "-n", "soak"]
         command += ["--model_type", "tiny", "--checkpoint", "tiny.pth", "--device", "cpu", "--amp", "off"]
         command += ["-e", args.iterations // 10, "--test_interval", 50, "--resume_interval", 0.02]
         command += ["--save_interval", 5, "--keep_last", 3, "--num_workers", 1, "--embedding_reuse", 2]

@@ -1,6 +1,6 @@
 """Rerun the README's comparison on real photos: what one trains on, how many photos, prompts, augmentation.
 
-    python demo/results.py --data data
+    python tools/results.py --data data
 
 Trains LiteMedSAM on the 60 photos of cables_plain, 300 samples a run, as the rows say, and measures the last
 weights on three sets that are unlike them, by predict.py. Prints every command, then the table, and draws

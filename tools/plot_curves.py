@@ -1,6 +1,6 @@
 """Plot the test IoU of several runs over the time they took, as one picture.
 
-python demo/plot_curves.py exp/one exp/another --out curves.png
+python tools/plot_curves.py exp/one exp/another --out curves.png
 """
 
 import argparse

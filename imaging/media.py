@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 import checkpoint
-from dataset import IMAGE_SUFFIXES, check_size, read_image, read_mask
+from imaging.files import IMAGE_SUFFIXES, check_size, read_image, read_mask
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
 

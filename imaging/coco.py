@@ -8,7 +8,7 @@ import numpy as np
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
 from inference import Prompt
-from model import BOX_CORNER_1, BOX_CORNER_2, NOT_A_POINT
+from sam.point_labels import BOX_CORNER_1, BOX_CORNER_2, NOT_A_POINT
 
 TOLERANCE = 0.25  # pixels that a polygon may be off its mask's edge
 

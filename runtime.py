@@ -7,6 +7,7 @@ and needs every process in every backward pass.
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -79,3 +80,39 @@ def largest(values: list[int]) -> list[int]:
     agreed = torch.tensor(values)  # on the CPU: no device has to be waited for
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     return agreed.tolist()
+
+
+# --- Device and precision ---------------------------------------------------------------------
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device asked for, or for "auto" the first there is of cuda, mps, cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        choice = next(name for name, there in available.items() if there)
+    if not available[choice]:
+        raise ValueError(f"--device {choice}: PyTorch finds no such device on this machine")
+    return torch.device(choice)
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The low precision that `--amp` asks for, or None for float32.
+
+    "auto" takes bfloat16 where the hardware computes in it (CUDA 8.0+, CPUs with AVX512-BF16 or AMX),
+    and float16 on older CUDA.
+    """
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which, by torch version
+        if any(getattr(torch.cpu, check, lambda: False)() for check in checks):
+            return torch.bfloat16
+    return None
+
+
+def autocast(device: torch.device, low_precision: torch.dtype | None) -> AbstractContextManager:
+    """What `amp_dtype` chose, as a context to compute in."""
+    return torch.autocast(device.type, low_precision) if low_precision else nullcontext()

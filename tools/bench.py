@@ -1,6 +1,6 @@
 """How fast training runs here, against a plain loop around the official modules.
 
-    python bench.py --model_type lite_medsam
+    python tools/bench.py --model_type lite_medsam
 
 The plain loop is what one writes first: float32, SAM's modules as they are, one decoder call a picture,
 `.item()` at every step, nothing cached. Weights are random. Every number comes from a fresh process;
@@ -28,21 +28,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import model
-from config import load_config
-from dataset import Frame, TrainSet, find_sources
-from losses import dice_loss, focal_loss, iou_mse
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-HERE = Path(__file__).resolve().parent
+import checkpoint
+import runtime
+from config import load_config
+from dataset import TrainSet, find_sources
+from imaging.geometry import Frame
+from losses import dice_loss, focal_loss, iou_mse
+from sam import decoder, trainable, variants
+from sam import encoder as sam_encoder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = ["encoder", "step", "loader", "iteration"]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--config", type=Path, default=HERE / "configs/demo.yaml", help="data to load")
-    parser.add_argument("--model_type", choices=list(model.VARIANTS), default="vit_b", help="SAM variant")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="data to load")
+    parser.add_argument("--model_type", choices=list(variants.VARIANTS), default="vit_b", help="SAM variant")
     parser.add_argument("--train", choices=["decoder", "lora", "encoder"], default="decoder", help="what")
     parser.add_argument("--grad_checkpointing", action="store_true", help="in our training encoder")
     parser.add_argument("--batch_size", type=int, default=4, help="samples per iteration")
@@ -130,11 +134,11 @@ def resident_memory(who: int) -> float:
 def build(args: argparse.Namespace, plain: bool) -> tuple[Sam, torch.dtype | None, torch.optim.Optimizer]:
     """A SAM with random weights on the device, its compute type, and an optimizer of what trains."""
     device = torch.device(args.device)
-    sam = model.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
-    amp = None if plain else model.amp_dtype(args.amp, device)
+    sam = variants.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
+    amp = None if plain else runtime.amp_dtype(args.amp, device)
     if not plain:
-        model.place(sam, device, amp, train=args.train)
-    groups = model.prepare_training(
+        sam_encoder.place(sam, device, amp, train=args.train)
+    groups = trainable.prepare_training(
         sam,
         train=args.train,
         lr=1e-4,
@@ -161,9 +165,9 @@ def encoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
 
 def encode(sam, amp, images, sizes, args, plain):
     if plain:
-        return sam.image_encoder(model.preprocess(images, sizes, args.model_type).contiguous())
-    with model.autocast(torch.device(args.device), amp if args.train == "encoder" else None):
-        return model.encode(sam, images, sizes, args.model_type)
+        return sam.image_encoder(sam_encoder.preprocess(images, sizes, args.model_type).contiguous())
+    with runtime.autocast(torch.device(args.device), amp if args.train == "encoder" else None):
+        return sam_encoder.encode(sam, images, sizes, args.model_type)
 
 
 def step(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
@@ -178,8 +182,8 @@ def step(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
         embeddings = kept if args.train == "decoder" else encode(sam, amp, images, sizes, args, plain)
         if plain:
             return plain_step(sam, optimizer, embeddings, target, sizes)
-        with model.autocast(torch.device(args.device), amp):
-            logits, iou_pred = model.decode(sam, embeddings, *no_prompt)
+        with runtime.autocast(torch.device(args.device), amp):
+            logits, iou_pred = decoder.decode(sam, embeddings, *no_prompt)
         return learn(sam, optimizer, logits.float(), iou_pred, target, sizes)
 
     return rate(run, n, args)
@@ -196,7 +200,7 @@ def plain_step(sam, optimizer, embeddings, target, sizes):
 
 
 def learn(sam, optimizer, logits, iou_pred, target, sizes):
-    valid = model.valid_pixels(sizes, logits.shape[-1], logits.shape[-1] / sam.image_encoder.img_size)
+    valid = sam_encoder.valid_pixels(sizes, logits.shape[-1], logits.shape[-1] / sam.image_encoder.img_size)
     focal = focal_loss(logits, target, valid, alpha=0.7, gamma=2.0)
     loss = (20 * focal + dice_loss(logits, target, valid) + iou_mse(iou_pred, logits, target, valid)).mean()
     loss.backward()
@@ -246,11 +250,11 @@ def run_command(args: argparse.Namespace, reuse: int) -> tuple[float, float, flo
     flags = {name: vars(args)[name] for name in names}
     flags |= {"checkpoint": "weights.pth", "exp_name": "bench", "embedding_reuse": reuse}
     flags |= {"log_interval": per_epoch, "epoch_num": 10**6, "test_interval": 10**9}
-    command = [sys.executable, str(HERE / "finetune.py")]
+    command = [sys.executable, str(ROOT / "finetune.py")]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     command += ["--grad_checkpointing"] * args.grad_checkpointing
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
-        weights = model.VARIANTS[args.model_type].build().state_dict()
+        weights = variants.VARIANTS[args.model_type].build().state_dict()
         checkpoint.save_weights(weights, Path(folder) / "weights.pth")
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
         curves, epochs = EventAccumulator(f"{folder}/exp/bench"), []
@@ -272,7 +276,7 @@ def run_command(args: argparse.Namespace, reuse: int) -> tuple[float, float, flo
 
 def picture_flops(args: argparse.Namespace) -> float:
     """Floating point operations of the official encoder for one picture."""
-    encoder = model.VARIANTS[args.model_type].build().eval().image_encoder
+    encoder = variants.VARIANTS[args.model_type].build().eval().image_encoder
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(encoder).to("meta")(torch.empty(1, 3, *[encoder.img_size] * 2, device="meta"))
     return counter.get_total_flops()
@@ -280,7 +284,7 @@ def picture_flops(args: argparse.Namespace) -> float:
 
 def matrix_product(args: argparse.Namespace) -> tuple[float, float]:
     """GFLOP/s of one large matrix product in the compute type."""
-    dtype = model.amp_dtype(args.amp, torch.device(args.device)) or torch.float32
+    dtype = runtime.amp_dtype(args.amp, torch.device(args.device)) or torch.float32
     side = 8192 if args.device == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=args.device).to(dtype)
     return rate(lambda: a @ b, 2 * side**3 / 1e9, args)

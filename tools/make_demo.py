@@ -1,10 +1,10 @@
 """Draw the demo's data: cables on plain desks with exact masks, and folders of backgrounds.
 
     pip install scikit-image
-    python demo/make_demo.py
+    python tools/make_demo.py
 
 Writes `train/` and `test/` (imgs/ and masks/ each, other cables in each) and `backgrounds_train/`
-and `backgrounds_test/` beside this file. The backgrounds are drawn textures and parts of photos that
+and `backgrounds_test/` in demo/. The backgrounds are drawn textures and parts of photos that
 scikit-image's wheel ships, all CC0 or public domain as its documentation says. The same seed gives
 the same files.
 """
@@ -135,7 +135,7 @@ def save(path: Path, image: np.ndarray) -> None:
 
 
 def main() -> None:
-    folder = Path(__file__).parent
+    folder = Path(__file__).resolve().parent.parent / "demo"
     for seed, split in enumerate(("train", "test")):
         rng = np.random.default_rng(seed)
         for number in range(PICTURES[split]):

@@ -1,15 +1,90 @@
-"""The image encoders of SAM and LiteMedSAM: faster with the same results, and made to train."""
+"""Image encoding: preprocessing and a fast, exact forward pass of SAM's and LiteMedSAM's encoders."""
 
-import warnings
-from collections.abc import Iterator
-from functools import partial
+import ctypes
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from sam.variants import VARIANTS
+
+
+def place(
+    sam: Sam, device: torch.device, low_precision: torch.dtype | None, *, train: str = "decoder"
+) -> None:
+    """Move a loaded model to its device, with the image encoder in its fastest form for `train`.
+
+    The encoder is accelerated and, unless it trains itself, takes its compute type, which halves its
+    memory and, with channels last, its time on a CPU; what trains stays float32. A checkpoint takes
+    frozen weights from what was loaded, not from here.
+    """
+    if device.type == "cpu":
+        _keep_freed_memory()
+    sam.to(device)
+    accelerate(sam.image_encoder, fold=train != "encoder")
+    dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
+    sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones.
+
+    By default it gives large blocks back to the kernel at once, which then has to map and clear the
+    pages of every activation anew: LiteMedSAM's encoder takes half as long again.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, another system
+        return
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
+    """Which pixels of a padded square belong to the picture.
+
+    `sizes` (B, 2) int are (h, w) in the model's input frame; `scale` maps that frame to a grid of
+    `side` pixels, on which pixels only partly inside count as padding (but at least one row and
+    column counts). Returns (B, 1, side, side) bool.
+    """
+    limits = (sizes * scale).floor().clamp(min=1)
+    steps = torch.arange(side, device=sizes.device)
+    rows = steps < limits[:, 0:1]  # (B, side)
+    columns = steps < limits[:, 1:2]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def preprocess(images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
+    """Normalise as the variant was trained; padding becomes 0.
+
+    `images` (B, S, S, 3) uint8 RGB padded bottom/right, `sizes` (B, 2) int (h, w) of the pictures
+    in it. Returns (B, 3, S, S) float32, channels last, on the same device.
+    """
+    valid = valid_pixels(sizes, images.shape[1])
+    return VARIANTS[model_type].normalize(images.permute(0, 3, 1, 2).float(), valid)
+
+
+def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
+    """Image embeddings (B, 256, e, e) of uint8 pictures, in the encoder's own precision.
+
+    A CPU takes one picture after the other: its caches hold one, and a picture's embedding is then
+    the same to the bit whatever it is batched with. See `preprocess` for the arguments.
+    """
+    x = preprocess(images, sizes, model_type)
+    dtype = next(sam.image_encoder.parameters()).dtype
+    x = x.to(dtype, memory_format=torch.channels_last)
+    trains = any(parameter.requires_grad for parameter in sam.image_encoder.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        if x.device.type == "cpu":
+            return torch.cat([sam.image_encoder(picture) for picture in x.split(1)])
+        return sam.image_encoder(x)
+
+
+# --- Fast forward -------------------------------------------------------------------------------
 
 # Scores that `vit_attention` builds at a time on a CPU: 128 MiB in bfloat16.
 SCORES_AT_ONCE = 1 << 26
@@ -105,67 +180,3 @@ def _with_longer_vectors(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns:
     q = torch.cat([q * width**-0.5, rows, columns], dim=-1)
     v = F.pad(v, (0, q.shape[-1] - width))  # flash attention wants one width for all
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]
-
-
-# --- Training an encoder ------------------------------------------------------------------------
-
-# Attention and MLP projections of SAM's ViT and of TinyViT.
-PROJECTIONS = r".*(attn\.(qkv|proj)|mlp\.(lin1|lin2|fc1|fc2))"
-
-
-def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
-    """Add trainable low-rank adapters to the projections (Hu et al., LoRA, ICLR 2022), in float32."""
-    with warnings.catch_warnings():  # of bitsandbytes and other packages that are not there
-        warnings.simplefilter("ignore")
-        from peft import LoraConfig, inject_adapter_in_model
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS), encoder)
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
-    """What the adapters add to the official weights, by their names inside the encoder."""
-    return {
-        f"{name}.weight": module.get_delta_weight("default").detach()
-        for name, module in encoder.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-
-
-def unfreeze(encoder: nn.Module) -> None:
-    """Let all weights train; BatchNorm keeps its statistics, since the encoder stays in eval mode."""
-    encoder.requires_grad_(True)
-    for module in encoder.modules():
-        if hasattr(module, "attention_bias_idxs"):
-            # In eval mode TinyViT's attention uses biases cached when they were loaded.
-            module.train()
-
-
-def checkpoint_blocks(encoder: nn.Module) -> None:
-    """Keep only the inputs of the blocks for the backward pass, which computes the rest again."""
-    for block in blocks(encoder):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def blocks(encoder: nn.Module) -> list[nn.Module]:
-    """The blocks of a ViT or a TinyViT, in order."""
-    if hasattr(encoder, "blocks"):
-        return list(encoder.blocks)
-    return [block for layer in encoder.layers for block in layer.blocks]
-
-
-def by_depth(encoder: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
-    """The trainable parameters with their distance from the output: 0 for the neck, 1 for the last block.
-
-    What stands before a block, such as an embedding or a downsampling, counts as part of it.
-    """
-    order = blocks(encoder)
-    depth = {id(p): len(order) - i for i, block in enumerate(order) for p in block.parameters()}
-    neck = {id(p) for p in encoder.neck.parameters()}
-    current = len(order)
-    for parameter in encoder.parameters():  # in the order of the forward pass, but for the position's
-        current = 0 if id(parameter) in neck else depth.get(id(parameter), current)
-        if parameter.requires_grad:
-            yield current, parameter
