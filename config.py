@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from base.errors import UserError
+
 
 def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     """An existing folder: relative paths start at the current directory, then at the YAML file's."""
@@ -143,36 +145,36 @@ def _read_yaml(path: Path) -> Any:
     """What a YAML file holds; raises ValueError if it is unreadable, not YAML, or too large to be meant."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} is larger than {MAX_BYTES} bytes; expected a short YAML file")
+            raise UserError(f"{path} is larger than {MAX_BYTES} bytes; expected a short YAML file")
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_UniqueKeyLoader)
         if node is not None and _count_values(node, {}) > MAX_VALUES:
-            raise ValueError(f"{path}: its aliases (*name) expand to more than {MAX_VALUES} values")
+            raise UserError(f"{path}: its aliases (*name) expand to more than {MAX_VALUES} values")
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def load_config(path: str | Path) -> Config:
     """Read and validate a config file.
 
-    Raises FileNotFoundError if `path` is not a file, and ValueError if it cannot be read, is not
+    Raises UserError if `path` is not a file, or if it cannot be read, is not
     YAML (with the line) or does not fit the schema (every fault at once, each with its key path,
     value and what was expected).
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"config file not found: {path}")
+        raise UserError(f"config file not found: {path}")
     document = _read_yaml(path)
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: expected a mapping with the key 'dataset' at the top level")
+        raise UserError(f"{path}: expected a mapping with the key 'dataset' at the top level")
     try:
         return Config.model_validate(document, context={"yaml_dir": path.resolve().parent})
     except ValidationError as error:
         lines = [f"  {_describe(fault)}" for fault in error.errors()]
-        raise ValueError("\n".join([f"{path}: {len(lines)} error(s)", *lines])) from error
+        raise UserError("\n".join([f"{path}: {len(lines)} error(s)", *lines])) from error
 
 
 def _describe(fault: dict) -> str:

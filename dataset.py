@@ -21,8 +21,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from base.errors import UserError
 from config import DatasetConfig
-from imaging.augmentation import add_clutter, cast_shadow, degrade, flip, recolour_cables, recolour_scene
+from imaging.augmentation import (
+    add_clutter,
+    camera_degradation,
+    cast_shadow,
+    flip,
+    recolor_cables,
+    recolor_scene,
+)
 from imaging.compositing import (
     _bounded_size,
     _read_anew,
@@ -30,37 +38,37 @@ from imaging.compositing import (
     load_cut_out,
     load_pair,
     longest_side,
-    move,
     paste,
+    random_affine,
     random_crop,
     zoom,
 )
-from imaging.decoded_cache import DecodedFiles
+from imaging.decoded_cache import DecodedCache
 from imaging.files import (
     MAX_PIXELS,
-    Facts,
-    FileFault,
+    FileError,
+    FileInfo,
     Pair,
     _check,
     _files,
-    _find_pairs,
-    _image_files,
-    listed,
+    find_pairs,
+    format_list,
+    image_files,
     read_image,
     read_mask,
 )
-from imaging.geometry import Frame, fit_size, model_input, resize, resize_image, resize_mask
+from imaging.geometry import InputSpec, fit_size, resize_area, resize_image, resize_mask, to_model_input
 from imaging.prompts import draw_prompt
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetIndex:
     """One dataset of the config with its files found, and what was seen of each."""
 
     config: DatasetConfig
     pairs: tuple[Pair, ...]
     backgrounds: tuple[Path, ...]
-    facts: dict[Path, Facts]
+    facts: dict[Path, FileInfo]
 
     @property
     def is_constant(self) -> bool:
@@ -68,7 +76,7 @@ class Source:
         return not self.config.composites and not self.config.w_aug
 
 
-def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[Source]:
+def index_datasets(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[DatasetIndex]:
     """Find the files of every dataset and read each once.
 
     Raises one ValueError that lists what is wrong in all of them (the first 10 and the count):
@@ -78,10 +86,10 @@ def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) 
     faults = []
     found = []
     for config in configs:
-        pairs = _find_pairs(config.data_dir, faults)
+        pairs = find_pairs(config.data_dir, faults)
         backgrounds = []
         for folder in config.bg_paths:
-            files = _image_files(folder)
+            files = image_files(folder)
             if not files:
                 faults.append(f"{folder}: no .png, .jpg or .jpeg file in it")
             backgrounds += files
@@ -93,14 +101,14 @@ def find_sources(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) 
             faults += [fault] if fault else []
             facts |= facts_of_item
     if faults:
-        raise ValueError(f"{len(faults)} problem(s) in the data:\n  {listed(faults)}")
+        raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
     return [
-        Source(config, pairs, backgrounds, {path: facts[path] for path in _files(pairs, backgrounds)})
+        DatasetIndex(config, pairs, backgrounds, {path: facts[path] for path in _files(pairs, backgrounds)})
         for config, pairs, backgrounds in found
     ]
 
 
-def leaks(train: list[Source], test: Source) -> list[tuple[Path, Path]]:
+def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
     """Photos (test, train) whose pixels are the same, so that testing on them would measure memory."""
     seen = {s.facts[pair.image_path].digest: pair.image_path for s in train for pair in s.pairs}
     photos = [pair.image_path for pair in test.pairs]
@@ -112,7 +120,7 @@ def leaks(train: list[Source], test: Source) -> list[tuple[Path, Path]]:
 
 
 def composite(
-    source: Source,
+    source: DatasetIndex,
     pair_index: int,
     canvas: tuple[int, int],
     rng: np.random.Generator,
@@ -127,20 +135,20 @@ def composite(
     image = random_crop(background, canvas, rng)
     mask = np.zeros(canvas, np.float32)
     if not augmented:
-        paste(resize(read(load_cut_out, source.pairs[pair_index], longest), canvas), image, mask)
+        paste(resize_area(read(load_cut_out, source.pairs[pair_index], longest), canvas), image, mask)
         return image, mask
-    image = recolour_scene(flip(image, rng), rng)
+    image = recolor_scene(flip(image, rng), rng)
     if rng.random() < CLUTTER:
         image = add_clutter(image, rng)
     indices = [pair_index]
     if rng.random() < SECOND_CUT_OUT:
         indices.insert(0, int(rng.integers(len(source.pairs))))
     for index in indices:
-        cables = move(flip(read(load_cut_out, source.pairs[index], longest), rng), canvas, rng)
+        cables = random_affine(flip(read(load_cut_out, source.pairs[index], longest), rng), canvas, rng)
         if rng.random() < SHADOW:
             cast_shadow(cables, image, rng)
-        paste(cables, image, mask, partial(recolour_cables, rng=rng))
-    return degrade(image, rng), mask
+        paste(cables, image, mask, partial(recolor_cables, rng=rng))
+    return camera_degradation(image, rng), mask
 
 
 SECOND_CUT_OUT = 0.3  # probability
@@ -149,7 +157,7 @@ SHADOW = 0.5  # probability
 
 
 def photo(
-    source: Source,
+    source: DatasetIndex,
     pair_index: int,
     canvas: tuple[int, int],
     rng: np.random.Generator,
@@ -160,13 +168,13 @@ def photo(
     if not source.config.w_aug:
         image, mask = read_image(pair.image_path), read_mask(pair.mask_path).astype(np.float32)
         return resize_image(image, canvas), resize_mask(mask, canvas)
-    part = resize(zoom(flip(read(load_pair, pair, longest_side(canvas)), rng), rng), canvas)
-    image = degrade(recolour_scene(np.ascontiguousarray(part[..., :3]), rng), rng)
+    part = resize_area(zoom(flip(read(load_pair, pair, longest_side(canvas)), rng), rng), canvas)
+    image = camera_degradation(recolor_scene(np.ascontiguousarray(part[..., :3]), rng), rng)
     return image, part[..., 3].astype(np.float32) / 255
 
 
 def make_sample(
-    source: Source,
+    source: DatasetIndex,
     pair_index: int,
     canvas: tuple[int, int],
     rng: np.random.Generator,
@@ -186,7 +194,7 @@ def make_rng(seed: int, *key: int) -> np.random.Generator:
 PLAN, TRAIN, TEST, PROMPT = range(4)
 
 
-def epoch_plan(sources: list[Source], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def epoch_plan(sources: list[DatasetIndex], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs one epoch uses, and in which order.
 
     Of each dataset `round(percentage * n_pairs)` samples (at least 1): whole passes, plus a subset
@@ -240,15 +248,15 @@ class UnreadableFile(Exception):
         super().__init__(message.strip().rpartition("dataset.UnreadableFile: ")[2])
 
 
-def _twice(make: Callable, key: Hashable) -> Any:
+def with_retry(make: Callable, key: Hashable) -> Any:
     """`make(key)`, tried once again if a file cannot be read any more; then raises UnreadableFile."""
     try:
         return make(key)
-    except FileFault:
+    except FileError:
         time.sleep(RETRY_AFTER)
     try:
         return make(key)
-    except FileFault as error:
+    except FileError as error:
         raise UnreadableFile(f"{error}; it was intact when the run began") from error
 
 
@@ -263,19 +271,19 @@ class TrainSet(Dataset):
 
     def __init__(
         self,
-        sources: list[Source],
+        sources: list[DatasetIndex],
         *,
-        frame: Frame,
+        spec: InputSpec,
         prompt: str,
         seed: int,
         reuse: int = 1,
         keep_photos: bool = False,
         cache_bytes: int = 0,
     ) -> None:
-        self.sources, self.frame, self.prompt, self.seed, self.reuse = sources, frame, prompt, seed, reuse
+        self.sources, self.spec, self.prompt, self.seed, self.reuse = sources, spec, prompt, seed, reuse
         rows, _ = epoch_plan(sources, seed, 0)
         self.epoch_length = len(rows)
-        self.read = DecodedFiles(_shapes(sources, longest_side((frame.finest, 0))), cache_bytes)
+        self.read = DecodedCache(_shapes(sources, longest_side((spec.finest_side, 0))), cache_bytes)
         # Where each source's places begin: places of slots, or of pairs if its photos never change.
         self.first_slot, self.first_place, self.places = [], [], 0
         for number, source in enumerate(sources):
@@ -346,29 +354,29 @@ class TrainSet(Dataset):
 
     def __getitem__(self, use: Use) -> dict[str, torch.Tensor]:
         """A sample; raises UnreadableFile."""
-        return _twice(self._make, use)
+        return with_retry(self._make, use)
 
     def _make(self, use: Use) -> dict[str, torch.Tensor]:
         source = self.sources[use.source]
         rng = make_rng(self.seed, TRAIN, use.born, use.slot)
-        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.frame.finest)
+        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.spec.finest_side)
         image, mask = make_sample(source, use.pair, canvas, rng, self.read)
-        sample = model_input(image, mask, self.frame)
+        sample = to_model_input(image, mask, self.spec)
         return {**sample, **self.draw_prompt(use, sample["target"], sample["size"])}
 
     def draw_prompt(self, use: Use, target: torch.Tensor, size: torch.Tensor) -> dict[str, torch.Tensor]:
         """The prompt of one use, a function of (seed, epoch, slot): `points` (N, 2), `labels` (N,)."""
         rng = make_rng(self.seed, PROMPT, use.epoch, use.slot)
-        return _prompt_tensors(self.prompt, target, size, self.frame, rng)
+        return _prompt_tensors(self.prompt, target, size, self.spec, rng)
 
 
-def _prompt_tensors(kind, target, size, frame, rng) -> dict[str, torch.Tensor]:
-    points, labels = draw_prompt(kind, target[0].numpy(), tuple(size.tolist()), frame.img_size, rng)
+def _prompt_tensors(kind, target, size, spec, rng) -> dict[str, torch.Tensor]:
+    points, labels = draw_prompt(kind, target[0].numpy(), tuple(size.tolist()), spec.img_size, rng)
     return {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
 
 
-def _shapes(sources: list[Source], longest: int) -> dict[Hashable, tuple[int, ...]]:
-    """Shapes of what is read for training, by (function, item), as `DecodedFiles` takes them."""
+def _shapes(sources: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, ...]]:
+    """Shapes of what is read for training, by (function, item), as `DecodedCache` takes them."""
     shapes = {}
     for source in sources:
         if source.is_constant:
@@ -389,8 +397,8 @@ class TestSet(Dataset):
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, source: Source, *, frame: Frame, prompt: str, seed: int) -> None:
-        self.source, self.frame, self.prompt, self.seed = source, frame, prompt, seed
+    def __init__(self, source: DatasetIndex, *, spec: InputSpec, prompt: str, seed: int) -> None:
+        self.source, self.spec, self.prompt, self.seed = source, spec, prompt, seed
         n_pairs = len(source.pairs)
         count = min(n_pairs, max(1, round(source.config.percentage * n_pairs)))
         self.pair_indices = np.sort(make_rng(seed, TEST).permutation(n_pairs)[:count])
@@ -400,15 +408,15 @@ class TestSet(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """A sample; raises UnreadableFile."""
-        return _twice(self._make, index)
+        return with_retry(self._make, index)
 
     def _make(self, index: int) -> dict:
         pair_index = self.pair_indices[index]
         rng = make_rng(self.seed, TEST, index)
         size = self.source.facts[self.source.pairs[pair_index].image_path].size
         image, mask = make_sample(self.source, pair_index, size, rng)
-        sample = model_input(image, mask, self.frame)
-        prompt = _prompt_tensors(self.prompt, sample["target"], sample["size"], self.frame, rng)
+        sample = to_model_input(image, mask, self.spec)
+        prompt = _prompt_tensors(self.prompt, sample["target"], sample["size"], self.spec, rng)
         return {**sample, **prompt, "picture": torch.tensor(image), "truth": torch.from_numpy(mask > 0.5)}
 
 

@@ -1,7 +1,6 @@
 """Embeddings that are computed once and kept in a file."""
 
 import os
-import shutil
 import tempfile
 from math import prod
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-
-MIB = 1 << 20
 
 
 class Key(Protocol):
@@ -82,15 +79,3 @@ class EmbeddingPool:
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
     return torch.float16 if dtype == np.float16 else torch.float32
-
-
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError unless the disk of `folder` (or of its nearest parent) has `needed` bytes."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{what} would take {needed / MIB:.0f} MiB on the disk of {folder.resolve()}, "
-            f"which has {free / MIB:.0f} MiB left"
-        )

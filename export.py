@@ -17,8 +17,9 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import Tensor, nn
 
-import checkpoint
 import inference
+from base import atomic
+from base.errors import UserError
 from sam import decoder, encoder
 
 ONNX_OPSET = 18
@@ -40,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.output.exists():
-            raise FileExistsError(f"--output {args.output}: is there already")
+            raise UserError(f"--output {args.output}: is there already")
         sam, model_type = inference.load_any(args.checkpoint)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         {"hf": export_hf, "onnx": export_onnx}[args.format](sam, model_type, args.output)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written: {args.output}")
@@ -83,10 +84,10 @@ HF_NAMES = (
 def export_hf(sam: Sam, model_type: str, output: Path) -> None:
     """Write a folder for `SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
 
-    Raises ValueError for a variant that transformers has no model of.
+    Raises UserError for a variant that transformers has no model of.
     """
     if not isinstance(sam.image_encoder, ImageEncoderViT):
-        raise ValueError(f"--format hf: transformers has no model of {model_type}; --format onnx takes it")
+        raise UserError(f"--format hf: transformers has no model of {model_type}; --format onnx takes it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
@@ -169,10 +170,10 @@ class WithoutPrompt(nn.Module):
 def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
     """Write one ONNX file that takes any number of pictures at once.
 
-    Raises ValueError if its weights are more than one file can hold.
+    Raises UserError if its weights are more than one file can hold.
     """
     if sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT:
-        raise ValueError(f"--format onnx: {model_type} is more than the 2 GB that an ONNX file holds")
+        raise UserError(f"--format onnx: {model_type} is more than the 2 GB that an ONNX file holds")
     side = sam.image_encoder.img_size
     if not isinstance(sam.image_encoder, ImageEncoderViT):  # whose fast attention depends on the batch
         encoder.accelerate(sam.image_encoder)
@@ -194,7 +195,7 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
             output_names=["logits"],
             verbose=False,
         )
-    checkpoint.write_atomically(output, lambda file: file.write(onnx.model_proto.SerializeToString()))
+    atomic.write_atomically(output, lambda file: file.write(onnx.model_proto.SerializeToString()))
 
 
 def _as_picture(module: nn.Module, args: tuple[Tensor]) -> Tensor:

@@ -33,23 +33,26 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
+from base import atomic
+from base.atomic import MIB, require_free_space
+from base.errors import UserError
 from config import Config, load_config
 from dataset import (
-    Source,
+    DatasetIndex,
     TestSet,
     TrainSet,
     UnreadableFile,
     Use,
-    find_sources,
-    leaks,
+    find_leaks,
+    index_datasets,
     test_loader,
     train_loader,
 )
-from embeddings import MIB, EmbeddingPool, check_room
-from imaging.files import MAX_PIXELS, listed
-from imaging.geometry import Frame
-from imaging.metrics import Measured, Truth, measure, summarise
-from imaging.prompts import PROMPTS
+from embeddings import EmbeddingPool
+from imaging.files import MAX_PIXELS, format_list
+from imaging.geometry import InputSpec
+from imaging.metrics import GroundTruth, ImageStats, aggregate, compute_stats
+from imaging.prompts import PROMPT_KINDS
 from imaging.visualize import draw_points, panel, sheet, shrink
 from losses import cldice_loss, dice_loss, focal_loss, iou_mse
 from preview import write_preview
@@ -139,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_saving_flags(parser.add_argument_group("saving"))
     _add_speed_flags(parser.add_argument_group("speed"))
     _add_model_flags(parser.add_argument_group("model"))
-    _add_optimisation_flags(parser.add_argument_group("optimisation"))
+    _add_optimisation_flags(parser.add_argument_group("optimization"))
     _add_loss_flags(parser.add_argument_group("loss"))
     args = parser.parse_args(argv)
     for name, of_decoder, where_the_encoder_learns in DEFAULTS:
@@ -271,7 +274,7 @@ def _add_model_flags(net: argparse._ArgumentGroup) -> None:
     )
     net.add_argument(
         "--prompt",
-        choices=PROMPTS,
+        choices=PROMPT_KINDS,
         default="none",
         help="what the decoder is told: nothing, 1 to 3 points, a box, or one of these per sample",
     )
@@ -424,7 +427,7 @@ class Setup:
         return self.folder / "checkpoints"
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DatasetIndex]:
         return [*self.train_set.sources, *([self.test_set.source] if self.test_set else [])]
 
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
@@ -438,7 +441,7 @@ class Progress:
     """Where a run stands: with the weights and the optimizer's state all that it needs to go on.
 
     `loss_sums` (4,) and `samples` count since the last log. `bad_steps` counts the optimizer steps left
-    out, `bad_in_row` the last of them. `untuned` and `best` are what `test` returned.
+    out, `bad_in_row` the last of them. `baseline` and `best` are what `test` returned.
     """
 
     loss_sums: Tensor
@@ -447,7 +450,7 @@ class Progress:
     step: int = 0
     bad_steps: int = 0
     bad_in_row: int = 0
-    untuned: dict[str, float] | None = None
+    baseline: dict[str, float] | None = None
     best: dict[str, float] | None = None
 
 
@@ -459,18 +462,18 @@ def preview(args: argparse.Namespace) -> None:
     write_preview(
         sources,
         test_source,
-        frame=Frame(variant.img_size, variant.mask_grid),
+        spec=InputSpec(variant.img_size, variant.mask_grid),
         prompt=args.prompt,
         seed=args.seed,
         folder=Path("exp") / args.exp_name / "preview",
     )
 
 
-def find_data(args: argparse.Namespace, config: Config) -> tuple[list[Source], Source | None]:
+def find_data(args: argparse.Namespace, config: Config) -> tuple[list[DatasetIndex], DatasetIndex | None]:
     """The sources to train on and the one to test on, all checked; warns of photos that are in both."""
     test_config = config.dataset.test
     configs = [*config.dataset.train, *([test_config] if test_config else [])]
-    sources = find_sources(configs, max_pixels=args.max_pixels)
+    sources = index_datasets(configs, max_pixels=args.max_pixels)
     test_source = sources.pop() if test_config else None
     if test_source:
         warn_of_leaks(sources, test_source)
@@ -478,13 +481,13 @@ def find_data(args: argparse.Namespace, config: Config) -> tuple[list[Source], S
 
 
 def prepare(args: argparse.Namespace) -> Setup:
-    """Check every input and build the model. Raises ValueError or OSError for a user's mistake."""
+    """Check every input and build the model. Raises UserError for a user's mistake."""
     folder = Path("exp") / args.exp_name
     if not args.resume and folder.exists() and any(path.name != "preview" for path in folder.iterdir()):
-        raise ValueError(
+        raise UserError(
             f"{folder} already holds a run; choose another --exp_name, remove it, or go on with --resume"
         )
-    device = runtime.join(runtime.pick_device(args.device))
+    device = runtime.join_process_group(runtime.pick_device(args.device))
     config = load_config(args.config)
     resume = checkpoint.load_resume_state(folder / RESUME_FILE) if args.resume else None
     if resume:
@@ -497,14 +500,14 @@ def prepare(args: argparse.Namespace) -> Setup:
     path = args.checkpoint or variants.pretrained_path(args.model_type)
     loaded = checkpoint.load_weights(path)
     sam = variants.VARIANTS[args.model_type].build()
-    variants.load_weights(sam, loaded, args.model_type, path)
-    encoder.place(sam, device, amp, train=args.train)
+    variants.load_state_dict(sam, loaded, args.model_type, path)
+    encoder.move_to_device(sam, device, amp, train=args.train)
 
-    frame = Frame(sam.image_encoder.img_size, decoder.mask_grid(sam))
+    spec = InputSpec(sam.image_encoder.img_size, decoder.mask_grid(sam))
     test_set = None
     if test_source:
-        test_set = TestSet(test_source, frame=frame, prompt=args.prompt, seed=args.seed)
-    train_set = make_train_set(args, sources, frame, pool_layout(sam, amp), folder)
+        test_set = TestSet(test_source, spec=spec, prompt=args.prompt, seed=args.seed)
+    train_set = make_train_set(args, sources, spec, pool_layout(sam, amp), folder)
     pictures = args.epoch_num * train_set.epoch_length // args.embedding_reuse
     return Setup(
         config=config,
@@ -523,18 +526,18 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 
 def make_train_set(
-    args: argparse.Namespace, sources: list[Source], frame: Frame, layout: dict, folder: Path
+    args: argparse.Namespace, sources: list[DatasetIndex], spec: InputSpec, layout: dict, folder: Path
 ) -> TrainSet:
-    """The training samples; raises OSError if --embedding_reuse needs more disk than there is."""
+    """The training samples; raises UserError if --embedding_reuse needs more disk than there is."""
     if args.train != "decoder":
-        frame = replace(frame, grid=FINER * frame.grid)
-    options = {"frame": frame, "prompt": args.prompt, "seed": args.seed, "reuse": args.embedding_reuse}
+        spec = replace(spec, mask_grid=FINER * spec.mask_grid)
+    options = {"spec": spec, "prompt": args.prompt, "seed": args.seed, "reuse": args.embedding_reuse}
     options |= {"cache_bytes": args.cache_mb * MIB}
     keep_photos = args.epoch_num > 1 and args.train == "decoder"
     train_set = TrainSet(sources, **options, keep_photos=keep_photos)
     try:
-        check_room(folder, EmbeddingPool.size(train_set.places, **layout), "keeping the embeddings")
-    except OSError as error:
+        require_free_space(folder, EmbeddingPool.size(train_set.places, **layout), "keeping the embeddings")
+    except UserError as error:
         if args.embedding_reuse > 1:
             raise
         warnings.warn(f"{error}: photos are encoded anew in every epoch", stacklevel=2)
@@ -559,11 +562,11 @@ COMPILE_PAYS = 40_000
 def compiles(choice: str, device: torch.device, pictures: int) -> bool:
     """Whether to compile, for a run that encodes so many pictures.
 
-    Raises ValueError if it is asked for and torch.compile finds no C++ compiler.
+    Raises UserError if it is asked for and torch.compile finds no C++ compiler.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
     if choice == "on" and not compiler:
-        raise ValueError("--compile on: needs a C++ compiler (g++ or clang++), and none is found")
+        raise UserError("--compile on: needs a C++ compiler (g++ or clang++), and none is found")
     long_on_cuda = device.type == "cuda" and pictures >= COMPILE_PAYS and compiler is not None
     return choice == "on" or (choice == "auto" and long_on_cuda)
 
@@ -571,38 +574,39 @@ def compiles(choice: str, device: torch.device, pictures: int) -> bool:
 def check_same_run(resume: dict, args: argparse.Namespace, config: Config) -> None:
     """Raise ValueError naming both values of every flag or data setting that may not change."""
     if "files" not in resume:
-        raise ValueError(f"exp/{args.exp_name}/{RESUME_FILE} is not a state that this version saved")
+        raise UserError(f"exp/{args.exp_name}/{RESUME_FILE} is not a state that this version saved")
     faults = [
         f"--{name}: was {resume['flags'].get(name)}, is now {value}"
         for name, value in settings(args).items()
         if name not in MAY_CHANGE and resume["flags"].get(name) != value
     ]
-    if resume["processes"] != runtime.size():
-        faults.append(f"processes: were {resume['processes']}, are now {runtime.size()}")
+    if resume["processes"] != runtime.world_size():
+        faults.append(f"processes: were {resume['processes']}, are now {runtime.world_size()}")
     if resume["config"] != (now := config.model_dump_json()):
         faults.append(f"the data: was {resume['config']}, is now {now}")
     if faults:
-        raise ValueError("\n  ".join([f"exp/{args.exp_name} cannot go on with other settings:", *faults]))
+        raise UserError("\n  ".join([f"exp/{args.exp_name} cannot go on with other settings:", *faults]))
 
 
-def check_same_files(resume: dict, sources: list[Source]) -> None:
+def check_same_files(resume: dict, sources: list[DatasetIndex]) -> None:
     """Raise ValueError that names the files which are not what they were."""
     was, now = resume["files"], file_digests(sources)
     changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
     if changed:
-        raise ValueError(f"cannot go on, for not all files are what they were:\n  {listed(changed)}")
+        raise UserError(f"cannot go on, for not all files are what they were:\n  {format_list(changed)}")
 
 
-def file_digests(sources: list[Source]) -> dict[str, str]:
+def file_digests(sources: list[DatasetIndex]) -> dict[str, str]:
     return {str(path): facts.digest for source in sources for path, facts in source.facts.items()}
 
 
-def warn_of_leaks(train_sources: list[Source], test_source: Source) -> None:
+def warn_of_leaks(train_sources: list[DatasetIndex], test_source: DatasetIndex) -> None:
     """Warn of photos that are both trained and tested on."""
-    shared = [f"{test} = {train}" for test, train in leaks(train_sources, test_source)]
+    shared = [f"{test} = {train}" for test, train in find_leaks(train_sources, test_source)]
     if shared and runtime.is_main():
         warnings.warn(
-            f"photos to test on are also trained on, so that the test measures memory:\n  {listed(shared)}",
+            "photos to test on are also trained on, so that the test measures memory:\n  "
+            f"{format_list(shared)}",
             stacklevel=2,
         )
 
@@ -658,13 +662,13 @@ class EncodedTest:
     points: Tensor
     labels: Tensor
     size: tuple[int, int]
-    truth: Truth
+    truth: GroundTruth
     picture: np.ndarray
 
 
 def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]:
     """Read this process's share of the test samples; encode them if their embeddings will stay the same."""
-    part = {"part": runtime.rank(), "parts": runtime.size()}
+    part = {"part": runtime.rank(), "parts": runtime.world_size()}
     loader = test_loader(setup.test_set, num_workers=args.num_workers, **part)
     encoded = []
     for sample in tqdm(loader, "encoding the test set", leave=False, disable=not runtime.is_main()):
@@ -677,7 +681,7 @@ def encode_test_set(args: argparse.Namespace, setup: Setup) -> list[EncodedTest]
                 sample["points"][None],
                 sample["labels"][None],
                 tuple(sample["size"].tolist()),
-                Truth.of(sample["truth"].numpy()),
+                GroundTruth.from_mask(sample["truth"].numpy()),
                 shrink(sample["picture"].numpy(), SHOWN),
             )
         )
@@ -706,11 +710,11 @@ def predict(setup: Setup, tests: list[EncodedTest], batch_size: int) -> Iterator
 
 def evaluate(
     setup: Setup, tests: list[EncodedTest], batch_size: int
-) -> tuple[list[Measured], list[np.ndarray]]:
+) -> tuple[list[ImageStats], list[np.ndarray]]:
     """Measures of this process's test pictures, and for each a panel to show."""
     measured, panels = [], []
     for test, logits in zip(tests, predict(setup, tests, batch_size), strict=True):
-        measured.append(measure(logits, test.truth))
+        measured.append(compute_stats(logits, test.truth))
         panels.append(show_test(test, logits > 0))
     return measured, panels
 
@@ -753,7 +757,7 @@ def embedded_batches(
         This process's uses of the batch; unless there are none, `embedding` (B, C, e, e), `target` uint8
         (B, 1, grid, grid), `size`, `points` and `labels`; and the seconds that it waited for data.
     """
-    train_set, parts = setup.train_set, runtime.size()
+    train_set, parts = setup.train_set, runtime.world_size()
     span = {"batch_size": args.batch_size * parts, "epochs": args.epoch_num, "start": start}
     span |= {"part": runtime.rank(), "parts": parts}
     made = encoded_samples(args, setup, span)
@@ -839,8 +843,8 @@ def main(argv: list[str] | None = None) -> int:
             preview(args)
             return 0
         setup = prepare(args)
-        runtime.wait_for_all()
-    except (ValueError, OSError) as error:
+        runtime.barrier()
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = run_to_the_end(args, setup)
@@ -863,13 +867,13 @@ def run_to_the_end(args: argparse.Namespace, setup: Setup) -> int:
         stop.signal = stop.signal or SIGINT
     except (RunError, UnreadableFile) as fault:
         error = fault
-    except OSError as fault:  # TensorBoard's name no file
+    except (UserError, OSError) as fault:  # TensorBoard's name no file
         error = f"writing to {setup.folder} failed: {fault}"
     except RuntimeError as fault:
         error = as_run_error(fault)
         if error is fault:
             raise
-    runtime.leave()
+    runtime.leave_process_group()
     if stop.signal:
         return 128 + stop.signal
     if error:
@@ -929,7 +933,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         lora_alpha=args.lora_alpha,
         grad_checkpointing=args.grad_checkpointing,
     )
-    batch_size = args.batch_size * runtime.size()
+    batch_size = args.batch_size * runtime.world_size()
     run = Run(
         Schedule(setup.train_set.epoch_length, batch_size, args.virtual_batch_size, args.epoch_num),
         [parameter for group in groups for parameter in group["params"]],
@@ -949,7 +953,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
         purge_step = run.progress.iteration + 1 if setup.resume else None
         run.writer = SummaryWriter(setup.folder, purge_step=purge_step)
         log_settings(run.writer, args, run.progress.iteration)
-    runtime.wait_for_all()
+    runtime.barrier()
     if setup.compile:
         at_once = 1 if setup.device.type == "cpu" else args.batch_size
         sam.image_encoder.forward = compiled(sam.image_encoder.forward, at_once)
@@ -969,9 +973,9 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
     schedule, progress, optimizer, scaler = run.schedule, run.progress, run.optimizer, run.scaler
     is_main = runtime.is_main()
     if setup.test_set and not setup.resume:
-        progress.untuned = test(args, setup, run)
+        progress.baseline = test(args, setup, run)
 
-    grid = setup.train_set.frame.grid
+    grid = setup.train_set.spec.mask_grid
     weights = [args.focal_weight, args.dice_weight, args.iou_weight, args.cldice_weight]
     weights = torch.tensor(weights, device=setup.device)
     saved_at = time.monotonic()
@@ -992,7 +996,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         except StopIteration:
             break
         except RunError:
-            if runtime.size() == 1:  # else the others are further, or wait for this one
+            if runtime.world_size() == 1:  # else the others are further, or wait for this one
                 save_state(args, setup, run)
             raise
         epoch, batch_index = divmod(progress.iteration, schedule.batches_per_epoch)
@@ -1018,14 +1022,14 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
             logits = logits.float()
             if logits.shape != target.shape:
                 logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
-            valid = encoder.valid_pixels(batch["size"], grid, grid / setup.train_set.frame.img_size)
+            valid = encoder.valid_pixels(batch["size"], grid, grid / setup.train_set.spec.img_size)
             losses = loss_sums(args, logits, iou_pred, target, valid)
             # backward; sums over samples, so that every sample of the step weighs the same
             scaler.scale((weights * losses).sum() / schedule.samples_in_step(batch_index)).backward()
 
         # step, once the batches of a step are through
         if schedule.ends_step(batch_index):
-            runtime.add_up_gradients(run.parameters)
+            runtime.all_reduce_gradients(run.parameters)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.grad_clip)
             if is_good := bool(norm.isfinite()):
@@ -1041,7 +1045,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         # log; reading the sums waits for the device, hence not at every iteration
         bar.update()
         losses = losses.detach()
-        runtime.add_up([losses])
+        runtime.all_reduce_sum([losses])
         progress.loss_sums += losses
         progress.samples += schedule.samples_in_batch(batch_index)
         seen, waited = seen + schedule.samples_in_batch(batch_index), waited + wait
@@ -1072,7 +1076,7 @@ def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
         if last:
             save_weights(setup, "last.pth")
         state_is_old = time.monotonic() - saved_at >= 60 * args.resume_interval
-        ending, state_is_old = runtime.largest([stop.signal or 0, int(state_is_old)])
+        ending, state_is_old = runtime.all_reduce_max([stop.signal or 0, int(state_is_old)])
         if tested or saved or state_is_old or ending:
             save_state(args, setup, run)
             saved_at = time.monotonic()
@@ -1132,7 +1136,7 @@ def test(args: argparse.Namespace, setup: Setup, run: Run) -> dict[str, float]:
     iteration = run.progress.iteration
     measured, panels = evaluate(setup, run.tests, args.batch_size)
     everywhere = runtime.gather(measured)
-    summary = summarise(everywhere)
+    summary = aggregate(everywhere)
     result = {"iteration": iteration} | summary
     if run.writer:
         for name, value in summary.items():
@@ -1168,7 +1172,7 @@ def log_best(run: Run) -> None:
             run.writer.add_scalar(f"best/{name}", run.progress.best[name], run.progress.iteration)
 
 
-def log_precision_and_recall(writer: SummaryWriter, measured: list[Measured], iteration: int) -> None:
+def log_precision_and_recall(writer: SummaryWriter, measured: list[ImageStats], iteration: int) -> None:
     """Precision over recall of all pixels together, at THRESHOLDS of the logits."""
     false, true = sum(m.counts for m in measured)
     background, foreground = sum(m.sizes for m in measured)
@@ -1179,7 +1183,7 @@ def log_precision_and_recall(writer: SummaryWriter, measured: list[Measured], it
 
 def save_weights(setup: Setup, name: str) -> None:
     if runtime.is_main():
-        weights = trainable.official_weights(setup.sam, setup.loaded)
+        weights = trainable.export_state_dict(setup.sam, setup.loaded)
         checkpoint.save_weights(weights, setup.checkpoints / name)
 
 
@@ -1223,7 +1227,7 @@ def save_state(args: argparse.Namespace, setup: Setup, run: Run) -> None:
     """Save what `--resume` needs: no generator's state, for samples are functions of seed, epoch and slot."""
     amid_step = run.schedule.is_amid_step(run.progress.iteration)
     gradients = trainable.gradients(setup.sam) if amid_step else {}
-    runtime.add_up(gradients.values())
+    runtime.all_reduce_sum(gradients.values())
     if not run.writer:
         return
     run.writer.flush()
@@ -1234,7 +1238,7 @@ def save_state(args: argparse.Namespace, setup: Setup, run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "flags": settings(args),
-        "processes": runtime.size(),
+        "processes": runtime.world_size(),
         "config": setup.config.model_dump_json(),
         "files": file_digests(setup.sources),
     }
@@ -1260,7 +1264,7 @@ def drop_later_lines(path: Path, iteration: int) -> None:
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
         text = "".join(f"{line}\n" for line in kept)
-        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        atomic.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -1275,16 +1279,16 @@ def write_settings(args: argparse.Namespace, setup: Setup) -> None:
     config = json.loads(setup.config.model_dump_json())
     for name, values in (("config.yaml", config), ("args.yaml", settings(args))):
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        checkpoint.write_atomically(setup.folder / name, lambda file, text=text: file.write(text.encode()))
+        atomic.write_atomically(setup.folder / name, lambda file, text=text: file.write(text.encode()))
 
 
 def print_result(progress: Progress, checkpoints: Path) -> None:
-    """The closing lines of a run: untuned against tuned, and where things lie."""
-    if progress.untuned and progress.best:
-        untuned, best = progress.untuned, progress.best
+    """The closing lines of a run: baseline against tuned, and where things lie."""
+    if progress.baseline and progress.best:
+        baseline, best = progress.baseline, progress.best
         print(
-            f"untuned -> tuned: IoU {untuned['iou']:.4f} -> {best['iou']:.4f}, "
-            f"Dice {untuned['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})"
+            f"baseline -> tuned: IoU {baseline['iou']:.4f} -> {best['iou']:.4f}, "
+            f"Dice {baseline['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})"
         )
         print(f"best weights     {checkpoints / 'best.pth'}")
     if (checkpoints / "last.pth").exists():

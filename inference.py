@@ -13,11 +13,12 @@ from segment_anything.modeling import Sam
 import checkpoint
 import inference
 import runtime
-from imaging.geometry import Frame, model_input
+from base.errors import UserError
+from imaging.geometry import InputSpec, to_model_input
 from sam import decoder, encoder, point_labels
-from sam.variants import VARIANTS, load_weights, recognise
+from sam.variants import VARIANTS, detect_model_type, load_state_dict
 
-OVERLAP = 0.25  # of a tile's side, to its neighbours
+OVERLAP = 0.25  # of a tile's side, to its neighbors
 
 
 @dataclass(frozen=True)
@@ -35,32 +36,32 @@ class Prompt:
 NO_PROMPT = (Prompt(np.zeros((0, 2), np.float32), np.zeros(0, np.int64)),)
 
 # From pictures, RGB uint8 (H, W, 3), and the prompts of each, at least one, to logits float32 (H, W).
-FindCables = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]
+PredictLogits = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]
 
 
 def load_any(path: Path) -> tuple[Sam, str]:
     """The SAM that a checkpoint is of, and the name of its variant, recognised by its weights.
 
-    Raises FileNotFoundError, or ValueError naming the file if it is not of any variant.
+    Raises UserError naming the file if it is not of any variant.
     """
     weights = checkpoint.load_weights(path)
-    model_type = recognise(weights)
+    model_type = detect_model_type(weights)
     if model_type is None:
-        raise ValueError(f"{path} holds weights of none of {', '.join(VARIANTS)}")
+        raise UserError(f"{path} holds weights of none of {', '.join(VARIANTS)}")
     sam = VARIANTS[model_type].build()
-    load_weights(sam, weights, model_type, path)
+    load_state_dict(sam, weights, model_type, path)
     return sam, model_type
 
 
-def load(path: Path, device: torch.device, amp: torch.dtype | None) -> FindCables:
-    """`find_logits` with the SAM that the checkpoint is of; raises as `inference.load_any` does."""
+def load(path: Path, device: torch.device, amp: torch.dtype | None) -> PredictLogits:
+    """`predict_logits` with the SAM that the checkpoint is of; raises as `inference.load_any` does."""
     sam, model_type = inference.load_any(path)
-    encoder.place(sam, device, amp)
-    return partial(find_logits, sam, model_type, amp)
+    encoder.move_to_device(sam, device, amp)
+    return partial(predict_logits, sam, model_type, amp)
 
 
 @torch.inference_mode()
-def find_logits(
+def predict_logits(
     sam: Sam,
     model_type: str,
     amp: torch.dtype | None,
@@ -73,8 +74,8 @@ def find_logits(
     """
     if not images_u8:
         return
-    frame = Frame(sam.image_encoder.img_size, decoder.mask_grid(sam))
-    samples = [model_input(image, np.zeros(image.shape[:2], np.float32), frame) for image in images_u8]
+    spec = InputSpec(sam.image_encoder.img_size, decoder.mask_grid(sam))
+    samples = [to_model_input(image, np.zeros(image.shape[:2], np.float32), spec) for image in images_u8]
     sizes = torch.stack([sample["size"] for sample in samples])
     images = torch.stack([sample["image"] for sample in samples]).to(sam.device)
     scales = [
@@ -104,7 +105,9 @@ def _batch(prompts: list[tuple[Prompt, torch.Tensor]]) -> tuple[torch.Tensor, to
     return points, labels
 
 
-def find_in_tiles(find_cables: FindCables, image: np.ndarray, *, side: int, batch_size: int) -> np.ndarray:
+def predict_logits_tiled(
+    predict: PredictLogits, image: np.ndarray, *, side: int, batch_size: int
+) -> np.ndarray:
     """Logits (H, W) of a picture cut into tiles of at most `side` pixels, which overlap and are blended.
 
     A tile's weight falls to its edges, where it has seen the least around, so that none of them shows.
@@ -115,7 +118,7 @@ def find_in_tiles(find_cables: FindCables, image: np.ndarray, *, side: int, batc
     for first in range(0, len(corners), batch_size):
         part = corners[first : first + batch_size]
         windows = [(slice(top, top + side), slice(left, left + side)) for top, left in part]
-        found = find_cables([image[window] for window in windows], [NO_PROMPT] * len(part))
+        found = predict([image[window] for window in windows], [NO_PROMPT] * len(part))
         for window, logits in zip(windows, found, strict=True):
             weight = np.multiply.outer(*(_ramp(length, side) for length in logits.shape))
             total[window] += weight * logits

@@ -38,7 +38,7 @@ SKELETON_STEPS = 10  # erosions, of a pixel on either side: cables are at most 2
 def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Soft clDice loss: 1 - the harmonic mean of topology precision and sensitivity.
 
-    They are the share of the predicted centre lines on the truth, and of the true ones on the prediction
+    They are the share of the predicted center lines on the truth, and of the true ones on the prediction
     (Shit et al., clDice, CVPR 2021, eq. 1 to 3, with 1 added to numerators and denominators).
     """
     probs, target = torch.sigmoid(logits) * valid, target * valid
@@ -64,7 +64,7 @@ def soft_skeleton(probs: Tensor) -> Tensor:
 
 
 def _erode(x: Tensor) -> Tensor:
-    """The least of each pixel and its four neighbours. (Faster on a CPU than pooling, as is the next.)"""
+    """The least of each pixel and its four neighbors. (Faster on a CPU than pooling, as is the next.)"""
     around = F.pad(x, (1, 1, 1, 1))
     of_rows = torch.minimum(around[..., :-2, 1:-1], around[..., 2:, 1:-1])
     of_columns = torch.minimum(around[..., 1:-1, :-2], around[..., 1:-1, 2:])
@@ -72,7 +72,7 @@ def _erode(x: Tensor) -> Tensor:
 
 
 def _dilate(x: Tensor) -> Tensor:
-    """The largest of each pixel and its eight neighbours."""
+    """The largest of each pixel and its eight neighbors."""
     x = F.pad(x, (1, 1, 1, 1))
     x = torch.maximum(torch.maximum(x[..., :-2, :], x[..., 2:, :]), x[..., 1:-1, :])
     return torch.maximum(torch.maximum(x[..., :-2], x[..., 2:]), x[..., 1:-1])

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import runtime
+from base import atomic
+from base.errors import UserError
 from imaging.coco import coco_document, polygons, read_prompts
 from imaging.files import read_image, read_mask
 from imaging.media import (
@@ -33,9 +34,9 @@ from imaging.media import (
     write_picture,
     write_video,
 )
-from imaging.metrics import Measured, Scores, Truth, measure, summarise
-from imaging.visualize import PREDICTION_COLOUR, overlay, panel, sheet
-from inference import NO_PROMPT, FindCables, Prompt, find_in_tiles, load
+from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
+from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
+from inference import NO_PROMPT, PredictLogits, Prompt, load, predict_logits_tiled
 
 WORST = 4  # pictures shown of those that agree least with their truth
 
@@ -79,14 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         paths = find_pictures(args.input)
         video = paths[0] if is_video(paths[0]) else None
         if video and (args.masks or args.prompt):
-            raise ValueError(f"{video}: --masks and --prompt are for pictures, not for a video")
+            raise UserError(f"{video}: --masks and --prompt are for pictures, not for a video")
         truths = find_truths(args.masks, paths) if args.masks else {}
         prompts = find_prompts(args.prompt, paths) if args.prompt else {}
         device = runtime.pick_device(args.device)
-        find_cables = load(args.checkpoint, device, runtime.amp_dtype(args.amp, device))
+        predict_logits = load(args.checkpoint, device, runtime.amp_dtype(args.amp, device))
         pictures = read_frames(video, unreadable) if video else read_pictures(paths, truths, unreadable)
         bar = tqdm(total=frame_count(video) if video else len(paths), unit=" images", dynamic_ncols=True)
-        found, measured = predict(args, find_cables, pictures, prompts, bar)
+        found, measured = predict(args, predict_logits, pictures, prompts, bar)
         if video and found:
             write_video(args.output, video, found)
         if args.polygons:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         if measured:
             report_scores(args.output, measured)
             show_worst(args.output, measured, paths, truths)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for fault in unreadable:
@@ -104,22 +105,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def predict(
     args: argparse.Namespace,
-    find_cables: FindCables,
+    predict_logits: PredictLogits,
     pictures: Iterator[Picture],
     prompts: dict[str, list[Prompt]],
     bar: tqdm,
-) -> tuple[dict[str, str], dict[str, Measured]]:
+) -> tuple[dict[str, str], dict[str, ImageStats]]:
     """Write what is found in every picture; returns names by stem, and measures of those with a truth."""
     for kind in ("masks", "overlays", *(["probabilities"] if args.probabilities else [])):
         (args.output / kind).mkdir(parents=True, exist_ok=True)
     names, measured = {}, {}
     with bar:
         while batch := list(islice(pictures, args.batch_size)):
-            for picture, logits in zip(batch, find(args, find_cables, batch, prompts), strict=True):
+            for picture, logits in zip(batch, find(args, predict_logits, batch, prompts), strict=True):
                 write(args, picture, logits)
                 names[picture.stem] = picture.name
                 if picture.truth is not None:
-                    measured[picture.stem] = measure(logits - args.threshold, Truth.of(picture.truth))
+                    measured[picture.stem] = compute_stats(
+                        logits - args.threshold, GroundTruth.from_mask(picture.truth)
+                    )
                 bar.update()
     speed = len(names) / bar.format_dict["elapsed"]
     print(f"{len(names)} pictures, {speed:.2f} images/s, written to {args.output}")
@@ -127,30 +130,35 @@ def predict(
 
 
 def find(
-    args: argparse.Namespace, find_cables: FindCables, batch: list[Picture], prompts: dict[str, list[Prompt]]
+    args: argparse.Namespace,
+    predict_logits: PredictLogits,
+    batch: list[Picture],
+    prompts: dict[str, list[Prompt]],
 ) -> Iterator[np.ndarray]:
     """Logits (H, W) of each picture, whole or in tiles."""
     if args.tiles:
         for picture in batch:
-            yield find_in_tiles(find_cables, picture.image, side=args.tiles, batch_size=args.batch_size)
+            yield predict_logits_tiled(
+                predict_logits, picture.image, side=args.tiles, batch_size=args.batch_size
+            )
     else:
         given = [prompts.get(picture.stem, NO_PROMPT) for picture in batch]
-        yield from find_cables([picture.image for picture in batch], given)
+        yield from predict_logits([picture.image for picture in batch], given)
 
 
 def find_prompts(path: Path, pictures: list[Path]) -> dict[str, list[Prompt]]:
-    """The prompts by stem; raises ValueError naming the first picture without one."""
+    """The prompts by stem; raises UserError naming the first picture without one."""
     prompts = read_prompts(path)
     for picture in pictures:
         if picture.stem not in prompts:
-            raise ValueError(f"--prompt {path}: no prompt for {picture.name}")
+            raise UserError(f"--prompt {path}: no prompt for {picture.name}")
     return prompts
 
 
 def write(args: argparse.Namespace, picture: Picture, logits: np.ndarray) -> None:
     """Write a picture's mask, overlay and, if asked for, probabilities, each whole or not at all."""
     mask = logits > args.threshold
-    tinted = overlay(picture.image, mask, PREDICTION_COLOUR)
+    tinted = overlay(picture.image, mask, PREDICTION_COLOR)
     files = {f"masks/{picture.stem}.png": mask.astype(np.uint8) * 255, f"overlays/{picture.stem}.jpg": tinted}
     if args.probabilities:
         probabilities = 0.5 * (1 + np.tanh(0.5 * logits))
@@ -163,29 +171,29 @@ def write_polygons(output: Path, names: dict[str, str]) -> None:
     """Write `polygons.json`, a COCO file of the masks."""
     masks = ((name, read_mask(output / "masks" / f"{stem}.png")) for stem, name in names.items())
     text = json.dumps(coco_document([(name, mask.shape, polygons(mask)) for name, mask in masks]))
-    checkpoint.write_atomically(output / "polygons.json", lambda file: file.write(text.encode()))
+    atomic.write_atomically(output / "polygons.json", lambda file: file.write(text.encode()))
 
 
-def report_scores(output: Path, measured: dict[str, Measured]) -> None:
+def report_scores(output: Path, measured: dict[str, ImageStats]) -> None:
     """Write the measures of every picture, the worst first, as `measures.csv`; print them and the set's."""
     names = [field.name for field in fields(Scores)]
     rows = [(stem, *(getattr(m.scores, name) for name in names)) for stem, m in measured.items()]
     rows.sort(key=lambda row: row[1 + names.index("iou")])
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("picture", *names), *rows])
-    checkpoint.write_atomically(output / "measures.csv", lambda file: file.write(table.getvalue().encode()))
+    atomic.write_atomically(output / "measures.csv", lambda file: file.write(table.getvalue().encode()))
     rows.append(("mean", *np.mean([values for _, *values in rows], axis=0)))
     width = max(len(stem) for stem, *_ in rows)
     print("  ".join(["picture".ljust(width), *(f"{name:>7}" for name in names)]))
     for stem, *values in rows:
         columns = (f"{value:{max(7, len(name))}.4f}" for name, value in zip(names, values, strict=True))
         print("  ".join([stem.ljust(width), *columns]))
-    summary = summarise(list(measured.values()))
+    summary = aggregate(list(measured.values()))
     print(", ".join(f"{name} {value:.4f}" for name, value in summary.items() if name not in names))
 
 
 def show_worst(
-    output: Path, measured: dict[str, Measured], paths: list[Path], truths: dict[str, Path]
+    output: Path, measured: dict[str, ImageStats], paths: list[Path], truths: dict[str, Path]
 ) -> None:
     """Write `worst.jpg`: image, truth and prediction of the pictures with the least IoU."""
     images = {path.stem: path for path in paths}

@@ -7,27 +7,33 @@ import cv2
 import numpy as np
 from PIL import Image
 
-import checkpoint
-from dataset import Source, TestSet, TrainSet
-from imaging.files import listed, read_image, read_mask
-from imaging.geometry import Frame
-from imaging.metrics import Truth
-from imaging.visualize import draw_points, grid_sheet, outline
+from base import atomic
+from dataset import DatasetIndex, TestSet, TrainSet
+from imaging.files import format_list, read_image, read_mask
+from imaging.geometry import InputSpec
+from imaging.metrics import GroundTruth
+from imaging.visualize import contact_sheet, draw_points, outline
 
 ENLARGED = 400  # pixels that a sample is at least enlarged to before it is drawn on, as on the sheet
 SAMPLES = 12  # on a contact sheet
 PAIRS_MEASURED = 60  # of a dataset, evenly chosen: widths take a tenth of a second a photo
 THINNEST = 2.0  # cells of the mask grid; what is thinner has no inside on it
-# Correlation of two photos, 32 x 32 grey, above which they are taken for the same scene.
+# Correlation of two photos, 32 x 32 gray, above which they are taken for the same scene.
 DUPLICATE = 0.98
 
 
 def write_preview(
-    train: list[Source], test: Source | None, *, frame: Frame, prompt: str, seed: int, folder: Path
+    train: list[DatasetIndex],
+    test: DatasetIndex | None,
+    *,
+    spec: InputSpec,
+    prompt: str,
+    seed: int,
+    folder: Path,
 ) -> None:
     """Write contact sheets to `folder`, and print what is to be known of each dataset."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"frame": frame, "prompt": prompt, "seed": seed}
+    options = {"spec": spec, "prompt": prompt, "seed": seed}
     for number, source in enumerate([*train, *([test] if test else [])]):
         role = f"train {number}" if number < len(train) else "test"
         if number < len(train):
@@ -37,14 +43,14 @@ def write_preview(
             samples = TestSet(source, **options)
             keys = range(min(SAMPLES, len(samples)))
         path = folder / f"{role.replace(' ', '_')}.jpg"
-        picture = Image.fromarray(grid_sheet([show(samples[key]) for key in keys]))
-        checkpoint.write_atomically(path, lambda file, picture=picture: picture.save(file, "JPEG"))
-        print("\n".join([f"{role}  {source.config.data_dir}", *describe(source, frame), f"  see {path}"]))
+        picture = Image.fromarray(contact_sheet([show(samples[key]) for key in keys]))
+        atomic.write_atomically(path, lambda file, picture=picture: picture.save(file, "JPEG"))
+        print("\n".join([f"{role}  {source.config.data_dir}", *describe(source, spec), f"  see {path}"]))
     if test and (pairs := near_duplicates(train, test)):
-        print(f"warning: photos to test on look like photos to train on:\n  {listed(pairs)}")
+        print(f"warning: photos to test on look like photos to train on:\n  {format_list(pairs)}")
 
 
-def replace_percentage(source: Source) -> Source:
+def replace_percentage(source: DatasetIndex) -> DatasetIndex:
     """The source with all of its pairs in an epoch, for there to be enough to show."""
     return replace(source, config=source.config.model_copy(update={"percentage": 1.0}))
 
@@ -64,15 +70,15 @@ def show(sample: dict) -> np.ndarray:
     return draw_points(large, sample["points"].numpy() * times, sample["labels"].numpy())
 
 
-def describe(source: Source, frame: Frame) -> list[str]:
+def describe(source: DatasetIndex, spec: InputSpec) -> list[str]:
     """Lines on a dataset: pairs, sizes, share of foreground, widths on the model's mask grid, warnings."""
     chosen = np.unique(np.linspace(0, len(source.pairs) - 1, PAIRS_MEASURED).astype(int))
     shares, widths = [], []
     for pair in (source.pairs[index] for index in chosen):
         mask = read_mask(pair.mask_path)
         shares.append(mask.mean())
-        cells = frame.grid / max(mask.shape)  # to a pixel
-        widths.append(Truth.of(mask).widths * cells)
+        cells = spec.mask_grid / max(mask.shape)  # to a pixel
+        widths.append(GroundTruth.from_mask(mask).widths * cells)
     sizes = sorted({source.facts[pair.image_path].size for pair in source.pairs})
     shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3]) + ", ..." * (len(sizes) > 3)
     lines = [
@@ -83,7 +89,7 @@ def describe(source: Source, frame: Frame) -> list[str]:
         str(source.pairs[index].mask_path) for index, share in zip(chosen, shares, strict=True) if not share
     ]
     if empty:
-        lines.append(f"  {len(empty)} of {len(chosen)} masks looked at are empty:\n  {listed(empty)}")
+        lines.append(f"  {len(empty)} of {len(chosen)} masks looked at are empty:\n  {format_list(empty)}")
     widths = np.concatenate(widths)
     if len(widths):
         median, low = np.quantile(widths, [0.5, 0.05])
@@ -99,7 +105,7 @@ def describe(source: Source, frame: Frame) -> list[str]:
     return lines
 
 
-def near_duplicates(train: list[Source], test: Source) -> list[str]:
+def near_duplicates(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
     """Pairs (test = train) of photos that are nearly the same picture."""
     paths = list(dict.fromkeys(pair.image_path for source in train for pair in source.pairs))
     ours, theirs = thumbnails([pair.image_path for pair in test.pairs]), thumbnails(paths)
@@ -115,8 +121,8 @@ def thumbnails(paths: list[Path]) -> np.ndarray:
     """Photos as vectors (n, 1024) whose products are correlations."""
     vectors = []
     for path in paths:
-        grey = cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY)
-        vector = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+        gray = cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY)
+        vector = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
         vector -= vector.mean()
         vectors.append(vector / max(np.linalg.norm(vector), 1e-6))
     return np.array(vectors)

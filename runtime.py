@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from base.errors import UserError
+
 
 def rank() -> int:
     """Number of this process, from 0; process 0 alone prints and writes."""
     return int(os.environ.get("RANK", 0))
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -28,54 +30,54 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join(device: torch.device) -> torch.device:
+def join_process_group(device: torch.device) -> torch.device:
     """Meet the other processes, if there are any; returns the device of this one."""
-    if device.type == "cuda" and size() > 1:
+    if device.type == "cuda" and world_size() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if size() > 1 and not dist.is_initialized():
+    if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wait_for_all() -> None:
-    if size() > 1:
-        largest([0])
+def barrier() -> None:
+    if world_size() > 1:
+        all_reduce_max([0])
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor, in place, by its sum over all processes."""
-    if size() > 1:
+    if world_size() > 1:
         for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             pending.wait()
 
 
-def add_up_gradients(parameters: list[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
     """The same for gradients, of which a process without samples has none."""
-    if size() > 1:
+    if world_size() > 1:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        add_up(parameter.grad for parameter in parameters)
+        all_reduce_sum(parameter.grad for parameter in parameters)
 
 
 def gather(items: list) -> list:
     """The items of all processes, those of process 0 first."""
-    if size() == 1:
+    if world_size() == 1:
         return items
-    parts = [None] * size()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
-def largest(values: list[int]) -> list[int]:
+def all_reduce_max(values: list[int]) -> list[int]:
     """The largest that any process gives, value by value: what all of them then agree on."""
-    if size() == 1:
+    if world_size() == 1:
         return values
     agreed = torch.tensor(values)  # on the CPU: no device has to be waited for
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -91,7 +93,7 @@ def pick_device(choice: str) -> torch.device:
     if choice == "auto":
         choice = next(name for name, there in available.items() if there)
     if not available[choice]:
-        raise ValueError(f"--device {choice}: PyTorch finds no such device on this machine")
+        raise UserError(f"--device {choice}: PyTorch finds no such device on this machine")
     return torch.device(choice)
 
 

@@ -19,8 +19,8 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # --- Color -------------------------------------------------------------------------------------
 
 
-def recolour_cables(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Any hue, from grey to vivid, from dark to bright: cables come in every colour."""
+def recolor_cables(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Any hue, from gray to vivid, from dark to bright: cables come in every color."""
     return _shift_hsv(
         image,
         hue=rng.uniform(0, 180),
@@ -29,7 +29,7 @@ def recolour_cables(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def recolour_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def recolor_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mild changes of hue, saturation and brightness of a background or a whole photo."""
     return _shift_hsv(
         image,
@@ -68,42 +68,42 @@ def add_clutter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def _draw_box(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+def _draw_box(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
     sides = np.exp(rng.uniform(*np.log((0.02, 0.5)), 2)) * max(layer.shape)
-    _fill_box(layer, _random_point(layer, rng), sides, rng.uniform(-180, 180), colour)
+    _fill_box(layer, _random_point(layer, rng), sides, rng.uniform(-180, 180), color)
 
 
-def _draw_strip(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+def _draw_strip(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
     width = 1 + int(rng.uniform(0.01, 0.1) * max(layer.shape))
-    layer[(np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:])[rng.integers(4)]] = colour
+    layer[(np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:])[rng.integers(4)]] = color
 
 
-def _draw_text(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+def _draw_text(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
     text = "".join(map(chr, rng.integers(33, 127, rng.integers(2, 12))))
     scale = np.exp(rng.uniform(*np.log((0.3, 3)))) * max(layer.shape) / 256
     start = _random_point(layer, rng) - (0.3 * layer.shape[1], 0)
     width = max(1, int(scale * rng.uniform(1, 3)))
     font = int(rng.integers(5))  # OpenCV's upright ones
-    cv2.putText(layer, text, start.astype(int).tolist(), font, scale, colour, width, cv2.LINE_AA)
+    cv2.putText(layer, text, start.astype(int).tolist(), font, scale, color, width, cv2.LINE_AA)
 
 
-def _draw_keys(layer: np.ndarray, colour: list[int], rng: np.random.Generator) -> None:
+def _draw_keys(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
     pitch, angle = rng.uniform(0.03, 0.1) * max(layer.shape), rng.uniform(-180, 180)
     steps = pitch * cv2.getRotationMatrix2D((0, 0), -angle, 1.0)[:, :2].T  # along a row, to the next one
     corner, rows, columns = _random_point(layer, rng), rng.integers(2, 6), rng.integers(2, 8)
     for row, column in np.ndindex(rows, columns):
-        centre = corner + (column - columns / 2) * steps[0] + (row - rows / 2) * steps[1]
-        _fill_box(layer, centre, (0.8 * pitch, 0.8 * pitch), angle, colour)
+        center = corner + (column - columns / 2) * steps[0] + (row - rows / 2) * steps[1]
+        _fill_box(layer, center, (0.8 * pitch, 0.8 * pitch), angle, color)
 
 
 def _random_point(layer: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(0, 1, 2) * layer.shape[1::-1]
 
 
-def _fill_box(layer, centre, sides, angle, colour) -> None:
+def _fill_box(layer, center, sides, angle, color) -> None:
     """A filled rectangle, turned by `angle` degrees, with smooth edges."""
-    corners = cv2.boxPoints((tuple(centre), tuple(sides), angle))
-    cv2.fillPoly(layer, [np.rint(corners * 8).astype(np.int32)], colour, cv2.LINE_AA, shift=3)
+    corners = cv2.boxPoints((tuple(center), tuple(sides), angle))
+    cv2.fillPoly(layer, [np.rint(corners * 8).astype(np.int32)], color, cv2.LINE_AA, shift=3)
 
 
 def cast_shadow(cut_out: np.ndarray, image: np.ndarray, rng: np.random.Generator) -> None:
@@ -119,8 +119,8 @@ def cast_shadow(cut_out: np.ndarray, image: np.ndarray, rng: np.random.Generator
 # --- Camera ------------------------------------------------------------------------------------
 
 
-def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a camera adds: brightness and contrast, and sometimes blur, noise, JPEG artefacts."""
+def camera_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a camera adds: brightness and contrast, and sometimes blur, noise, JPEG artifacts."""
     levels = np.arange(256) * rng.uniform(0.75, 1.25) + rng.uniform(-25, 25)
     image = cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8))
     if rng.random() < 0.3:

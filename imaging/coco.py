@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
+from base.errors import UserError
 from inference import Prompt
 from sam.point_labels import BOX_CORNER_1, BOX_CORNER_2, NOT_A_POINT
 
@@ -34,7 +35,7 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
             else:
                 points.setdefault(Path(image).stem, []).append(numbers)
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(
+        raise UserError(
             f"--prompt {path}: {error}; expected a CSV with the header image,x,y[,label] or "
             "image,x1,y1,x2,y2, or a COCO file with boxes or keypoints"
         ) from error

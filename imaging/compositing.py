@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from imaging.files import Pair, read_image, read_mask
-from imaging.geometry import fit_size, resize, resize_image, resize_mask, to_u8
+from imaging.geometry import fit_size, resize_area, resize_image, resize_mask, to_u8
 
 # --- Reading -----------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def _read_anew(make: Callable[..., np.ndarray], item: Hashable, longest: int) ->
 
 # --- Cutting out and pasting -------------------------------------------------------------------
 
-# How far inside the mask, in pixels, a cable's colour is trusted to be the cable's own.
+# How far inside the mask, in pixels, a cable's color is trusted to be the cable's own.
 TRUSTED_DEPTH = 2.0
 
 
@@ -55,13 +55,13 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
 
     A photo's edge pixels mix cable and background, and masks are rarely exact to the pixel. Pasted
     as they are, they leave a halo from which a model learns to see the pasting. So every pixel
-    outside the cables' core takes the colour of the nearest core pixel; the mask's edge is smoothed.
+    outside the cables' core takes the color of the nearest core pixel; the mask's edge is smoothed.
 
     Args:
         image_and_mask: uint8 (H, W, 4).
 
     Returns:
-        uint8 (H, W, 4): cable colours spread everywhere, and the soft mask.
+        uint8 (H, W, 4): cable colors spread everywhere, and the soft mask.
     """
     image, mask = image_and_mask[..., :3], image_and_mask[..., 3].copy()
     if not mask.any():
@@ -74,32 +74,32 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
     _, labels = cv2.distanceTransformWithLabels(
         (~core).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
     )
-    colour_of_label = np.zeros((labels.max() + 1, 3), np.uint8)
-    colour_of_label[labels[core]] = image[core]
-    return cv2.merge([colour_of_label[labels], cv2.GaussianBlur(mask, (0, 0), 0.7)])
+    color_of_label = np.zeros((labels.max() + 1, 3), np.uint8)
+    color_of_label[labels[core]] = image[core]
+    return cv2.merge([color_of_label[labels], cv2.GaussianBlur(mask, (0, 0), 0.7)])
 
 
 def paste(
     cut_out: np.ndarray,
     image: np.ndarray,
     mask: np.ndarray,
-    recolour: Callable[[np.ndarray], np.ndarray] | None = None,
+    recolor: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """Blend a cut-out into an image by its soft mask, and add that to the image's mask, in place.
 
-    Only the pixels that the cables touch are computed, a few in a hundred; `recolour` changes their
-    colours first. `cut_out` uint8 (H, W, 4), `image` uint8 (H, W, 3), `mask` float32 (H, W) in 0..1.
+    Only the pixels that the cables touch are computed, a few in a hundred; `recolor` changes their
+    colors first. `cut_out` uint8 (H, W, 4), `image` uint8 (H, W, 3), `mask` float32 (H, W) in 0..1.
     """
     touched = np.flatnonzero(cut_out[..., 3])
     if len(touched) == 0:
         return
     cables = cut_out.reshape(-1, 4)[touched]
-    colours = np.ascontiguousarray(cables[:, None, :3])  # (n, 1, 3), a picture for OpenCV
-    colours = (recolour(colours) if recolour else colours)[:, 0].astype(np.float32)
+    colors = np.ascontiguousarray(cables[:, None, :3])  # (n, 1, 3), a picture for OpenCV
+    colors = (recolor(colors) if recolor else colors)[:, 0].astype(np.float32)
     alpha = cables[:, 3:].astype(np.float32) / 255
     image_pixels, mask_pixels = image.reshape(-1, 3), mask.reshape(-1)  # views
     below = image_pixels[touched]
-    image_pixels[touched] = np.rint(below + (colours - below) * alpha)
+    image_pixels[touched] = np.rint(below + (colors - below) * alpha)
     mask_pixels[touched] = 1 - (1 - mask_pixels[touched]) * (1 - alpha[:, 0])
 
 
@@ -110,7 +110,7 @@ SHIFT = 0.3  # of the canvas side, to either direction
 MIN_IN_FRAME = 0.25  # of the cables' pixels
 
 
-def move(cut_out: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def random_affine(cut_out: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Rotate, scale and shift a cut-out (H, W, 4) on a canvas of size (h, w), never out of the frame.
 
     At least a quarter of the pixels that the cables have after scaling stay in the frame.
@@ -125,7 +125,7 @@ def move(cut_out: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator)
         matrix = _similarity(size, canvas, scale, angle, shift)
         if _share_in_frame(cable, matrix, canvas) >= MIN_IN_FRAME:
             break
-    else:  # far off-centre cables: as they were in the photo
+    else:  # far off-center cables: as they were in the photo
         scale, matrix = fit, _similarity(size, canvas, fit, 0.0, np.zeros(2))
     return _warp(cut_out, matrix, canvas, scale)
 
@@ -133,10 +133,10 @@ def move(cut_out: np.ndarray, canvas: tuple[int, int], rng: np.random.Generator)
 def _similarity(
     size: tuple[int, int], canvas: tuple[int, int], scale: float, angle: float, shift: np.ndarray
 ) -> np.ndarray:
-    """The 2 x 3 matrix that scales and turns about the centre and moves it to the canvas's centre."""
-    centre = (np.array(size[::-1]) - 1) / 2
-    matrix = cv2.getRotationMatrix2D(centre, angle, scale)
-    matrix[:, 2] += (np.array(canvas[::-1]) - 1) / 2 - centre + shift
+    """The 2 x 3 matrix that scales and turns about the center and moves it to the canvas's center."""
+    center = (np.array(size[::-1]) - 1) / 2
+    matrix = cv2.getRotationMatrix2D(center, angle, scale)
+    matrix[:, 2] += (np.array(canvas[::-1]) - 1) / 2 - center + shift
     return matrix
 
 
@@ -154,11 +154,11 @@ def _warp(cut_out: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int], scal
     if scale < 1:
         shrunk = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         ratio = np.array(size[::-1]) / shrunk[::-1]  # old pixels per new one, (x, y)
-        cut_out = resize(cut_out, shrunk)
-        # Pixel centres of the shrunk picture in coordinates of the old one: (x + 0.5) * ratio - 0.5.
+        cut_out = resize_area(cut_out, shrunk)
+        # Pixel centers of the shrunk picture in coordinates of the old one: (x + 0.5) * ratio - 0.5.
         offset = matrix[:, :2] @ (0.5 * ratio - 0.5) + matrix[:, 2]
         matrix = np.column_stack([matrix[:, :2] * ratio, offset])
-    # Outside, colours go on and the mask is 0: a transparent rim to repeat, with no dark edge.
+    # Outside, colors go on and the mask is 0: a transparent rim to repeat, with no dark edge.
     cut_out[[0, -1], :, 3] = 0
     cut_out[:, [0, -1], 3] = 0
     return cv2.warpAffine(cut_out, matrix, canvas[::-1], borderMode=cv2.BORDER_REPLICATE)
@@ -174,7 +174,7 @@ def random_crop(image: np.ndarray, canvas: tuple[int, int], rng: np.random.Gener
     scale = largest * rng.uniform(0.4, 1.0)
     crop_h, crop_w = max(1, int(canvas[0] * scale)), max(1, int(canvas[1] * scale))
     top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
-    return resize(image[top : top + crop_h, left : left + crop_w], canvas)
+    return resize_area(image[top : top + crop_h, left : left + crop_w], canvas)
 
 
 def zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 
 
-class DecodedFiles:
+class DecodedCache:
     """Arrays made from files, in memory that the process shares with the data workers it forks.
 
     Every item has its own place, as long as the budget lasts, and its bytes are a function of its
@@ -33,7 +33,7 @@ class DecodedFiles:
 
     def __reduce__(self) -> tuple:
         # Processes that are spawned instead of forked do not see this memory: they go without.
-        return DecodedFiles, ({}, 0)
+        return DecodedCache, ({}, 0)
 
     def __call__(self, make: Callable[..., np.ndarray], item: Hashable, longest: int) -> np.ndarray:
         """What `make(item, longest)` returns, as a read-only array."""

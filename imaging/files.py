@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from base.errors import UserError
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
-class FileFault(ValueError):
+class FileError(UserError):
     """A file cannot be read or is not what is expected; the message names it."""
 
 
@@ -26,7 +28,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FileInfo:
     """What the check at the start saw of a file: the (h, w) of its picture and a hash of the pixels."""
 
     size: tuple[int, int]
@@ -39,7 +41,7 @@ class Facts:
 def read_image(path: Path) -> np.ndarray:
     """An image file as RGB uint8 (H, W, 3), turned upright as its EXIF says.
 
-    Raises FileFault if it cannot be decoded whole or has more than 8 bits.
+    Raises FileError if it cannot be decoded whole or has more than 8 bits.
     """
     return np.asarray(_open(path).convert("RGB"))
 
@@ -47,7 +49,7 @@ def read_image(path: Path) -> np.ndarray:
 def read_mask(path: Path) -> np.ndarray:
     """A mask file as bool (H, W): in a JPEG above 127, else above half of the file's maximum.
 
-    Of a colour file each pixel's largest channel counts. Raises FileFault if it
+    Of a color file each pixel's largest channel counts. Raises FileError if it
     cannot be decoded whole, has more than 8 bits, or has many values between its two ends.
     """
     image = _open(path)
@@ -69,7 +71,7 @@ def _check_binary(values: np.ndarray, top: int, path: Path) -> None:
     above = np.count_nonzero(values > 0.25 * top)
     middle = above - np.count_nonzero(values > 0.75 * top)
     if middle > MAX_MIDDLE_SHARE * above:
-        raise FileFault(
+        raise FileError(
             f"{path}: not a binary mask, {100 * middle / above:.0f} % of its foreground has values "
             f"from {0.25 * top:.0f} to {0.75 * top:.0f}; expected two values such as 0 and 255"
         )
@@ -81,11 +83,11 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than what --max_pix
 
 
 def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise FileFault if its header is no picture's or claims too many pixels."""
+    """Raise FileError if its header is no picture's or claims too many pixels."""
     with _decoding(path), Image.open(path) as image:
         width, height = image.size
     if height * width > max_pixels:
-        raise FileFault(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
+        raise FileError(f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels}")
 
 
 def _open(path: Path) -> Image.Image:
@@ -94,25 +96,25 @@ def _open(path: Path) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format
     if upright.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise FileFault(f"{path}: expected 8-bit grey or colour, got Pillow's mode {upright.mode!r}")
+        raise FileError(f"{path}: expected 8-bit gray or color, got Pillow's mode {upright.mode!r}")
     return upright
 
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn all that Pillow raises for files that are no pictures into a FileFault."""
+    """Turn all that Pillow raises for files that are no pictures into a FileError."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError("not a file")
         yield
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise FileFault(f"{path}: cannot be decoded ({error})") from error
+        raise FileError(f"{path}: cannot be decoded ({error})") from error
 
 
 # --- Checking ----------------------------------------------------------------------------------
 
 
-def listed(items: list[str]) -> str:
+def format_list(items: list[str]) -> str:
     """The first 10 of a list, one a line, and how many more there are."""
     more = [f"... and {len(items) - 10} more"] if len(items) > 10 else []
     return "\n  ".join([*items[:10], *more])
@@ -124,14 +126,14 @@ def _files(pairs: Iterable[Pair], backgrounds: Iterable[Path]) -> Iterator[Path]
     yield from backgrounds
 
 
-def _find_pairs(data_dir: Path, faults: list[str]) -> list[Pair]:
+def find_pairs(data_dir: Path, faults: list[str]) -> list[Pair]:
     by_stem = []
     for folder in (data_dir / "imgs", data_dir / "masks"):
         if not folder.is_dir():
             faults.append(f"{folder}: no such folder (expected imgs/ and masks/ in {data_dir})")
             return []
         stems = {}
-        for path in _image_files(folder):
+        for path in image_files(folder):
             if path.stem in stems:
                 faults.append(f"{path}: has the same stem as {stems[path.stem].name}")
             stems[path.stem] = path
@@ -145,11 +147,11 @@ def _find_pairs(data_dir: Path, faults: list[str]) -> list[Pair]:
     return [Pair(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, Facts]]:
+def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, FileInfo]]:
     """What is wrong with a pair or a background, or None; and what was seen of its files."""
     readers = {item: read_image}
     if isinstance(item, Pair):
@@ -159,17 +161,17 @@ def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, F
         for path, read in readers.items():
             check_size(path, max_pixels)
             arrays[path] = read(path)
-    except FileFault as error:
+    except FileError as error:
         return str(error), {}
     if isinstance(item, Pair):
         size, mask_size = arrays[item.image_path].shape[:2], arrays[item.mask_path].shape
         if size != mask_size:
             fault = f"is {size[0]} x {size[1]} (h x w) but its mask is {mask_size[0]} x {mask_size[1]}"
             return f"{item.image_path}: {fault}", {}
-    return None, {path: _facts(array) for path, array in arrays.items()}
+    return None, {path: _file_info(array) for path, array in arrays.items()}
 
 
-def _facts(array: np.ndarray) -> Facts:
+def _file_info(array: np.ndarray) -> FileInfo:
     pixels = hashlib.blake2b(np.ascontiguousarray(array), digest_size=16)
     pixels.update(repr(array.shape).encode())
-    return Facts(array.shape[:2], pixels.hexdigest())
+    return FileInfo(array.shape[:2], pixels.hexdigest())

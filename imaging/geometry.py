@@ -9,16 +9,16 @@ from PIL import Image
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What a model takes: `img_size` is the side of its square input, `grid` that of the targets."""
+class InputSpec:
+    """What a model takes: `img_size` is the side of its square input, `mask_grid` that of the targets."""
 
     img_size: int
-    grid: int
+    mask_grid: int
 
     @property
-    def finest(self) -> int:
+    def finest_side(self) -> int:
         """The longest side of what samples are made of."""
-        return max(self.img_size, self.grid)
+        return max(self.img_size, self.mask_grid)
 
 
 def fit_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -34,7 +34,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a uint8 picture of any channels to (h, w), fast: by area averaging if it shrinks."""
     shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -59,19 +59,19 @@ def pad_to_square(array: np.ndarray, side: int) -> np.ndarray:
     return square
 
 
-def model_input(image: np.ndarray, mask: np.ndarray, frame: Frame) -> dict[str, torch.Tensor]:
-    """Bring an image and its soft mask to the model's frame.
+def to_model_input(image: np.ndarray, mask: np.ndarray, spec: InputSpec) -> dict[str, torch.Tensor]:
+    """Bring an image and its soft mask to the model's spec.
 
     Returns:
         image: uint8 (S, S, 3), longest side S = img_size, padded at the bottom and right.
         size: int64 (2,), the (h, w) of the picture in it.
-        target: uint8 (1, grid, grid), 255 times the mask averaged over the cells of the grid.
+        target: uint8 (1, mask_grid, mask_grid), 255 times the mask averaged over the cells of the mask_grid.
     """
-    size = fit_size(mask.shape, frame.img_size)
-    mask = resize_mask(mask, fit_size(mask.shape, frame.finest))
-    target = resize_mask(pad_to_square(mask, frame.finest), (frame.grid, frame.grid))
+    size = fit_size(mask.shape, spec.img_size)
+    mask = resize_mask(mask, fit_size(mask.shape, spec.finest_side))
+    target = resize_mask(pad_to_square(mask, spec.finest_side), (spec.mask_grid, spec.mask_grid))
     return {
-        "image": torch.from_numpy(pad_to_square(resize_image(image, size), frame.img_size)),
+        "image": torch.from_numpy(pad_to_square(resize_image(image, size), spec.img_size)),
         "size": torch.tensor(size),
         "target": torch.from_numpy(to_u8(target))[None],
     }

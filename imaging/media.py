@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-import checkpoint
+from base import atomic
+from base.errors import UserError
 from imaging.files import IMAGE_SUFFIXES, check_size, read_image, read_mask
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
@@ -41,29 +42,29 @@ def frame_count(path: Path) -> int:
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """The files to predict; raises FileNotFoundError or ValueError if there are none, or two of a stem."""
+    """The files to predict; raises UserError if there are none, or two of a stem."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"--input {path}: no such file or folder")
+        raise UserError(f"--input {path}: no such file or folder")
     pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not pictures:
-        raise ValueError(f"--input {path}: no .png, .jpg or .jpeg file in it")
+        raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
     stems = Counter(picture.stem for picture in pictures)
     doubles = [picture.name for picture in pictures if stems[picture.stem] > 1]
     if doubles:
-        raise ValueError(f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask")
+        raise UserError(f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask")
     return pictures
 
 
 def find_truths(folder: Path, pictures: list[Path]) -> dict[str, Path]:
-    """The true masks by stem; raises FileNotFoundError naming the first picture without one."""
+    """The true masks by stem; raises UserError naming the first picture without one."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"--masks {folder}: no such folder")
+        raise UserError(f"--masks {folder}: no such folder")
     stems = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES}
     for picture in pictures:
         if picture.stem not in stems:
-            raise FileNotFoundError(f"--masks {folder}: no mask for {picture.name}")
+            raise UserError(f"--masks {folder}: no mask for {picture.name}")
     return {picture.stem: stems[picture.stem] for picture in pictures}
 
 
@@ -75,8 +76,8 @@ def read_pictures(paths: list[Path], truths: dict[str, Path], unreadable: list[s
             image = read_image(path)
             truth = read_mask(truths[path.stem]) if path.stem in truths else None
             if truth is not None and truth.shape != image.shape[:2]:
-                raise ValueError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {truth.shape}")
-        except ValueError as error:
+                raise UserError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {truth.shape}")
+        except UserError as error:
             unreadable.append(str(error))
             continue
         yield Picture(path.name, path.stem, image, truth)
@@ -99,11 +100,11 @@ def read_frames(path: Path, unreadable: list[str]) -> Iterator[Picture]:
 
 def write_picture(path: Path, array: np.ndarray) -> None:
     kind = "PNG" if path.suffix == ".png" else "JPEG"
-    checkpoint.write_atomically(path, partial(Image.fromarray(array).save, format=kind))
+    atomic.write_atomically(path, partial(Image.fromarray(array).save, format=kind))
 
 
 def write_video(output: Path, source: Path, stems: Iterable[str]) -> None:
-    """Join the overlays of a video's frames to one, `overlays/NAME.mp4`; raises OSError if it cannot."""
+    """Join the overlays of a video's frames to one, `overlays/NAME.mp4`; raises UserError if it cannot."""
     target = output / "overlays" / f"{source.stem}.mp4"
     rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25
     frames = (read_image(output / "overlays" / f"{stem}.jpg") for stem in stems)
@@ -112,7 +113,7 @@ def write_video(output: Path, source: Path, stems: Iterable[str]) -> None:
         whole = Path(folder) / target.name
         video = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*"mp4v"), rate, first.shape[1::-1])
         if not video.isOpened():
-            raise OSError(f"{target}: OpenCV cannot write it")
+            raise UserError(f"{target}: OpenCV cannot write it")
         for frame in chain([first], frames):
             video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         video.release()

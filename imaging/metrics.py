@@ -18,7 +18,7 @@ class Scores:
     """How one predicted mask agrees with the truth, every measure in 0..1.
 
     boundary_iou: IoU of the two masks' rims of 2 px (Cheng et al., Boundary IoU, CVPR 2021).
-    cldice: harmonic mean of how much of the predicted centre lines lies on the truth, and of the true
+    cldice: harmonic mean of how much of the predicted center lines lies on the truth, and of the true
         ones on the prediction (Shit et al., clDice, CVPR 2021, eq. 1 to 3).
     """
 
@@ -31,11 +31,11 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ImageStats:
     """What one picture adds to the measures of its set.
 
     scores: its own.
-    widths, found: float and bool (n,), for every pixel of the true centre lines how wide the cable is
+    widths, found: float and bool (n,), for every pixel of the true center lines how wide the cable is
         there, in pixels, and whether it is predicted.
     counts: int (2, T), pixels above each of the THRESHOLDS, of the background and of the foreground.
     sizes: int (2,), all pixels of the background and of the foreground.
@@ -49,8 +49,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """A true mask, bool (h, w), and what takes long to find of it: its centre lines.
+class GroundTruth:
+    """A true mask, bool (h, w), and what takes long to find of it: its center lines.
 
     lines: the rows and columns of their n pixels.
     widths: float (n,), how wide the cable is there, in pixels.
@@ -61,12 +61,12 @@ class Truth:
     widths: np.ndarray
 
     @classmethod
-    def of(cls, mask: np.ndarray) -> "Truth":
+    def from_mask(cls, mask: np.ndarray) -> "GroundTruth":
         lines = np.nonzero(skeletonize(mask))
         return cls(mask, lines, cable_widths(mask, lines))
 
 
-def measure(logits: np.ndarray, truth: Truth) -> Measured:
+def compute_stats(logits: np.ndarray, truth: GroundTruth) -> ImageStats:
     """Measure one picture by its float logits (h, w), of which above 0 is foreground."""
     logits = np.where(np.isnan(logits), -np.inf, logits)
     prediction = logits > 0
@@ -76,10 +76,10 @@ def measure(logits: np.ndarray, truth: Truth) -> Measured:
     regions = (above[~truth.mask], above[truth.mask])
     histograms = np.array([np.bincount(region, minlength=len(THRESHOLDS) + 1) for region in regions])
     counts, sizes = histograms[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:], histograms.sum(axis=1)
-    return Measured(score(prediction, truth), truth.widths, prediction[truth.lines], counts, sizes)
+    return ImageStats(score(prediction, truth), truth.widths, prediction[truth.lines], counts, sizes)
 
 
-def score(prediction: np.ndarray, truth: Truth) -> Scores:
+def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
     """Compare a bool mask (h, w) with the truth of the same size.
 
     Two empty masks agree: 1. If only one is empty, all measures are 0.
@@ -124,15 +124,15 @@ def rim(mask: np.ndarray) -> np.ndarray:
 
 
 def cable_widths(mask: np.ndarray, lines: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Width in pixels at every pixel of the centre lines: about twice the distance to the outside."""
+    """Width in pixels at every pixel of the center lines: about twice the distance to the outside."""
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return 2 * distance[1:-1, 1:-1][lines] - 1
 
 
-def summarise(measured: list[Measured]) -> dict[str, float]:
+def aggregate(measured: list[ImageStats]) -> dict[str, float]:
     """Measures of a set: means over pictures under their own names, and of all pixels together:
 
-    total_iou; recall_thin, recall_medium and recall_thick, the predicted share of the true centre lines
+    total_iou; recall_thin, recall_medium and recall_thick, the predicted share of the true center lines
     in the thirds of smallest, middle and largest width (without those that are empty, as where all cables
     are of one width); best_threshold, the threshold on logits with the largest mean IoU, and best_iou,
     that IoU.
@@ -159,7 +159,7 @@ def summarise(measured: list[Measured]) -> dict[str, float]:
 
 
 def _ious(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """IoU (T,) at every threshold; `counts` and `sizes` as in `Measured`."""
+    """IoU (T,) at every threshold; `counts` and `sizes` as in `ImageStats`."""
     false, true = counts
     union = false + sizes[1]
     return np.where(union > 0, true / np.maximum(union, 1), 1.0)

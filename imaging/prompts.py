@@ -4,7 +4,7 @@ import numpy as np
 
 from sam.point_labels import ABSENT, BOX_CORNERS, FOREGROUND_POINT, NOT_A_POINT
 
-PROMPTS = ("none", "point", "box", "mixed")
+PROMPT_KINDS = ("none", "point", "box", "mixed")
 BOX_JITTER = 0.05  # of the box's side
 PROMPT_TOKENS = {"none": 0, "point": 4, "box": 2, "mixed": 4}
 
@@ -15,7 +15,7 @@ def draw_prompt(
     """Draw a prompt for a mask: 1 to 3 points on the cables, their box (jittered), or none.
 
     Args:
-        kind: one of PROMPTS; "mixed" is one of the other three.
+        kind: one of PROMPT_KINDS; "mixed" is one of the other three.
         target: soft mask uint8 (grid, grid). An empty one gets no prompt.
         size: (h, w) of the picture in the model's input frame.
         img_size: side of that frame; prompts are as exact as the grid's cells in it.
@@ -35,8 +35,8 @@ def draw_prompt(
     last = np.array(size[::-1], np.float32) - 1
     if kind == "point":
         count = int(rng.integers(1, 4))
-        centres = (np.column_stack([columns, rows])[rng.integers(len(rows), size=count)] + 0.5) * cell - 0.5
-        points[:count] = np.minimum(centres, last)
+        centers = (np.column_stack([columns, rows])[rng.integers(len(rows), size=count)] + 0.5) * cell - 0.5
+        points[:count] = np.minimum(centers, last)
         labels[:count] = FOREGROUND_POINT
         labels[count] = NOT_A_POINT
     else:

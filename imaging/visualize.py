@@ -3,14 +3,14 @@
 import cv2
 import numpy as np
 
-TRUTH_COLOUR = (0, 220, 0)
-PREDICTION_COLOUR = (255, 0, 200)
+TRUTH_COLOR = (0, 220, 0)
+PREDICTION_COLOR = (255, 0, 200)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
     """Tint the masked pixels of an RGB uint8 (H, W, 3) image; `mask` is bool (H, W)."""
     tinted = image.copy()
-    tinted[mask] = (0.4 * image[mask] + 0.6 * np.array(colour)).astype(np.uint8)
+    tinted[mask] = (0.4 * image[mask] + 0.6 * np.array(color)).astype(np.uint8)
     return tinted
 
 
@@ -42,10 +42,10 @@ def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
 def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Draw the edge of a bool mask (H, W) on a copy of an image (H, W, 3)."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(image.copy(), contours, -1, TRUTH_COLOUR, 1)
+    return cv2.drawContours(image.copy(), contours, -1, TRUTH_COLOR, 1)
 
 
-def grid_sheet(pictures: list[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
+def contact_sheet(pictures: list[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
     """A contact sheet of RGB pictures of any size, each scaled to one width (or at most as high)."""
     cells = []
     for picture in pictures:
@@ -67,8 +67,8 @@ def panel(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.nd
     return np.hstack(
         [
             image,
-            overlay(image, truth, TRUTH_COLOUR),
-            overlay(image, prediction, PREDICTION_COLOUR),
+            overlay(image, truth, TRUTH_COLOR),
+            overlay(image, prediction, PREDICTION_COLOR),
         ]
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sam.variants import VARIANTS
 
 
-def place(
+def move_to_device(
     sam: Sam, device: torch.device, low_precision: torch.dtype | None, *, train: str = "decoder"
 ) -> None:
     """Move a loaded model to its device, with the image encoder in its fastest form for `train`.
@@ -59,7 +59,7 @@ def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
 
 
 def preprocess(images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
-    """Normalise as the variant was trained; padding becomes 0.
+    """Normalize as the variant was trained; padding becomes 0.
 
     `images` (B, S, S, 3) uint8 RGB padded bottom/right, `sizes` (B, 2) int (h, w) of the pictures
     in it. Returns (B, 3, S, S) float32, channels last, on the same device.

@@ -89,7 +89,7 @@ def load_trained_weights(sam: Sam, weights: dict[str, Tensor]) -> None:
             parameters[name].copy_(weight)
 
 
-def official_weights(sam: Sam, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+def export_state_dict(sam: Sam, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
     """The official `state_dict`: what trained as it is now, adapters merged, the rest as it was loaded."""
     weights = dict(loaded)
     for name, delta in lora_deltas(sam.image_encoder).items():

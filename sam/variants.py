@@ -13,16 +13,18 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from base.errors import UserError
+
 
 def normalize_mean_std(images: Tensor, valid: Tensor) -> Tensor:
-    """SAM's normalisation: ImageNet mean and standard deviation in units of 0..255."""
+    """SAM's normalization: ImageNet mean and standard deviation in units of 0..255."""
     mean = images.new_tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
     std = images.new_tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
     return (images - mean) / std * valid
 
 
 def normalize_min_max(images: Tensor, valid: Tensor) -> Tensor:
-    """LiteMedSAM's normalisation: each picture stretched to 0..1 over its own pixels."""
+    """LiteMedSAM's normalization: each picture stretched to 0..1 over its own pixels."""
     low = images.masked_fill(~valid, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
     high = images.masked_fill(~valid, -torch.inf).amax(dim=(1, 2, 3), keepdim=True)
     return (images - low) / (high - low).clamp(min=1e-8) * valid
@@ -99,7 +101,7 @@ def pretrained_path(model_type: str) -> Path:
     """The file with the published weights of a variant, downloaded to torch's hub cache if need be.
 
     A download is checked against the full SHA-256 before it takes its final name; a file in the
-    cache is checked again. Raises ConnectionError, saying what to do, if no intact file is had.
+    cache is checked again. Raises UserError, saying what to do, if no intact file is had.
     """
     variant = VARIANTS[model_type]
     if variant.url is None:
@@ -112,7 +114,7 @@ def pretrained_path(model_type: str) -> Path:
     try:
         torch.hub.download_url_to_file(variant.url, str(path), hash_prefix=variant.sha256)
     except (OSError, HTTPException, RuntimeError) as error:
-        raise ConnectionError(
+        raise UserError(
             f"could not download the weights of {model_type} from {variant.url}: {error}\n"
             "Download that file by other means and give its path with --checkpoint PATH."
         ) from error
@@ -127,27 +129,27 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_weights(sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: Path) -> None:
+def load_state_dict(sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: Path) -> None:
     """Load an official `state_dict` strictly and put the model in eval mode.
 
-    Raises ValueError that names `source`, and the variant it fits if it is another one's.
+    Raises UserError that names `source`, and the variant it fits if it is another one's.
     """
-    fits = recognise(state_dict)
+    fits = detect_model_type(state_dict)
     if fits not in (None, model_type):
-        raise ValueError(f"{source} holds weights of {fits}, not of {model_type}: give --model_type {fits}")
+        raise UserError(f"{source} holds weights of {fits}, not of {model_type}: give --model_type {fits}")
     try:
         sam.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:4]]
         shortened = [fault if len(fault) <= 200 else fault[:200] + "..." for fault in faults]
-        raise ValueError(
+        raise UserError(
             f"{source} does not hold the weights of {model_type}:\n  " + "\n  ".join(shortened)
         ) from error
     # Only now: on entering eval mode TinyViT caches its attention biases from the weights.
     sam.eval()
 
 
-def recognise(state_dict: dict[str, Tensor]) -> str | None:
+def detect_model_type(state_dict: dict[str, Tensor]) -> str | None:
     """The variant whose weights these are, by its fingerprint, or None."""
     for model_type, variant in VARIANTS.items():
         name, length = variant.fingerprint

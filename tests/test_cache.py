@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import embeddings
+from base import atomic
+from base.errors import UserError
 from embeddings import EmbeddingPool
-from imaging.decoded_cache import DecodedFiles
+from imaging.decoded_cache import DecodedCache
 
 # --- decoded files ---
 
@@ -20,7 +21,7 @@ def make(item, longest):
 
 
 def test_each_item_is_made_once_and_read_only():
-    files = DecodedFiles({(make, 1): (4, 5, 3), (make, 2): (4, 5, 3)}, max_bytes=1000)
+    files = DecodedCache({(make, 1): (4, 5, 3), (make, 2): (4, 5, 3)}, max_bytes=1000)
     assert files(make, 1, 7)[0, 0, :2].tolist() == [1, 7]
     assert files(make, 2, 7)[0, 0, 0] == 2
     assert files(make, 1, 9)[0, 0, 1] == 7  # what is there is not made again
@@ -30,16 +31,16 @@ def test_each_item_is_made_once_and_read_only():
 
 def test_the_budget_holds_and_the_rest_is_made_at_every_use():
     shapes = {(make, item): (4, 5, 3) for item in range(10)}
-    files = DecodedFiles(shapes, max_bytes=200)  # 61 bytes each
+    files = DecodedCache(shapes, max_bytes=200)  # 61 bytes each
     assert len(files.places) == 3 and len(files._memory) <= 200
     assert all(files(make, item, 7)[0, 0, 0] == item for item in range(10))
     assert files(make, 9, 8)[0, 0, 1] == 8
-    assert DecodedFiles(shapes, max_bytes=0)(make, 3, 7)[0, 0, 0] == 3
+    assert DecodedCache(shapes, max_bytes=0)(make, 3, 7)[0, 0, 0] == 3
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_forked_workers_share_what_one_of_them_made():
-    files = DecodedFiles({(make, 1): (4, 5, 3)}, max_bytes=1000)
+    files = DecodedCache({(make, 1): (4, 5, 3)}, max_bytes=1000)
     worker = multiprocessing.get_context("fork").Process(target=files, args=(make, 1, 7))
     worker.start()
     worker.join()
@@ -47,7 +48,7 @@ def test_forked_workers_share_what_one_of_them_made():
 
 
 def test_spawned_workers_go_without():
-    files = DecodedFiles({(make, 1): (4, 5, 3)}, max_bytes=1000)
+    files = DecodedCache({(make, 1): (4, 5, 3)}, max_bytes=1000)
     copy = pickle.loads(pickle.dumps(files))
     assert copy.places == {} and copy(make, 1, 7)[0, 0, 0] == 1
 
@@ -102,7 +103,7 @@ def test_the_file_takes_the_stated_room_and_has_no_name(tmp_path):
     before = os.statvfs(tmp_path)
     pool = EmbeddingPool(tmp_path, 64, (256, 64, 64), np.dtype(np.float16), grid=256)
     size = EmbeddingPool.size(64, (256, 64, 64), np.dtype(np.float16), 256)
-    assert size == 64 * (2 * embeddings.MIB + 256 * 256) == pool._embeddings.nbytes + pool._targets.nbytes
+    assert size == 64 * (2 * atomic.MIB + 256 * 256) == pool._embeddings.nbytes + pool._targets.nbytes
     assert list(tmp_path.iterdir()) == []
     assert (before.f_bfree - os.statvfs(tmp_path).f_bfree) * before.f_frsize > 0.5 * size
     del pool
@@ -110,9 +111,9 @@ def test_the_file_takes_the_stated_room_and_has_no_name(tmp_path):
 
 
 def test_too_little_room_is_refused(tmp_path, monkeypatch):
-    usage = embeddings.shutil.disk_usage(tmp_path)
-    limited = usage._replace(free=1000 * embeddings.MIB)
-    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda folder: limited)
-    embeddings.check_room(tmp_path / "not" / "yet", 1000 * embeddings.MIB, "it")
-    with pytest.raises(OSError, match=r"it would take 1001 MiB on the disk of .*, which has 1000 MiB left"):
-        embeddings.check_room(tmp_path / "not" / "yet", 1001 * embeddings.MIB, "it")
+    usage = atomic.shutil.disk_usage(tmp_path)
+    limited = usage._replace(free=1000 * atomic.MIB)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: limited)
+    atomic.require_free_space(tmp_path / "not" / "yet", 1000 * atomic.MIB, "it")
+    with pytest.raises(UserError, match=r"it would take 1001 MiB on the disk of .*, which has 1000 MiB left"):
+        atomic.require_free_space(tmp_path / "not" / "yet", 1001 * atomic.MIB, "it")

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import checkpoint
+from base import atomic
+from base.errors import UserError
 
 
 def test_round_trip(tmp_path):
@@ -23,8 +25,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half of the n")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, fill_the_disk)
+    with pytest.raises(UserError, match="No space left"):
+        atomic.write_atomically(path, fill_the_disk)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["w.pth"]
 
@@ -40,7 +42,7 @@ class Hostile:
 @pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
 def test_code_in_a_checkpoint_is_not_run(tmp_path, save):
     save(Hostile(tmp_path / "ran"), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth is refused"):
+    with pytest.raises(UserError, match=r"w\.pth is refused"):
         checkpoint.load_weights(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -49,17 +51,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, save):
 def test_a_truncated_checkpoint_is_named(tmp_path, keep):
     checkpoint.save_weights({"a": torch.zeros(100)}, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cut\.pth"):
+    with pytest.raises(UserError, match=r"cut\.pth"):
         checkpoint.load_weights(tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": torch.zeros(1)}}, torch.zeros(3)])
 def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="not a plain state_dict"):
+    with pytest.raises(UserError, match="not a plain state_dict"):
         checkpoint.load_weights(tmp_path / "w.pth")
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+    with pytest.raises(UserError, match=r"gone\.pth"):
         checkpoint.load_weights(tmp_path / "gone.pth")

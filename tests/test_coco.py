@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from skimage.draw import polygon2mask
 
+from base.errors import UserError
 from imaging.coco import coco_document, polygons, read_prompts
 
 
 def fill(part, size):
-    """What COCO's tools fill: even-odd, by pixels' centres."""
+    """What COCO's tools fill: even-odd, by pixels' centers."""
     (ring,) = part["segmentation"]
     x, y = np.array(ring).reshape(-1, 2).T
     return polygon2mask(size, np.column_stack([y - 0.5, x - 0.5]))
@@ -107,5 +108,5 @@ def test_coco_boxes_and_keypoints(tmp_path):
 )
 def test_files_that_are_no_prompts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name}: .*expected a CSV"):
+    with pytest.raises(UserError, match=rf"{name}: .*expected a CSV"):
         read_prompts(tmp_path / name)

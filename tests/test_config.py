@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.errors import UserError
 from config import load_config
 
 
@@ -94,7 +95,7 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         },
         "lr": 1e-3,
     }
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(folders, yaml.safe_dump(document))
     message = str(error.value)
     assert "c.yaml: 9 error(s)" in message
@@ -134,7 +135,7 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
     ],
 )
 def test_fault_is_named(folders, text, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(folders, text)
     assert message in str(error.value)
 
@@ -142,12 +143,12 @@ def test_fault_is_named(folders, text, message):
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a JPEG", b"[" * 100_000])
 def test_a_file_that_is_no_text_or_nested_without_end_is_named(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read .*c\.yaml"):
+    with pytest.raises(UserError, match=r"cannot read .*c\.yaml"):
         load_config(tmp_path / "c.yaml")
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+    with pytest.raises(UserError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -180,7 +181,7 @@ def test_whatever_the_yaml_holds_it_fits_or_the_message_names_the_file(tmp_path_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of aug_details without bg_paths
             config = load_config(path)
-    except ValueError as error:
+    except UserError as error:
         message = str(error)
     if config is None:
         assert str(path) in message
@@ -194,5 +195,5 @@ def test_whatever_the_yaml_holds_it_fits_or_the_message_names_the_file(tmp_path_
 def test_whatever_the_file_holds_it_fits_or_the_message_names_the_file(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "garbage.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=re.escape(str(path))):
+    with pytest.raises(UserError, match=re.escape(str(path))):
         load_config(path)

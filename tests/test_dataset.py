@@ -13,14 +13,15 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
 
 import dataset
+from base.errors import UserError
 from config import DatasetConfig
-from dataset import Source, TestSet, TrainSet
+from dataset import DatasetIndex, TestSet, TrainSet
 from imaging import augmentation, compositing, files, geometry, prompts
-from imaging.files import Facts, Pair
-from imaging.geometry import Frame
+from imaging.files import FileInfo, Pair
+from imaging.geometry import InputSpec
 from sam import encoder, point_labels
 
-FRAME = Frame(64, 32)
+FRAME = InputSpec(64, 32)
 
 
 def source(data, *, backgrounds=True, name="cables", **keys):
@@ -30,7 +31,7 @@ def source(data, *, backgrounds=True, name="cables", **keys):
         **keys,
     }
     config = DatasetConfig.model_validate(keys, context={"yaml_dir": data})
-    return dataset.find_sources([config])[0]
+    return dataset.index_datasets([config])[0]
 
 
 def rng(seed=0):
@@ -53,7 +54,7 @@ def test_images_are_read_as_upright_rgb(tmp_path):
 
 def test_16_bit_photos_are_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png: expected 8-bit"):
+    with pytest.raises(UserError, match=r"a\.png: expected 8-bit"):
         files.read_image(tmp_path / "a.png")
 
 
@@ -104,7 +105,7 @@ def test_what_is_no_binary_mask_is_named(tmp_path, kind):
         "16 bit": np.full((40, 50), 65535),
     }[kind]
     Image.fromarray(values.astype(np.uint16 if kind == "16 bit" else np.uint8)).save(tmp_path / "m.png")
-    with pytest.raises(ValueError, match=r"m\.png: (not a binary mask|expected 8-bit)"):
+    with pytest.raises(UserError, match=r"m\.png: (not a binary mask|expected 8-bit)"):
         files.read_mask(tmp_path / "m.png")
 
 
@@ -128,7 +129,7 @@ def test_all_faults_in_the_data_are_listed(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "masks" / "4.png")
     Image.fromarray(rng().integers(0, 255, (48, 64)).astype(np.uint8)).save(folder / "masks" / "5.png")
     (tmp_path / "backgrounds").mkdir()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         source(tmp_path, name="a")
     message = str(error.value)
     assert message.startswith("7 problem(s)")
@@ -148,7 +149,7 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
     folder = write_dataset(tmp_path / "a", 13)
     for path in (folder / "imgs").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         source(tmp_path, backgrounds=False, name="a")
     assert str(error.value).startswith("13 problem(s)")
     assert str(error.value).count("cannot be decoded") == 10 and "... and 3 more" in str(error.value)
@@ -179,20 +180,20 @@ def test_model_input_pads_bottom_right_and_averages_the_target():
     mask = np.zeros((32, 64), np.float32)
     mask[8, :] = 1.0
     image = np.full((32, 64, 3), 9, np.uint8)
-    sample = geometry.model_input(image, mask, FRAME)
+    sample = geometry.to_model_input(image, mask, FRAME)
     assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == torch.uint8
     assert sample["size"].tolist() == [32, 64]
     assert (sample["image"][:32] == 9).all() and (sample["image"][32:] == 0).all()
     assert (sample["target"][0, 4] == 128).all()  # half of each 2 x 2 cell
     assert sample["target"].dtype == torch.uint8 and sample["target"].int().sum() == 128 * 32
-    valid = encoder.valid_pixels(sample["size"][None], FRAME.grid, FRAME.grid / FRAME.img_size)
+    valid = encoder.valid_pixels(sample["size"][None], FRAME.mask_grid, FRAME.mask_grid / FRAME.img_size)
     assert valid[0, 0].sum() == 16 * 32 and valid[0, 0, :16].all()
 
 
 def test_a_grid_finer_than_the_input_has_a_target_of_its_own():
     mask = np.zeros((64, 128), np.float32)
     mask[9, :] = 1.0  # thinner than a pixel of the input
-    sample = geometry.model_input(np.zeros((64, 128, 3), np.uint8), mask, Frame(64, 128))
+    sample = geometry.to_model_input(np.zeros((64, 128, 3), np.uint8), mask, InputSpec(64, 128))
     assert sample["image"].shape == (64, 64, 3) and sample["size"].tolist() == [32, 64]
     assert (sample["target"][0, 9] == 255).all() and sample["target"].int().sum() == 255 * 128
 
@@ -200,7 +201,7 @@ def test_a_grid_finer_than_the_input_has_a_target_of_its_own():
 def test_model_input_is_never_a_view_of_a_picture_that_others_read():
     image = np.zeros((64, 64, 3), np.uint8)  # square and of the model's size: nothing to resize or pad
     image.flags.writeable = False
-    sample = geometry.model_input(image, np.zeros((64, 64), np.float32), FRAME)
+    sample = geometry.to_model_input(image, np.zeros((64, 64), np.float32), FRAME)
     assert not np.shares_memory(sample["image"].numpy(), image)
 
 
@@ -230,7 +231,7 @@ def test_every_file_is_in_one_pair_or_in_one_message(tmp_path_factory, images, m
         doubles = len(pictures) - len(found[kind])
         found[kind, "doubles"] = doubles
     faults = []
-    pairs = files._find_pairs(folder, faults)
+    pairs = files.find_pairs(folder, faults)
     if not found["imgs"] or not found["masks"]:
         assert pairs == [] and any("no .png" in fault for fault in faults)
         return
@@ -303,7 +304,7 @@ def test_paste_blends_by_the_mask_and_joins_the_masks():
     compositing.paste(cut_out, image, mask)
     assert image[0, :, 0].tolist() == [100, 120, 200, 120]
     assert mask[0] == pytest.approx([0.5, 0.2, 1.0, 0.6])
-    compositing.paste(cut_out, image, mask, recolour=lambda colours: 255 - colours)
+    compositing.paste(cut_out, image, mask, recolor=lambda colors: 255 - colors)
     assert image[0, :, 2].tolist() == [100, 107, 55, 107]
 
 
@@ -351,9 +352,9 @@ def test_photos_are_used_as_they_are_without_backgrounds(data):
 
 def test_at_least_a_quarter_of_the_cable_stays_in_the_frame():
     corner = np.zeros((48, 64, 4), np.uint8)
-    corner[1:9, 1:9, 3] = 255  # far off centre: most shifts would lose it
+    corner[1:9, 1:9, 3] = 255  # far off center: most shifts would lose it
     for seed in range(200):
-        moved = compositing.move(corner.copy(), (48, 64), rng(seed))[..., 3].sum() / 255
+        moved = compositing.random_affine(corner.copy(), (48, 64), rng(seed))[..., 3].sum() / 255
         assert moved > 0.2 * compositing.SCALE[0] ** 2 * 64, seed
         assert moved < 1.1 * compositing.SCALE[1] ** 2 * 64, seed
 
@@ -365,7 +366,7 @@ def test_warp_keeps_image_and_mask_together_and_their_centre(scale):
     canvas = (round(96 * scale), round(128 * scale))
     matrix = compositing._similarity(mask.shape, canvas, scale, 0.0, np.zeros(2))
     warped = compositing._warp(cut_out, matrix, canvas, scale) / 255
-    inner = np.s_[3:-3, 3:-3]  # at the photo's rim the mask ends and colours go on
+    inner = np.s_[3:-3, 3:-3]  # at the photo's rim the mask ends and colors go on
     assert np.abs(warped[..., 0] - warped[..., 3])[inner].max() < 0.03
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     expected = cv2.resize(mask, canvas[::-1], interpolation=interpolation)
@@ -400,18 +401,18 @@ def test_flip_moves_image_and_mask_alike_and_spares_its_argument():
 
 def test_cables_take_every_colour():
     red = np.full((4, 4, 3), (200, 40, 40), np.uint8)
-    recoloured = np.stack([augmentation.recolour_cables(red, rng(seed))[0, 0] for seed in range(60)])
+    recoloured = np.stack([augmentation.recolor_cables(red, rng(seed))[0, 0] for seed in range(60)])
     assert set(recoloured.argmax(axis=1)) == {0, 1, 2}
     assert np.ptp(recoloured.max(axis=1).astype(int)) > 60
 
 
 def test_degrade_keeps_shape_and_range():
     image = rng().integers(0, 255, (30, 40, 3)).astype(np.uint8)
-    results = [augmentation.degrade(image, rng(seed)) for seed in range(30)]
+    results = [augmentation.camera_degradation(image, rng(seed)) for seed in range(30)]
     assert all(result.shape == image.shape and result.dtype == np.uint8 for result in results)
     assert len({result.tobytes() for result in results}) == 30
     dark = np.zeros((8, 8, 3), np.uint8)  # darkening black must not wrap around or fold back
-    assert min(int(augmentation.degrade(dark, rng(seed)).max()) for seed in range(10)) == 0
+    assert min(int(augmentation.camera_degradation(dark, rng(seed)).max()) for seed in range(10)) == 0
 
 
 def test_noise_is_normal():
@@ -514,7 +515,7 @@ def test_mixed_draws_all_kinds_and_empty_masks_get_none():
     labels = [prompts.draw_prompt("mixed", target, (64, 64), 64, rng(seed))[1] for seed in range(60)]
     kinds = [("point" if 1 in one else "box" if 2 in one else "none") for one in labels]
     assert all(kinds.count(kind) > 10 for kind in ("point", "box", "none"))
-    for kind in prompts.PROMPTS:
+    for kind in prompts.PROMPT_KINDS:
         points, labels = prompts.draw_prompt(kind, np.zeros((64, 64), np.uint8), (64, 64), 64, rng())
         assert (labels == point_labels.ABSENT).all() and len(points) == prompts.PROMPT_TOKENS[kind]
 
@@ -531,7 +532,7 @@ def test_a_cable_thinner_than_half_a_cell_is_still_prompted():
 def fake_source(n, percentage):
     config = DatasetConfig.model_construct(percentage=percentage, bg_paths=(), w_aug=False)
     pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
-    return Source(config, pairs, (), {pair.image_path: Facts((48, 64), "") for pair in pairs})
+    return DatasetIndex(config, pairs, (), {pair.image_path: FileInfo((48, 64), "") for pair in pairs})
 
 
 @pytest.mark.parametrize(
@@ -577,26 +578,26 @@ def run_of_batches(train_set, num_workers, seed):
 
 def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
     sources = [source(data, w_aug=True), source(data, backgrounds=False, name="test")]
-    train_set = TrainSet(sources, frame=FRAME, prompt="mixed", seed=5)
+    train_set = TrainSet(sources, spec=FRAME, prompt="mixed", seed=5)
     plain = run_of_batches(train_set, 0, seed=1)
     assert [len(batch["image"]) for batch in plain] == [4, 4, 1, 4, 4, 1]
     for num_workers in (1, 3):
         for batch, same in zip(plain, run_of_batches(train_set, num_workers, seed=2), strict=True):
             assert batch.keys() == same.keys()
             assert all(torch.equal(batch[name], same[name]) for name in batch)
-    cached = TrainSet(sources, frame=FRAME, prompt="mixed", seed=5, cache_bytes=1 << 20)
+    cached = TrainSet(sources, spec=FRAME, prompt="mixed", seed=5, cache_bytes=1 << 20)
     for batch, same in zip(plain, run_of_batches(cached, 2, seed=3), strict=True):
         assert all(torch.equal(batch[name], same[name]) for name in batch)
     use = train_set.epoch(1)[3]  # out of order
     alone = train_set[use]
     assert torch.equal(alone["image"], plain[3]["image"][3])
-    other_seed = TrainSet(sources, frame=FRAME, prompt="mixed", seed=6)
+    other_seed = TrainSet(sources, spec=FRAME, prompt="mixed", seed=6)
     assert not torch.equal(other_seed[use]["image"], alone["image"])
     assert not torch.equal(train_set[replace(use, born=0)]["image"], alone["image"])
 
 
 def test_a_run_can_start_at_any_batch():
-    train_set = TrainSet([fake_source(7, 1.0)], frame=FRAME, prompt="none", seed=0)
+    train_set = TrainSet([fake_source(7, 1.0)], spec=FRAME, prompt="none", seed=0)
     span = {"batch_size": 3, "epochs": 4}
     whole = list(train_set.batches(**span, start=0))
     assert [len(batch) for batch in whole] == [3, 3, 1] * 4
@@ -614,12 +615,12 @@ def reuse_source(n, percentage=1.0):
     """A source of composites that is never read, for what is planned only."""
     config = DatasetConfig.model_construct(percentage=percentage, bg_paths=("b",), w_aug=True)
     pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
-    return Source(config, pairs, (), {pair.image_path: Facts((48, 64), "") for pair in pairs})
+    return DatasetIndex(config, pairs, (), {pair.image_path: FileInfo((48, 64), "") for pair in pairs})
 
 
 @pytest.mark.parametrize("reuse", [1, 2, 3, 4])
 def test_reuse_renews_exactly_the_stated_samples(reuse):
-    train_set = TrainSet([reuse_source(10), reuse_source(5)], frame=FRAME, prompt="none", seed=0, reuse=reuse)
+    train_set = TrainSet([reuse_source(10), reuse_source(5)], spec=FRAME, prompt="none", seed=0, reuse=reuse)
     assert train_set.places == (15 if reuse > 1 else 0)
     epochs_of = {}
     for epoch in range(12):
@@ -642,7 +643,7 @@ def test_reuse_renews_exactly_the_stated_samples(reuse):
 @pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (4, 6), (3, 17), (20, 0)])
 def test_every_sample_is_made_once_before_its_first_use(batch_size, start):
     sources = [reuse_source(9), fake_source(4, 1.5), reuse_source(3, 0.5)]
-    train_set = TrainSet(sources, frame=FRAME, prompt="none", seed=0, reuse=3, keep_photos=True)
+    train_set = TrainSet(sources, spec=FRAME, prompt="none", seed=0, reuse=3, keep_photos=True)
     assert train_set.places == 9 + 4 + 2
     span = {"batch_size": batch_size, "epochs": 8, "start": start}
     made = train_set.batches_to_make(**span)
@@ -660,7 +661,7 @@ def test_every_sample_is_made_once_before_its_first_use(batch_size, start):
 
 
 def test_photos_that_never_change_have_one_place_in_all_epochs():
-    train_set = TrainSet([fake_source(6, 0.5)], frame=FRAME, prompt="point", seed=0, keep_photos=True)
+    train_set = TrainSet([fake_source(6, 0.5)], spec=FRAME, prompt="point", seed=0, keep_photos=True)
     uses = [use for epoch in range(20) for use in train_set.epoch(epoch)]
     assert {use.place for use in uses} == set(range(6))
     assert all(use.place == use.pair and use.born == 0 for use in uses)
@@ -668,7 +669,7 @@ def test_photos_that_never_change_have_one_place_in_all_epochs():
 
 def test_a_reused_sample_is_the_same_with_a_prompt_of_its_own(data):
     sources = [source(data, w_aug=True)]
-    train_set = TrainSet(sources, frame=FRAME, prompt="point", seed=0, reuse=3)
+    train_set = TrainSet(sources, spec=FRAME, prompt="point", seed=0, reuse=3)
     by_slot = [{use.slot: use for use in train_set.epoch(epoch)} for epoch in (3, 4, 5)]
     slot = next(slot for slot, use in by_slot[0].items() if use.born == 3)
     samples = [train_set[uses[slot]] for uses in by_slot]
@@ -682,7 +683,7 @@ def test_a_reused_sample_is_the_same_with_a_prompt_of_its_own(data):
 
 def test_the_cache_covers_all_that_training_reads(data, monkeypatch):
     sources = [source(data, w_aug=True), source(data, backgrounds=False, w_aug=True, name="test")]
-    train_set = TrainSet(sources, frame=FRAME, prompt="none", seed=0, cache_bytes=1 << 22)
+    train_set = TrainSet(sources, spec=FRAME, prompt="none", seed=0, cache_bytes=1 << 22)
     before = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
     for folder in ("cables", "test", "backgrounds"):
         shutil.rmtree(data / folder)
@@ -691,20 +692,20 @@ def test_the_cache_covers_all_that_training_reads(data, monkeypatch):
 
 
 def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
-    tests = TestSet(source(data, percentage=0.5, w_aug=True), frame=FRAME, prompt="box", seed=0)
-    again = TestSet(source(data, percentage=0.5, w_aug=True), frame=FRAME, prompt="box", seed=0)
+    tests = TestSet(source(data, percentage=0.5, w_aug=True), spec=FRAME, prompt="box", seed=0)
+    again = TestSet(source(data, percentage=0.5, w_aug=True), spec=FRAME, prompt="box", seed=0)
     assert len(tests) == 3
     for first, second in zip(
         DataLoader(tests, batch_size=None), DataLoader(again, batch_size=None, num_workers=2), strict=True
     ):
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert first["truth"].shape == (48, 64) and first["truth"].dtype == torch.bool
-    assert len(TestSet(source(data, percentage=4.0), frame=FRAME, prompt="none", seed=0)) == 6
+    assert len(TestSet(source(data, percentage=4.0), spec=FRAME, prompt="none", seed=0)) == 6
 
 
 def test_training_is_not_fed_the_test_sets_composites(data):
-    train_set = TrainSet([source(data)], frame=FRAME, prompt="none", seed=0)
-    tests = TestSet(source(data), frame=FRAME, prompt="none", seed=0)
+    train_set = TrainSet([source(data)], spec=FRAME, prompt="none", seed=0)
+    tests = TestSet(source(data), spec=FRAME, prompt="none", seed=0)
     seen = {train_set[use]["image"].numpy().tobytes() for use in train_set.epoch(0)}
     assert not seen & {tests[index]["image"].numpy().tobytes() for index in range(6)}
 

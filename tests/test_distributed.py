@@ -52,7 +52,7 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
     together = run_together(2, config, tiny_weights, "-b", 2, *common)
     assert together.returncode == 0, together.stderr
-    assert together.stdout.count("untuned -> tuned") == 1  # process 0 alone prints
+    assert together.stdout.count("baseline -> tuned") == 1  # process 0 alone prints
     assert len(list(Path("exp/together").glob("events.*"))) == 1
     assert_same("run", "together")
 
@@ -80,5 +80,5 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert runtime.is_main() and runtime.size() == 1
-    assert runtime.largest([3, 1]) == [3, 1]
+    assert runtime.is_main() and runtime.world_size() == 1
+    assert runtime.all_reduce_max([3, 1]) == [3, 1]

@@ -65,7 +65,7 @@ def test_a_whole_vit_equals_the_official_one(tiny_sam):
             torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(3, 3, 64, 64)
     official = tiny_sam.image_encoder(x)
-    encoder.place(tiny_sam, torch.device("cpu"), None)
+    encoder.move_to_device(tiny_sam, torch.device("cpu"), None)
     assert relative_error(tiny_sam.image_encoder(x), official) < 1e-4
 
 
@@ -121,7 +121,7 @@ def test_gradients_through_frozen_statistics_equal_the_official_ones():
 
 
 def small_encoder(name, tiny_sam):
-    """A ViT or TinyViT that `encoder.place` made ready to train, and a picture."""
+    """A ViT or TinyViT that `encoder.move_to_device` made ready to train, and a picture."""
     torch.manual_seed(0)
     if name == "vit":
         return tiny_sam, torch.rand(1, 3, 64, 64)
@@ -129,7 +129,7 @@ def small_encoder(name, tiny_sam):
 
 
 def prepare(sam, train, **options):
-    encoder.place(sam, torch.device("cpu"), None, train=train)
+    encoder.move_to_device(sam, torch.device("cpu"), None, train=train)
     settings = {"lr": 1.0, "encoder_lr": 0.5, "layer_decay": 0.5, "lora_rank": 2, "lora_alpha": 4.0}
     return trainable.prepare_training(
         sam, train=train, **{"grad_checkpointing": False, **settings, **options}
@@ -180,7 +180,7 @@ def test_merged_adapters_compute_the_same_under_official_keys(tiny_sam, name):
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted = sam.image_encoder(x)
-    fresh.load_state_dict(trainable.official_weights(sam, loaded), strict=True)
+    fresh.load_state_dict(trainable.export_state_dict(sam, loaded), strict=True)
     fresh.eval()
     assert relative_error(before, adapted) > 0.01
     assert relative_error(fresh.image_encoder(x), adapted) < 1e-4

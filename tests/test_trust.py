@@ -201,14 +201,14 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
 def test_a_test_picture_that_vanishes_after_the_check_is_named(
     config, tiny_weights, data, monkeypatch, capsys
 ):
-    find_sources = finetune.find_sources
+    index_datasets = finetune.index_datasets
 
     def find_and_lose(*args, **kwargs):
-        sources = find_sources(*args, **kwargs)
+        sources = index_datasets(*args, **kwargs)
         (data / "test/imgs/1.png").unlink()
         return sources
 
-    monkeypatch.setattr(finetune, "find_sources", find_and_lose)
+    monkeypatch.setattr(finetune, "index_datasets", find_and_lose)
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
     error = capsys.readouterr().err
     assert "test/imgs/1.png: cannot be decoded" in error and "Traceback" not in error
@@ -216,15 +216,15 @@ def test_a_test_picture_that_vanishes_after_the_check_is_named(
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     config = finetune.load_config(config)
-    sources = dataset.find_sources(list(config.dataset.train))
-    train_set = dataset.TrainSet(sources, frame=geometry.Frame(64, 32), prompt="none", seed=0)
+    sources = dataset.index_datasets(list(config.dataset.train))
+    train_set = dataset.TrainSet(sources, spec=geometry.InputSpec(64, 32), prompt="none", seed=0)
     use = train_set.epoch(0)[0]
     expected, read_image, calls = train_set[use], compositing.read_image, []
 
     def fail_once(path):
         calls.append(path)
         if len(calls) == 1:
-            raise files.FileFault("hiccup")
+            raise files.FileError("hiccup")
         return read_image(path)
 
     monkeypatch.setattr(compositing, "read_image", fail_once)
@@ -245,7 +245,7 @@ def test_a_data_worker_that_dies_is_reported(config, tiny_weights, in_iteration,
     assert_same_results(results(), uninterrupted)
 
 
-# --- leaks ---
+# --- find_leaks ---
 
 
 def test_a_photo_in_training_and_test_is_named(config, tiny_weights, data, capsys):
@@ -299,7 +299,7 @@ def spoil_photo(data, kind):
         return "0.png: cannot be decoded"
     if kind == "16 bits":
         Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(path)
-        return "0.png: expected 8-bit grey or colour"
+        return "0.png: expected 8-bit gray or color"
     if kind == "turned by EXIF":  # the photo, but not its mask
         exif = Image.Exif()
         exif[0x0112] = 6

@@ -23,7 +23,7 @@ dice_loss = finetune.dice_loss
 
 def dice_loss_or_fate(*args):
     number = next(iterations)
-    last = runtime.rank() == runtime.size() - 1
+    last = runtime.rank() == runtime.world_size() - 1
     if last and number == int(os.environ.get("KILL_IN", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == int(os.environ.get("FULL_IN", 0)):

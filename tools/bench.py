@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 import checkpoint
 import runtime
 from config import load_config
-from dataset import TrainSet, find_sources
-from imaging.geometry import Frame
+from dataset import TrainSet, index_datasets
+from imaging.geometry import InputSpec
 from losses import dice_loss, focal_loss, iou_mse
 from sam import decoder, trainable, variants
 from sam import encoder as sam_encoder
@@ -137,7 +137,7 @@ def build(args: argparse.Namespace, plain: bool) -> tuple[Sam, torch.dtype | Non
     sam = variants.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
     amp = None if plain else runtime.amp_dtype(args.amp, device)
     if not plain:
-        sam_encoder.place(sam, device, amp, train=args.train)
+        sam_encoder.move_to_device(sam, device, amp, train=args.train)
     groups = trainable.prepare_training(
         sam,
         train=args.train,
@@ -210,9 +210,9 @@ def learn(sam, optimizer, logits, iou_pred, target, sizes):
 
 
 def make_train_set(args: argparse.Namespace, cache_bytes: int = 0) -> TrainSet:
-    frame = Frame(256 if args.model_type == "lite_medsam" else 1024, 256)
-    sources = find_sources(list(load_config(args.config).dataset.train))
-    return TrainSet(sources, frame=frame, prompt="none", seed=0, cache_bytes=cache_bytes)
+    spec = InputSpec(256 if args.model_type == "lite_medsam" else 1024, 256)
+    sources = index_datasets(list(load_config(args.config).dataset.train))
+    return TrainSet(sources, spec=spec, prompt="none", seed=0, cache_bytes=cache_bytes)
 
 
 def loader(args: argparse.Namespace, plain: bool) -> tuple[float, float]:

@@ -35,8 +35,8 @@ def draw_curve(rng: np.random.Generator, length: int) -> np.ndarray:
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(curvature)
     steps = np.column_stack([np.cos(heading), np.sin(heading)])
     curve = np.cumsum(steps, axis=0)
-    centre = rng.uniform(0.3, 0.7, 2) * np.array(SIZE[::-1]) * OVERSAMPLING
-    return curve - curve.mean(axis=0) + centre
+    center = rng.uniform(0.3, 0.7, 2) * np.array(SIZE[::-1]) * OVERSAMPLING
+    return curve - curve.mean(axis=0) + center
 
 
 def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> None:
@@ -46,7 +46,7 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
     """
     radius = rng.uniform(2, 5.5) * OVERSAMPLING
     curve = draw_curve(rng, int(rng.uniform(0.7, 1.9) * SIZE[1]) * OVERSAMPLING)
-    colour = cv2.cvtColor(
+    color = cv2.cvtColor(
         np.array([[[rng.uniform(0, 360), rng.uniform(0, 1), rng.uniform(0.15, 1)]]], np.float32),
         cv2.COLOR_HSV2RGB,
     )[0, 0]
@@ -67,7 +67,7 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
         nearest = np.square(offsets).sum(axis=-1).argmin(axis=-1)
         offset = np.take_along_axis(offsets, nearest[..., None, None], axis=2)[:, :, 0] / radius
         distance = np.linalg.norm(offset, axis=-1)
-        # beyond its ends a piece has nothing to say: its neighbours go on there
+        # beyond its ends a piece has nothing to say: its neighbors go on there
         beyond = (nearest == 0) & (start > 0)
         if start + len(points) < len(curve):
             beyond |= nearest == nearest.max()
@@ -78,7 +78,7 @@ def paint_cable(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
         diffuse, shine = light_cylinder(offset, distance, light)
         along = start + 3 * nearest
         strands = 1 - twist * (np.sin(along / radius * 1.5 + 4 * offset[..., 0]) > 0)
-        shaded = colour * ((0.35 + 0.65 * diffuse) * strands)[..., None] + shine[..., None]
+        shaded = color * ((0.35 + 0.65 * diffuse) * strands)[..., None] + shine[..., None]
         image[box][inside] = np.clip(shaded, 0, 1)[inside]
         mask[box][inside] = 1.0
 
@@ -116,7 +116,7 @@ def random_crop(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_texture(rng: np.random.Generator) -> np.ndarray:
-    """A stained, grained surface: noise of several sizes, stretched, between two colours."""
+    """A stained, grained surface: noise of several sizes, stretched, between two colors."""
     height, width = CROP
     height_map = np.zeros(CROP, np.float32)
     stretch = rng.choice([1, 1, 4])
@@ -124,8 +124,8 @@ def draw_texture(rng: np.random.Generator) -> np.ndarray:
         grid = rng.normal(0, 1, (2**octave, max(2, 2**octave // stretch))).astype(np.float32)
         height_map += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC) / 1.4**octave
     height_map = cv2.normalize(height_map, None, 0, 1, cv2.NORM_MINMAX)[..., None]
-    colours = rng.uniform(50, 210, (2, 1)) + rng.normal(0, 20, (2, 3))
-    surface = colours[0] * (1 - height_map) + colours[1] * height_map
+    colors = rng.uniform(50, 210, (2, 1)) + rng.normal(0, 20, (2, 3))
+    surface = colors[0] * (1 - height_map) + colors[1] * height_map
     return np.clip(surface, 0, 255).astype(np.uint8)
 
 

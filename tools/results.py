@@ -44,7 +44,7 @@ class Row:
 
 
 ROWS = (
-    Row("untuned", trained=False),
+    Row("baseline", trained=False),
     Row("photos as they are", composites=0, augmented=False, seeds=3),
     Row("photos as they are, augmented", composites=0),
     Row("composites", seeds=3),
@@ -53,9 +53,9 @@ ROWS = (
     Row("composites of 10 photos", photos=10),
     Row("composites of 20 photos", photos=20),
     Row("composites of 40 photos", photos=40),
-    Row("untuned, a point", trained=False, prompt="point"),
+    Row("baseline, a point", trained=False, prompt="point"),
     Row("composites, a point", prompt="point"),
-    Row("untuned, a box", trained=False, prompt="box"),
+    Row("baseline, a box", trained=False, prompt="box"),
     Row("composites, a box", prompt="box"),
     Row("composites, clDice loss", cldice_weight=0.5),
 )
@@ -251,12 +251,12 @@ def ious(row: Row, name: str) -> dict[str, float]:
 def agreement(truth: Path, found: Path) -> np.ndarray:
     true, predicted = read_mask(truth).astype(bool), read_mask(found).astype(bool)
     picture = np.full((*true.shape, 3), 255, np.uint8)
-    for pixels, colour in (
+    for pixels, color in (
         (true & predicted, FOUND),
         (true & ~predicted, MISSED),
         (predicted & ~true, WRONG),
     ):
-        picture[pixels] = colour
+        picture[pixels] = color
     return picture
 
 
