@@ -6,7 +6,6 @@ of a picture (H, W, 4). Every random choice comes from a generator made of (seed
 from global state.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -16,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import runtime
 from base.errors import UserError
 from config import DatasetConfig
 from imaging.augmentation import (
@@ -437,17 +436,13 @@ def train_loader(train_set: TrainSet, *, num_workers: int, pin_memory: bool, **s
         num_workers=num_workers,
         multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
+        worker_init_fn=runtime.init_data_worker,
     )
 
 
 def test_loader(test_set: TestSet, *, num_workers: int, part: int, parts: int) -> DataLoader:
     """The test samples one by one, for their sizes differ, of one of several parts of the set."""
     samples = Subset(test_set, range(part, len(test_set), parts))
-    return DataLoader(samples, batch_size=None, num_workers=num_workers, worker_init_fn=_init_worker)
-
-
-def _init_worker(worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the run
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    cv2.setNumThreads(0)  # one process per core is parallel enough
+    return DataLoader(
+        samples, batch_size=None, num_workers=num_workers, worker_init_fn=runtime.init_data_worker
+    )

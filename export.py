@@ -18,6 +18,7 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import Tensor, nn
 
 import inference
+import runtime
 from base import atomic
 from base.errors import UserError
 from sam import decoder, encoder
@@ -38,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 for a failure, which leaves nothing behind."""
+    runtime.init()
     args = parse_args(argv)
     try:
         if args.output.exists():

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -18,8 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from signal import SIGINT, SIGTERM
-from types import FrameType
+from signal import SIGINT
 
 import numpy as np
 import torch
@@ -836,7 +834,7 @@ def compiled(function: Callable, batch_size: int) -> Callable:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 for a mistake of the user's."""
-    warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
+    runtime.init()
     args = parse_args(argv)
     try:
         if args.preview:
@@ -859,7 +857,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_to_the_end(args: argparse.Namespace, setup: Setup) -> int:
     """Train; returns 0, 1 after a message of what ended the run, or 128 and the number of a signal."""
-    stop, error = StopRequest(), None
+    stop, error = runtime.StopRequest(), None
     try:
         with stop:
             train(args, setup, stop)
@@ -883,26 +881,6 @@ def run_to_the_end(args: argparse.Namespace, setup: Setup) -> int:
 
 class RunError(Exception):
     """What ends a run on its way; its message is for the user."""
-
-
-class StopRequest:
-    """Notes the first SIGINT or SIGTERM, for the run to end after its iteration; a second ends it at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (SIGINT, SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        print(f"\n{signal.Signals(number).name}: ending after this iteration", file=sys.stderr)
 
 
 @dataclass
@@ -963,7 +941,7 @@ def start(args: argparse.Namespace, setup: Setup) -> Run:
     return run
 
 
-def train(args: argparse.Namespace, setup: Setup, stop: StopRequest) -> None:
+def train(args: argparse.Namespace, setup: Setup, stop: runtime.StopRequest) -> None:
     """Train what `--train` says, test on the way, and write `setup.folder`.
 
     Ends early, with its state saved, once `stop` notes a signal. Raises RunError, which names the cause,

@@ -18,7 +18,7 @@ from imaging.geometry import InputSpec, to_model_input
 from sam import decoder, encoder, point_labels
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
 
-OVERLAP = 0.25  # of a tile's side, to its neighbors
+OVERLAP = 0.25  # of a tile's tile_size, to its neighbors
 
 
 @dataclass(frozen=True)
@@ -106,35 +106,35 @@ def _batch(prompts: list[tuple[Prompt, torch.Tensor]]) -> tuple[torch.Tensor, to
 
 
 def predict_logits_tiled(
-    predict: PredictLogits, image: np.ndarray, *, side: int, batch_size: int
+    predict: PredictLogits, image: np.ndarray, *, tile_size: int, batch_size: int
 ) -> np.ndarray:
-    """Logits (H, W) of a picture cut into tiles of at most `side` pixels, which overlap and are blended.
+    """Logits (H, W) of a picture cut into tiles of at most `tile_size` pixels, which overlap and are blended.
 
     A tile's weight falls to its edges, where it has seen the least around, so that none of them shows.
     """
     height, width = image.shape[:2]
-    corners = [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
+    corners = [(top, left) for top in _starts(height, tile_size) for left in _starts(width, tile_size)]
     total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
     for first in range(0, len(corners), batch_size):
         part = corners[first : first + batch_size]
-        windows = [(slice(top, top + side), slice(left, left + side)) for top, left in part]
+        windows = [(slice(top, top + tile_size), slice(left, left + tile_size)) for top, left in part]
         found = predict([image[window] for window in windows], [NO_PROMPT] * len(part))
         for window, logits in zip(windows, found, strict=True):
-            weight = np.multiply.outer(*(_ramp(length, side) for length in logits.shape))
+            weight = np.multiply.outer(*(_ramp(length, tile_size) for length in logits.shape))
             total[window] += weight * logits
             weights[window] += weight
     return total / weights
 
 
-def _starts(length: int, side: int) -> list[int]:
+def _starts(length: int, tile_size: int) -> list[int]:
     """Where tiles start along an edge: evenly, the first and the last at its ends."""
-    if length <= side:
+    if length <= tile_size:
         return [0]
-    count = math.ceil((length - OVERLAP * side) / (side * (1 - OVERLAP)))
-    return np.linspace(0, length - side, count).round().astype(int).tolist()
+    count = math.ceil((length - OVERLAP * tile_size) / (tile_size * (1 - OVERLAP)))
+    return np.linspace(0, length - tile_size, count).round().astype(int).tolist()
 
 
-def _ramp(length: int, side: int) -> np.ndarray:
+def _ramp(length: int, tile_size: int) -> np.ndarray:
     """Weights (length,) that rise to 1 over the overlap from both ends."""
     steps = np.arange(length, dtype=np.float32) + 1
-    return np.minimum(1, np.minimum(steps, steps[::-1]) / max(1, OVERLAP * side))
+    return np.minimum(1, np.minimum(steps, steps[::-1]) / max(1, OVERLAP * tile_size))

@@ -74,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 if some pictures could not be read, 2 for any other failure."""
+    runtime.init()
     args = parse_args(argv)
     unreadable = []
     try:
@@ -139,7 +140,7 @@ def find(
     if args.tiles:
         for picture in batch:
             yield predict_logits_tiled(
-                predict_logits, picture.image, side=args.tiles, batch_size=args.batch_size
+                predict_logits, picture.image, tile_size=args.tiles, batch_size=args.batch_size
             )
     else:
         given = [prompts.get(picture.stem, NO_PROMPT) for picture in batch]

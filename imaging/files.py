@@ -79,7 +79,6 @@ def _check_binary(values: np.ndarray, top: int, path: Path) -> None:
 
 # Pictures above it are refused before they are decoded: a few kilobytes can claim to be gigabytes.
 MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than what --max_pixels may allow
 
 
 def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:

@@ -1,6 +1,5 @@
 """Image encoding: preprocessing and a fast, exact forward pass of SAM's and LiteMedSAM's encoders."""
 
-import ctypes
 from types import MethodType
 
 import torch
@@ -21,27 +20,10 @@ def move_to_device(
     memory and, with channels last, its time on a CPU; what trains stays float32. A checkpoint takes
     frozen weights from what was loaded, not from here.
     """
-    if device.type == "cpu":
-        _keep_freed_memory()
     sam.to(device)
     accelerate(sam.image_encoder, fold=train != "encoder")
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
     sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones.
-
-    By default it gives large blocks back to the kernel at once, which then has to map and clear the
-    pages of every activation anew: LiteMedSAM's encoder takes half as long again.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library, another system
-        return
-    libc.mallopt(mmap_threshold, 1 << 30)
-    libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:

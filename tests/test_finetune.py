@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import finetune
+import runtime
 from base.errors import UserError
 from finetune import Schedule, learning_rate
 from sam import decoder, encoder, trainable, variants
@@ -262,7 +263,7 @@ def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
     setup = finetune.prepare(args)
     parts = (setup.sam.image_encoder, setup.sam.prompt_encoder)
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    finetune.train(args, setup, finetune.StopRequest())
+    finetune.train(args, setup, runtime.StopRequest())
     for part, old in zip(parts, before, strict=True):
         assert all(torch.equal(old[key], value) for key, value in part.state_dict().items())
 

@@ -26,7 +26,7 @@ def test_tiles_give_what_the_whole_gives(size, batch_size):
         assert len(images) == len(prompts) <= batch_size
         return by_pixel(images, prompts)
 
-    tiled = predict_logits_tiled(find, image, side=64, batch_size=batch_size)
+    tiled = predict_logits_tiled(find, image, tile_size=64, batch_size=batch_size)
     (whole,) = by_pixel([image], [NO_PROMPT])
     np.testing.assert_allclose(tiled, whole, atol=1e-3)
     assert max(max(shape) for shape in seen) <= 64
@@ -38,7 +38,7 @@ def test_tiles_that_disagree_leave_no_seam():
     def find(images, prompts):
         return [np.full(image.shape[:2], next(answers), np.float32) for image in images]
 
-    tiled = predict_logits_tiled(find, np.zeros((300, 420, 3), np.uint8), side=64, batch_size=4)
+    tiled = predict_logits_tiled(find, np.zeros((300, 420, 3), np.uint8), tile_size=64, batch_size=4)
     steps = max(np.abs(np.diff(tiled, axis=axis)).max() for axis in (0, 1))
     assert np.ptp(tiled) > 5  # they do disagree
     assert steps < 1.5 * 10 / (inference.OVERLAP * 64)  # no more than the blending's slope
