@@ -86,8 +86,12 @@ def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     return path
 
 
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
 def draw_cable(rng: np.random.Generator, size: tuple[int, int], width: int) -> np.ndarray:
-    """A curved line across the picture, bool (h, w)."""
+    """A curved line across the image, bool (h, w)."""
     mask = np.zeros(size, np.uint8)
     x = np.linspace(0, size[1], 20)
     y = size[0] * (0.5 + 0.3 * np.sin(x / size[1] * rng.uniform(2, 5) + rng.uniform(0, 6)))
@@ -110,7 +114,7 @@ def write_dataset(folder: Path, n: int, size=(48, 64), width=5, seed=0) -> Path:
 
 
 def write_backgrounds(folder: Path, n: int = 3, size=(70, 90)) -> Path:
-    """`n` dark textured pictures."""
+    """`n` dark textured images."""
     rng = np.random.default_rng(9)
     folder.mkdir(parents=True)
     for number in range(n):
