@@ -80,7 +80,8 @@ def add_clutter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_box(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
-    sides = np.exp(rng.uniform(*np.log((0.02, 0.5)), 2)) * max(layer.shape)
+    low, high = np.log((0.02, 0.5))
+    sides = np.exp(rng.uniform(low, high, 2)) * max(layer.shape)
     _fill_box(layer, _random_point(layer, rng), sides, rng.uniform(-180, 180), color)
 
 

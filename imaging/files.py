@@ -216,7 +216,7 @@ def _check(item: Pair | Path, max_pixels: int) -> tuple[str | None, dict[Path, F
 
 
 def _file_info(array: np.ndarray) -> FileInfo:
-    pixels = hashlib.blake2b(np.ascontiguousarray(array), digest_size=16)
+    pixels = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
     pixels.update(repr(array.shape).encode())
     return FileInfo((array.shape[0], array.shape[1]), pixels.hexdigest())
 

@@ -123,6 +123,13 @@ def write_backgrounds(folder: Path, n: int = 3, size=(70, 90)) -> Path:
     return folder
 
 
+def write_video(path: Path, frames: list[np.ndarray], rate: float = 5) -> None:
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), rate, frames[0].shape[1::-1])
+    for frame in frames:
+        video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    video.release()
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A folder with `cables/` (6 pairs), `test/` (3 other pairs), and `backgrounds/`."""
