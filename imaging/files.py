@@ -99,8 +99,8 @@ def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
         width, height = image.size
     if height * width > max_pixels:
         raise FileError(
-            f"{path}: has {height} x {width} pixels, more than the limit of {max_pixels} pixels "
-            "(in training --max_pixels); make the image smaller"
+            f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels} "
+            "(a flag of finetune.py, a fixed limit in predict.py)"
         )
 
 

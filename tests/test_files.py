@@ -90,7 +90,7 @@ def test_a_file_that_is_not_a_binary_mask_is_refused(tmp_path, values, message):
 def test_an_image_that_claims_too_many_pixels_is_refused(tmp_path):
     Image.new("L", (30, 20)).save(tmp_path / "a.png")
     files.check_size(tmp_path / "a.png", max_pixels=600)
-    with pytest.raises(FileError, match=r"a\.png: has 20 x 30 pixels, more than the limit of 599"):
+    with pytest.raises(FileError, match=r"a\.png: has 20 x 30 pixels, more than --max_pixels 599"):
         files.check_size(tmp_path / "a.png", max_pixels=599)
 
 
