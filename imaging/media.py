@@ -1,5 +1,6 @@
 """Images and videos in and out of prediction."""
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,10 +47,10 @@ def find_images(path: Path) -> list[Path]:
 
     Raises UserError if there are none, or if two of them have the same stem.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file(), False for a path without permission
         return [path]
-    if not path.is_dir():
-        raise UserError(f"--input {path}: no such file or folder")
+    if not os.path.isdir(path):
+        raise UserError(f"--input {path}: no such file or folder, or no permission to read it")
     paths = image_files(path)
     if not paths:
         raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
@@ -67,8 +68,8 @@ def find_masks(folder: Path, image_paths: Iterable[Path]) -> dict[str, Path]:
 
     Raises UserError if the folder is missing, or naming the first image without a mask.
     """
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder}: no such folder")
+    if not os.path.isdir(folder):
+        raise UserError(f"--masks {folder}: no such folder, or no permission to read it")
     by_stem = {path.stem: path for path in image_files(folder)}
     masks = {}
     for image_path in image_paths:
