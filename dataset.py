@@ -9,9 +9,7 @@ from global state.
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import runtime
 from base.errors import UserError
 from config import DatasetConfig
-from imaging.augmentation import (
-    add_clutter,
-    camera_degradation,
-    cast_shadow,
-    flip,
-    recolor_cables,
-    recolor_scene,
-)
 from imaging.compositing import (
-    _bounded_size,
-    _read_anew,
+    Read,
+    bounded_size,
+    composite,
     load_background,
     load_cut_out,
+    load_directly,
     load_pair,
     longest_side,
-    paste,
-    random_affine,
-    random_crop,
-    zoom,
+    photo_sample,
 )
 from imaging.decoded_cache import DecodedCache
 from imaging.files import (
@@ -48,15 +37,13 @@ from imaging.files import (
     FileError,
     FileInfo,
     Pair,
-    _check,
-    _files,
+    check_files,
+    files_of,
     find_pairs,
     format_list,
     image_files,
-    read_image,
-    read_mask,
 )
-from imaging.geometry import InputSpec, fit_size, resize_area, resize_image, resize_mask, to_model_input
+from imaging.geometry import InputSpec, fit_size, to_model_input
 from imaging.prompts import draw_prompt
 
 
@@ -85,7 +72,8 @@ def index_datasets(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS
     faults = []
     found = []
     for config in configs:
-        pairs = find_pairs(config.data_dir, faults)
+        pairs, pair_faults = find_pairs(config.data_dir)
+        faults += pair_faults
         backgrounds = []
         for folder in config.bg_paths:
             files = image_files(folder)
@@ -93,16 +81,13 @@ def index_datasets(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS
                 faults.append(f"{folder}: no .png, .jpg or .jpeg file in it")
             backgrounds += files
         found.append((config, tuple(pairs), tuple(backgrounds)))
-    items = dict.fromkeys(item for _, pairs, backgrounds in found for item in (*pairs, *backgrounds))
-    facts = {}
-    with ThreadPoolExecutor() as pool:
-        for fault, facts_of_item in pool.map(partial(_check, max_pixels=max_pixels), items):
-            faults += [fault] if fault else []
-            facts |= facts_of_item
+    items = (item for _, pairs, backgrounds in found for item in (*pairs, *backgrounds))
+    facts, file_faults = check_files(items, max_pixels)
+    faults += file_faults
     if faults:
         raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
     return [
-        DatasetIndex(config, pairs, backgrounds, {path: facts[path] for path in _files(pairs, backgrounds)})
+        DatasetIndex(config, pairs, backgrounds, {path: facts[path] for path in files_of(pairs, backgrounds)})
         for config, pairs, backgrounds in found
     ]
 
@@ -118,70 +103,18 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path
 # --- Samples -----------------------------------------------------------------------------------
 
 
-def composite(
-    source: DatasetIndex,
-    pair_index: int,
-    canvas: tuple[int, int],
-    rng: np.random.Generator,
-    read: Callable[..., np.ndarray] = _read_anew,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Paste a pair's cables on a random background: image uint8 and soft mask of size `canvas`.
-
-    `read(load, item, longest)` returns what `load(item, longest)` does, from a cache perhaps.
-    """
-    augmented, longest = source.config.w_aug, longest_side(canvas)
-    background = read(load_background, source.backgrounds[rng.integers(len(source.backgrounds))], longest)
-    image = random_crop(background, canvas, rng)
-    mask = np.zeros(canvas, np.float32)
-    if not augmented:
-        paste(resize_area(read(load_cut_out, source.pairs[pair_index], longest), canvas), image, mask)
-        return image, mask
-    image = recolor_scene(flip(image, rng), rng)
-    if rng.random() < CLUTTER:
-        image = add_clutter(image, rng)
-    indices = [pair_index]
-    if rng.random() < SECOND_CUT_OUT:
-        indices.insert(0, int(rng.integers(len(source.pairs))))
-    for index in indices:
-        cables = random_affine(flip(read(load_cut_out, source.pairs[index], longest), rng), canvas, rng)
-        if rng.random() < SHADOW:
-            cast_shadow(cables, image, rng)
-        paste(cables, image, mask, partial(recolor_cables, rng=rng))
-    return camera_degradation(image, rng), mask
-
-
-SECOND_CUT_OUT = 0.3  # probability
-CLUTTER = 0.5  # probability
-SHADOW = 0.5  # probability
-
-
-def photo(
-    source: DatasetIndex,
-    pair_index: int,
-    canvas: tuple[int, int],
-    rng: np.random.Generator,
-    read: Callable[..., np.ndarray] = _read_anew,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A photo that is used as it is: image uint8 and soft mask of size `canvas`; see `composite`."""
-    pair = source.pairs[pair_index]
-    if not source.config.w_aug:
-        image, mask = read_image(pair.image_path), read_mask(pair.mask_path).astype(np.float32)
-        return resize_image(image, canvas), resize_mask(mask, canvas)
-    part = resize_area(zoom(flip(read(load_pair, pair, longest_side(canvas)), rng), rng), canvas)
-    image = camera_degradation(recolor_scene(np.ascontiguousarray(part[..., :3]), rng), rng)
-    return image, part[..., 3].astype(np.float32) / 255
-
-
 def make_sample(
     source: DatasetIndex,
     pair_index: int,
     canvas: tuple[int, int],
     rng: np.random.Generator,
-    read: Callable[..., np.ndarray] = _read_anew,
+    read: Read = load_directly,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A composite or a photo as the dataset's config says: image uint8 and soft mask."""
-    make = composite if source.config.composites else photo
-    return make(source, pair_index, canvas, rng, read)
+    pairs, augment = source.pairs, source.config.w_aug
+    if source.config.composites:
+        return composite(pairs, source.backgrounds, pair_index, canvas, rng, augment=augment, read=read)
+    return photo_sample(pairs[pair_index], canvas, rng, augment=augment, read=read)
 
 
 def make_rng(seed: int, *key: int) -> np.random.Generator:
@@ -382,9 +315,9 @@ def _shapes(sources: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[i
             continue
         load = load_cut_out if source.config.composites else load_pair
         for pair in source.pairs:
-            shapes[load, pair] = (*_bounded_size(source.facts[pair.image_path].size, longest), 4)
+            shapes[load, pair] = (*bounded_size(source.facts[pair.image_path].size, longest), 4)
         for path in source.backgrounds:
-            shapes[load_background, path] = (*_bounded_size(source.facts[path].size, longest), 3)
+            shapes[load_background, path] = (*bounded_size(source.facts[path].size, longest), 3)
     return shapes
 
 

@@ -1153,7 +1153,7 @@ def log_best(run: Run) -> None:
 def log_precision_and_recall(writer: SummaryWriter, measured: list[ImageStats], iteration: int) -> None:
     """Precision over recall of all pixels together, at THRESHOLDS of the logits."""
     false, true = sum(m.counts for m in measured)
-    background, foreground = sum(m.sizes for m in measured)
+    background, foreground = sum(m.pixel_counts for m in measured)
     precision, recall = true / np.maximum(true + false, 1), true / max(foreground, 1)
     counts = (true, false, background - false, foreground - true)
     writer.add_pr_curve_raw("test/pixels", *counts, precision, recall, iteration, num_thresholds=len(true))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,25 +14,12 @@ import inference
 import runtime
 from base.errors import UserError
 from imaging.geometry import InputSpec, to_model_input
+from imaging.prompts import NO_PROMPT, Prompt
 from sam import decoder, encoder, point_labels
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
 
 OVERLAP = 0.25  # of a tile's tile_size, to its neighbors
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the decoder is told of a picture.
-
-    points: float32 (N, 2), (x, y) in the picture's own pixels; of a box its two corners.
-    labels: int64 (N,), as `decoder.decode` takes them.
-    """
-
-    points: np.ndarray
-    labels: np.ndarray
-
-
-NO_PROMPT = (Prompt(np.zeros((0, 2), np.float32), np.zeros(0, np.int64)),)
 
 # From pictures, RGB uint8 (H, W, 3), and the prompts of each, at least one, to logits float32 (H, W).
 PredictLogits = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]

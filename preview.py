@@ -1,29 +1,33 @@
-"""Look at the data before training: contact sheets of what the model will get, sizes, widths, duplicates."""
+"""Look at the data before training: contact sheets of the samples, sizes, cable widths, duplicates."""
 
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from base import atomic
+from base.errors import UserError
 from dataset import DatasetIndex, TestSet, TrainSet
 from imaging.files import format_list, read_image, read_mask
 from imaging.geometry import InputSpec
+from imaging.media import write_image
 from imaging.metrics import GroundTruth
 from imaging.visualize import contact_sheet, draw_points, outline
 
-ENLARGED = 400  # pixels that a sample is at least enlarged to before it is drawn on, as on the sheet
-SAMPLES = 12  # on a contact sheet
-PAIRS_MEASURED = 60  # of a dataset, evenly chosen: widths take a tenth of a second a photo
-THINNEST = 2.0  # cells of the mask grid; what is thinner has no inside on it
-# Correlation of two photos, 32 x 32 gray, above which they are taken for the same scene.
-DUPLICATE = 0.98
+MIN_SHOWN_SIDE = 400  # pixels to which a sample is enlarged at least, as on the contact sheet
+N_SAMPLES = 12  # samples on a contact sheet
+N_MEASURED = 60  # masks of a dataset that are measured: each takes a tenth of a second
+MIN_WIDTH = 2.0  # cells of the mask grid; a thinner cable has no interior on the grid
+MAX_THIN_SHARE = 0.05  # of the length of the cables, above which a warning is printed
+
+# Two images are near duplicates if their thumbnails correlate by more than this.
+DUPLICATE_CORRELATION = 0.98
+THUMBNAIL_SIDE = 32  # pixels
 
 
 def write_preview(
-    train: list[DatasetIndex],
+    train: Sequence[DatasetIndex],
     test: DatasetIndex | None,
     *,
     spec: InputSpec,
@@ -31,98 +35,143 @@ def write_preview(
     seed: int,
     folder: Path,
 ) -> None:
-    """Write contact sheets to `folder`, and print what is to be known of each dataset."""
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {"spec": spec, "prompt": prompt, "seed": seed}
-    for number, source in enumerate([*train, *([test] if test else [])]):
-        role = f"train {number}" if number < len(train) else "test"
-        if number < len(train):
-            samples = TrainSet([replace_percentage(source)], **options)
-            keys = samples.epoch(0)[:SAMPLES]
-        else:
-            samples = TestSet(source, **options)
-            keys = range(min(SAMPLES, len(samples)))
-        path = folder / f"{role.replace(' ', '_')}.jpg"
-        picture = Image.fromarray(contact_sheet([show(samples[key]) for key in keys]))
-        atomic.write_atomically(path, lambda file, picture=picture: picture.save(file, "JPEG"))
-        print("\n".join([f"{role}  {source.config.data_dir}", *describe(source, spec), f"  see {path}"]))
-    if test and (pairs := near_duplicates(train, test)):
-        print(f"warning: photos to test on look like photos to train on:\n  {format_list(pairs)}")
+    """Write a contact sheet of each dataset to `folder`, and print its statistics and warnings.
+
+    Args:
+        spec: the sizes of the model to be trained.
+        prompt: one of PROMPT_KINDS; prompts are drawn on the samples.
+        seed: the seed of the run.
+
+    Raises UserError if `folder` cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error})") from error
+    for number, index in enumerate(train):
+        train_set = TrainSet([with_all_pairs(index)], spec=spec, prompt=prompt, seed=seed)
+        train_samples = (train_set[key] for key in train_set.epoch(0)[:N_SAMPLES])
+        preview_dataset(f"train {number}", index, train_samples, spec, folder)
+    if test is None:
+        return
+    test_set = TestSet(test, spec=spec, prompt=prompt, seed=seed)
+    test_samples = (test_set[number] for number in range(min(N_SAMPLES, len(test_set))))
+    preview_dataset("test", test, test_samples, spec, folder)
+    train_paths = list(dict.fromkeys(pair.image_path for index in train for pair in index.pairs))
+    duplicates = find_near_duplicates([pair.image_path for pair in test.pairs], train_paths)
+    if duplicates:
+        lines = [f"{test_path} = {train_path}" for test_path, train_path in duplicates]
+        print(f"warning: test images look like training images:\n  {format_list(lines)}")
 
 
-def replace_percentage(source: DatasetIndex) -> DatasetIndex:
-    """The source with all of its pairs in an epoch, for there to be enough to show."""
-    return replace(source, config=source.config.model_copy(update={"percentage": 1.0}))
+def preview_dataset(
+    role: str, index: DatasetIndex, samples: Iterable[dict], spec: InputSpec, folder: Path
+) -> None:
+    """Write the contact sheet of a dataset and print its statistics; `role` names both."""
+    sheet_path = folder / f"{role.replace(' ', '_')}.jpg"
+    write_image(sheet_path, contact_sheet([draw_sample(sample) for sample in samples]))
+    chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
+    stats = measure_masks([index.pairs[number].mask_path for number in chosen], spec.mask_grid)
+    sizes = sorted({index.facts[pair.image_path].size for pair in index.pairs})
+    size_text = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
+    if len(sizes) > 3:
+        size_text += ", ..."
+    print(f"{role}  {index.config.data_dir}")
+    print(f"  {len(index.pairs)} pairs of {size_text} (h x w), {len(index.backgrounds)} backgrounds")
+    print("\n".join(f"  {line}" for line in describe(stats)))
+    print(f"  see {sheet_path}")
 
 
-def show(sample: dict) -> np.ndarray:
-    """A sample as the model gets it, with the outline of its target and its prompt: RGB uint8 (h, w, 3).
+def with_all_pairs(index: DatasetIndex) -> DatasetIndex:
+    """A copy of a dataset index whose epochs hold every pair once."""
+    return replace(index, config=index.config.model_copy(update={"percentage": 1.0}))
 
-    It is enlarged, so that an outline does not cover a thin cable.
+
+def draw_sample(sample: dict) -> np.ndarray:
+    """Draw the outline of the target and the prompt on the image of a sample: RGB uint8 (h, w, 3).
+
+    The image is enlarged first: otherwise the outline would cover thin cables.
     """
     image = sample["image"].numpy()
-    times = -(-ENLARGED // len(image))
-    side = times * len(image)
-    height, width = (times * length for length in sample["size"].tolist())
-    large = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
+    factor = -(-MIN_SHOWN_SIDE // len(image))
+    side = factor * len(image)
+    height, width = (factor * length for length in sample["size"].tolist())
+    enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
     target = cv2.resize(sample["target"][0].numpy(), (side, side), interpolation=cv2.INTER_LINEAR)
-    large = outline(large, target > 127)[:height, :width]
-    return draw_points(large, sample["points"].numpy() * times, sample["labels"].numpy())
+    outlined = outline(enlarged, target > 127)[:height, :width]
+    return draw_points(outlined, sample["points"].numpy() * factor, sample["labels"].numpy())
 
 
-def describe(source: DatasetIndex, spec: InputSpec) -> list[str]:
-    """Lines on a dataset: pairs, sizes, share of foreground, widths on the model's mask grid, warnings."""
-    chosen = np.unique(np.linspace(0, len(source.pairs) - 1, PAIRS_MEASURED).astype(int))
+# --- Statistics -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskStats:
+    """Statistics of n masks with m centerline pixels.
+
+    shares: float (n,), fraction of foreground pixels in each mask.
+    widths: float (m,), width of the cable at each centerline pixel, in cells of the mask grid.
+    empty_paths: the masks without foreground.
+    """
+
+    shares: np.ndarray
+    widths: np.ndarray
+    empty_paths: list[Path]
+
+
+def measure_masks(paths: Sequence[Path], mask_grid: int) -> MaskStats:
+    """Read and measure at least one mask file; `mask_grid` is the side of the model's grid in cells."""
     shares, widths = [], []
-    for pair in (source.pairs[index] for index in chosen):
-        mask = read_mask(pair.mask_path)
+    for path in paths:
+        mask = read_mask(path)
         shares.append(mask.mean())
-        cells = spec.mask_grid / max(mask.shape)  # to a pixel
-        widths.append(GroundTruth.from_mask(mask).widths * cells)
-    sizes = sorted({source.facts[pair.image_path].size for pair in source.pairs})
-    shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3]) + ", ..." * (len(sizes) > 3)
-    lines = [
-        f"  {len(source.pairs)} pairs of {shown} (h x w), {len(source.backgrounds)} backgrounds",
-        f"  foreground {np.mean(shares):.1%} of the pixels",
-    ]
-    empty = [
-        str(source.pairs[index].mask_path) for index, share in zip(chosen, shares, strict=True) if not share
-    ]
-    if empty:
-        lines.append(f"  {len(empty)} of {len(chosen)} masks looked at are empty:\n  {format_list(empty)}")
-    widths = np.concatenate(widths)
-    if len(widths):
-        median, low = np.quantile(widths, [0.5, 0.05])
+        cells_per_pixel = mask_grid / max(mask.shape)
+        widths.append(GroundTruth.from_mask(mask).widths * cells_per_pixel)
+    empty_paths = [path for path, share in zip(paths, shares, strict=True) if share == 0]
+    return MaskStats(np.array(shares), np.concatenate(widths), empty_paths)
+
+
+def describe(stats: MaskStats) -> list[str]:
+    """Describe masks in lines of text: foreground, empty masks, cable widths, a warning of thin cables."""
+    lines = [f"foreground {np.mean(stats.shares):.1%} of the pixels"]
+    if stats.empty_paths:
+        empty = format_list([str(path) for path in stats.empty_paths])
+        lines.append(f"{len(stats.empty_paths)} of {len(stats.shares)} masks checked are empty:\n  {empty}")
+    if len(stats.widths) == 0:
+        return lines
+    median, low = np.quantile(stats.widths, [0.5, 0.05])
+    lines.append(f"cables are {median:.1f} cells of the mask grid wide (median; 5th percentile {low:.1f})")
+    thin_share = np.mean(stats.widths < MIN_WIDTH)
+    if thin_share >= MAX_THIN_SHARE:
         lines.append(
-            f"  cables are {median:.1f} cells of the mask grid wide (median; 5th percentile {low:.1f})"
+            f"warning: {thin_share:.0%} of their length is thinner than {MIN_WIDTH:g} cells, "
+            "too thin for the model to draw well; crop the images, or choose a model with a larger input"
         )
-        thin = np.mean(widths < THINNEST)
-        if thin >= 0.05:
-            lines.append(
-                f"  warning: {thin:.0%} of their length is thinner than {THINNEST:g} cells, which the model "
-                "can hardly draw; crop the photos, or take a model of larger input"
-            )
     return lines
 
 
-def near_duplicates(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
-    """Pairs (test = train) of photos that are nearly the same picture."""
-    paths = list(dict.fromkeys(pair.image_path for source in train for pair in source.pairs))
-    ours, theirs = thumbnails([pair.image_path for pair in test.pairs]), thumbnails(paths)
-    alike = ours @ theirs.T  # (tests, trained)
+# --- Duplicates -------------------------------------------------------------------------------
+
+
+def find_near_duplicates(test_paths: Sequence[Path], train_paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Find the pairs (test image, training image) that look nearly the same; one pair per test image."""
+    correlations = thumbnails(test_paths) @ thumbnails(train_paths).T  # (n_test, n_train)
+    best = correlations.argmax(axis=1)
     return [
-        f"{pair.image_path} = {paths[index]}"
-        for pair, row in zip(test.pairs, alike, strict=True)
-        if row[index := int(row.argmax())] > DUPLICATE
+        (test_path, train_paths[number])
+        for test_path, number, row in zip(test_paths, best, correlations, strict=True)
+        if row[number] > DUPLICATE_CORRELATION
     ]
 
 
-def thumbnails(paths: list[Path]) -> np.ndarray:
-    """Photos as vectors (n, 1024) whose products are correlations."""
+def thumbnails(paths: Sequence[Path]) -> np.ndarray:
+    """Gray thumbnails as float32 (n, 1024), normalized: the dot product of two rows is their correlation."""
     vectors = []
     for path in paths:
         gray = cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY)
-        vector = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+        small = cv2.resize(gray, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
+        vector = small.astype(np.float32).ravel()
         vector -= vector.mean()
-        vectors.append(vector / max(np.linalg.norm(vector), 1e-6))
+        norm = float(np.linalg.norm(vector))
+        vectors.append(vector / max(norm, 1e-6))  # a uniform image correlates with nothing
     return np.array(vectors)

@@ -11,7 +11,7 @@ from base.errors import UserError
 MIB = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that takes the name `path` only once it is safely on disk.
 
     Whatever goes wrong, `path` holds its old content or the new, never a part.

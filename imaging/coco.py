@@ -1,131 +1,195 @@
-"""Other tools' files: prompts from CSV or COCO, masks to COCO's polygons."""
+"""Files of other tools: prompts from CSV or COCO files, and masks as COCO polygons."""
 
 import csv
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
-from base.errors import UserError
-from inference import Prompt
-from sam.point_labels import BOX_CORNER_1, BOX_CORNER_2, NOT_A_POINT
+from imaging.files import FileError
+from imaging.prompts import Prompt
+from sam.point_labels import (
+    BACKGROUND_POINT,
+    BOX_CORNER_1,
+    BOX_CORNER_2,
+    FOREGROUND_POINT,
+    NOT_A_POINT,
+)
 
-TOLERANCE = 0.25  # pixels that a polygon may be off its mask's edge
-
+TOLERANCE = 0.25  # largest distance in pixels between a polygon and the edge of its mask
 
 # --- Prompts ----------------------------------------------------------------------------------
 
+EXPECTED = (
+    "expected a CSV file with the header image,x,y[,label] or image,x1,y1,x2,y2, "
+    "or a COCO file with boxes or keypoints"
+)
+
+
+class _Point(NamedTuple):
+    x: float
+    y: float
+    label: int
+
+
+class _Box(NamedTuple):
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
 
 def read_prompts(path: Path) -> dict[str, list[Prompt]]:
-    """The prompts of each picture, by its stem: all its points are one prompt, every box is one.
+    """Read the prompts of each image, by the stem of the image: one for all its points, one for each box.
 
-    A CSV has a header and rows of points (`image,x,y`, with `label` 0 for background if need be) or of
-    boxes (`image,x1,y1,x2,y2`); a COCO file has the boxes of its annotations and their keypoints. All in
-    pixels of the picture. Raises ValueError or OSError naming the file and what is wrong.
+    A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
+    background) or per box (`image,x1,y1,x2,y2`). In a COCO file, an annotation gives its visible
+    keypoints, or its box if it has no keypoints. All coordinates are pixels of the image.
+
+    Raises FileError, which says what is wrong with the file and what is expected.
     """
-    read = _read_coco if path.suffix.lower() == ".json" else _read_csv
-    points, prompts = {}, {}
-    try:
-        for image, numbers in read(path):
-            if len(numbers) == 4:
-                corners = np.array(numbers, np.float32).reshape(2, 2)
-                labels = np.array([BOX_CORNER_1, BOX_CORNER_2])
-                prompts.setdefault(Path(image).stem, []).append(Prompt(corners, labels))
-            else:
-                points.setdefault(Path(image).stem, []).append(numbers)
-    except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(
-            f"--prompt {path}: {error}; expected a CSV with the header image,x,y[,label] or "
-            "image,x1,y1,x2,y2, or a COCO file with boxes or keypoints"
-        ) from error
-    for stem, rows in points.items():
-        array = np.array([*rows, (0, 0, NOT_A_POINT)], np.float32)  # SAM ends points without a box so
+    points: dict[str, list[_Point]] = {}
+    prompts: dict[str, list[Prompt]] = {}
+    for image_name, item in _read_items(path):
+        stem = Path(image_name).stem
+        if isinstance(item, _Point):
+            points.setdefault(stem, []).append(item)
+        else:
+            corners = np.array(item, np.float32).reshape(2, 2)
+            labels = np.array([BOX_CORNER_1, BOX_CORNER_2], np.int64)
+            prompts.setdefault(stem, []).append(Prompt(corners, labels))
+    for stem, items in points.items():
+        # SAM ends points without a box with a point of the label NOT_A_POINT.
+        array = np.array([*items, _Point(0, 0, NOT_A_POINT)], np.float32)
         prompts.setdefault(stem, []).append(Prompt(array[:, :2], array[:, 2].astype(np.int64)))
     return prompts
 
 
-def _read_csv(path: Path):
+def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
+    """Read the points and boxes of a file, with the name of their image; raises FileError."""
+    read = _read_coco if path.suffix.lower() == ".json" else _read_csv
+    try:
+        return list(read(path))
+    except OSError as error:
+        raise FileError(f"--prompt {path}: cannot be read ({error})") from error
+    except KeyError as error:
+        raise FileError(f"--prompt {path}: {error} is missing; {EXPECTED}") from error
+    except (ValueError, TypeError, csv.Error) as error:  # a value of a wrong kind, or no CSV or JSON at all
+        raise FileError(f"--prompt {path}: {error}; {EXPECTED}") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or "image" not in rows.fieldnames:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
         for row in rows:
+            name = _require_text(row["image"])
             if is_box:
-                yield row["image"], _finite(row[name] for name in ("x1", "y1", "x2", "y2"))
+                yield name, _Box(*_finite(row[name] for name in ("x1", "y1", "x2", "y2")))
             else:
-                yield row["image"], (*_finite((row["x"], row["y"])), _label(row.get("label") or 1))
+                x, y = _finite((row["x"], row["y"]))
+                yield name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
 
 
-def _read_coco(path: Path):
-    document = json.loads(path.read_text())
-    names = {image["id"]: image["file_name"] for image in document["images"]}
+def _read_coco(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
+    document = json.loads(path.read_bytes())
+    names = {image["id"]: _require_text(image["file_name"]) for image in document["images"]}
     for annotation in document["annotations"]:
+        if annotation["image_id"] not in names:
+            raise ValueError(f"an annotation has image_id {annotation['image_id']}, but no image has this id")
         name = names[annotation["image_id"]]
         keypoints = np.reshape(annotation.get("keypoints", []), (-1, 3))
-        for x, y, visible in keypoints:
-            if visible:
-                yield name, (*_finite((x, y)), 1)
+        for x, y, visibility in keypoints:
+            if visibility:
+                x, y = _finite((x, y))
+                yield name, _Point(x, y, FOREGROUND_POINT)
         if len(keypoints) == 0:
-            x, y, width, height = _finite(annotation["bbox"])
-            yield name, (x, y, x + width - 1, y + height - 1)
+            left, top, width, height = _finite(annotation["bbox"])
+            yield name, _Box(left, top, left + width - 1, top + height - 1)
 
 
-def _finite(values) -> tuple[float, ...]:
+def _finite(values: Iterable[Any]) -> tuple[float, ...]:
     numbers = tuple(float(value) for value in values)
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{numbers} are not numbers of pixels")
+        raise ValueError(f"{numbers} are not coordinates in pixels")
     return numbers
 
 
-def _label(value: str | int) -> int:
-    if int(value) not in (0, 1):
-        raise ValueError(f"label {value} is neither 1, cable, nor 0, background")
+def _require_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not the name of a file")
+    return value
+
+
+def _parse_label(value: str | int) -> int:
+    if int(value) not in (BACKGROUND_POINT, FOREGROUND_POINT):
+        raise ValueError(
+            f"label {value} is neither {FOREGROUND_POINT} (cable) nor {BACKGROUND_POINT} (background)"
+        )
     return int(value)
 
 
 # --- Polygons ---------------------------------------------------------------------------------
 
 
-def polygons(mask: np.ndarray) -> list[dict]:
-    """COCO's `segmentation`, `bbox` and `area` of every connected part of a bool mask (H, W).
+class Region(TypedDict):
+    """One connected region of a mask, in the form of a COCO annotation.
 
-    COCO's polygons have no holes, but a cable that crosses itself does: each hole is joined to the edge
-    around it by a cut without width. Coordinates are COCO's: (0, 0) is the corner of the first pixel.
+    segmentation: one polygon, as the flat list x1, y1, x2, y2, ...
+    bbox: left, top, width, height in pixels.
+    area: number of pixels.
     """
-    found = []
+
+    segmentation: list[list[float]]
+    bbox: list[int]
+    area: int
+
+
+def polygons(mask: np.ndarray) -> list[Region]:
+    """Describe every connected region (with diagonal neighbors) of a bool mask (H, W) by one polygon.
+
+    A COCO polygon has no holes, but a cable that crosses itself encloses some: each hole is joined to the
+    outline by a slit of zero width. The origin is the outer corner of the first pixel, as in COCO.
+    """
+    regions: list[Region] = []
     for region in regionprops(label(mask, connectivity=2)):
         top, left, bottom, right = region.bbox
         contours = find_contours(np.pad(region.image, 1).astype(float), 0.5, fully_connected="high")
         rings = [approximate_polygon(contour, TOLERANCE)[:-1, ::-1] - 0.5 for contour in contours]
-        outer, *holes = sorted(rings, key=lambda ring: np.ptp(ring, axis=0).prod(), reverse=True)
+        outline, *holes = sorted(rings, key=lambda ring: np.ptp(ring, axis=0).prod(), reverse=True)
         for hole in holes:
-            outer = _join(outer, hole)
-        found.append(
+            outline = _join(outline, hole)
+        regions.append(
             {
-                "segmentation": [np.round(outer + np.array([left, top]), 2).ravel().tolist()],
+                "segmentation": [np.round(outline + np.array([left, top]), 2).ravel().tolist()],
                 "bbox": [left, top, right - left, bottom - top],
                 "area": int(region.area),
             }
         )
-    return found
+    return regions
 
 
-def _join(ring: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """One ring (n, 2) of two, there and back along the shortest way from a corner of one to the other's."""
-    distances = np.linalg.norm(ring[:, None] - hole[None], axis=2)
-    here, there = np.unravel_index(distances.argmin(), distances.shape)
-    around = np.concatenate([hole[there:], hole[: there + 1]])
-    return np.concatenate([ring[: here + 1], around, ring[here:]])
+def _join(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Join two rings of corners (n, 2) and (m, 2) to one, by a slit between their nearest corners."""
+    distances = np.linalg.norm(outline[:, None] - hole[None], axis=2)
+    i, j = np.unravel_index(distances.argmin(), distances.shape)
+    around_hole = np.concatenate([hole[j:], hole[: j + 1]])
+    return np.concatenate([outline[: i + 1], around_hole, outline[i:]])
 
 
-def coco_document(pictures: list[tuple[str, tuple[int, int], list[dict]]]) -> dict:
-    """A COCO file of pictures, each with its file's name, its (h, w), and its `polygons`."""
-    images, annotations = [], []
-    for number, (name, (height, width), parts) in enumerate(pictures, 1):
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for part in parts:
-            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
-            annotations.append(ids | part)
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cable"}]}
+def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list]:
+    """Build a COCO document from the file name, the size (h, w) and the `polygons` of each image."""
+    image_entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (name, (height, width), regions) in enumerate(images, 1):
+        image_entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for region in regions:
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
+            annotations.append({**ids, **region})
+    categories = [{"id": 1, "name": "cable"}]
+    return {"images": image_entries, "annotations": annotations, "categories": categories}

@@ -1,49 +1,53 @@
-"""Decoded files, kept in memory that data workers share."""
+"""A cache of decoded files in memory that data workers share."""
 
 import mmap
 import multiprocessing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from math import prod
 
 import numpy as np
 
 
 class DecodedCache:
-    """Arrays made from files, in memory that the process shares with the data workers it forks.
+    """Arrays made from files, in memory that this process shares with the data workers it forks.
 
-    Every item has its own place, as long as the budget lasts, and its bytes are a function of its
-    file alone: two workers that make one item at the same time write the same. Items without a place
-    are made anew at every use.
+    Each item has a slot of its own until the budget is used up. An item without a slot is made again at
+    every use. An array depends on its file alone: if two workers make the same item at the same time,
+    they write the same bytes.
+
+    A copy in a spawned process does not see the shared memory and has no slots.
 
     Args:
-        shapes: of the uint8 array that `make(item, longest)` returns, by (make, item).
+        shapes: shape of the uint8 array that `make(item, longest)` returns, by (make, item).
         max_bytes: the budget.
     """
 
-    def __init__(self, shapes: dict[Hashable, tuple[int, ...]], max_bytes: int) -> None:
-        self.places = {}
+    def __init__(self, shapes: Mapping[Hashable, tuple[int, ...]], max_bytes: int) -> None:
+        self.slots: dict[Hashable, tuple[int, tuple[int, ...]]] = {}  # offset and shape by (make, item)
         end = 0
         for key, shape in shapes.items():
-            size = 1 + prod(shape)  # a first byte says whether the rest is there
+            size = 1 + prod(shape)  # the first byte is 1 once the array is complete
             if end + size <= max_bytes:
-                self.places[key] = end, shape
+                self.slots[key] = end, shape
                 end += size
         self._memory = np.frombuffer(mmap.mmap(-1, max(end, 1)), np.uint8)
         self._lock = multiprocessing.Lock()
 
     def __reduce__(self) -> tuple:
-        # Processes that are spawned instead of forked do not see this memory: they go without.
         return DecodedCache, ({}, 0)
 
     def __call__(self, make: Callable[..., np.ndarray], item: Hashable, longest: int) -> np.ndarray:
-        """What `make(item, longest)` returns, as a read-only array."""
-        if (make, item) not in self.places:
+        """Return `make(item, longest)`, from the cache if possible; an array of the cache is read-only.
+
+        `longest` must be the same at every call: it is not part of the key.
+        """
+        if (make, item) not in self.slots:
             return make(item, longest)
-        start, shape = self.places[make, item]
+        start, shape = self.slots[make, item]
         array = self._memory[start + 1 : start + 1 + prod(shape)].reshape(shape)
-        with self._lock:  # also orders the reads of this process after the writes of another
-            is_there = self._memory[start]
-        if not is_there:
+        with self._lock:  # also makes the array visible that another process completed
+            is_complete = bool(self._memory[start])
+        if not is_complete:
             array[:] = make(item, longest)
             with self._lock:
                 self._memory[start] = 1

@@ -1,6 +1,7 @@
-"""Sizes and frames: how images and masks are resized and padded for a model."""
+"""Sizes and frames: resizing and padding images and masks for a model."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import cv2
 import numpy as np
@@ -10,65 +11,89 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model takes: `img_size` is the side of its square input, `mask_grid` that of the targets."""
+    """The sizes that a model works with.
+
+    img_size: side of its square input in pixels.
+    mask_grid: side of the square grid of its targets in cells.
+    """
 
     img_size: int
     mask_grid: int
 
     @property
     def finest_side(self) -> int:
-        """The longest side of what samples are made of."""
+        """The longest side at which a sample is made, before it is reduced to input and target."""
         return max(self.img_size, self.mask_grid)
 
 
+class ModelInput(TypedDict):
+    """An image and its target in a model's frame (S = img_size, M = mask_grid).
+
+    image: uint8 (S, S, 3) RGB, longest side S, padded with zeros at the bottom and right.
+    size: int64 (2,), the (h, w) of the image without padding.
+    target: uint8 (1, M, M), 255 times the mask averaged over each cell of the grid.
+    """
+
+    image: torch.Tensor
+    size: torch.Tensor
+    target: torch.Tensor
+
+
 def fit_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """`size` (h, w) scaled so that its longest side is `longest`, rounded as SAM does."""
+    """Scale `size` (h, w) to the longest side `longest`, rounded as in SAM's ResizeLongestSide."""
     scale = longest / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize to (h, w) exactly as `SamPredictor` does (Pillow's antialiased bilinear filter)."""
+    """Resize a uint8 image to (h, w) exactly as `SamPredictor` does (Pillow's antialiased bilinear filter).
+
+    Returns the argument itself if it already has this size.
+    """
     if image.shape[:2] == size:
         return image
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a uint8 picture of any channels to (h, w), fast: by area averaging if it shrinks."""
+    """Resize a uint8 image (H, W, C) to (h, w), faster than `resize_image`.
+
+    Uses area averaging if a side shrinks, else bilinear interpolation.
+    """
     shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a soft mask to (h, w) by area averaging, which keeps a thin cable's total area."""
+    """Resize a soft mask float32 (H, W) to (h, w) by area averaging, which keeps the area of thin cables.
+
+    Returns the argument itself if it already has this size.
+    """
     if mask.shape == size:
         return mask
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def to_u8(mask: np.ndarray) -> np.ndarray:
-    """A soft mask in 0..1 as uint8 in 0..255."""
+    """Convert a soft mask in 0..1 to uint8 in 0..255."""
     return np.rint(mask * 255).astype(np.uint8)
 
 
 def pad_to_square(array: np.ndarray, side: int) -> np.ndarray:
-    """A copy padded with zeros at the bottom and right to (side, side, ...)."""
+    """Copy an array (h, w, ...) into (side, side, ...), padded with zeros at the bottom and right."""
     square = np.zeros((side, side, *array.shape[2:]), array.dtype)
     square[: array.shape[0], : array.shape[1]] = array
     return square
 
 
-def to_model_input(image: np.ndarray, mask: np.ndarray, spec: InputSpec) -> dict[str, torch.Tensor]:
-    """Bring an image and its soft mask to the model's spec.
+def to_model_input(image: np.ndarray, mask: np.ndarray, spec: InputSpec) -> ModelInput:
+    """Bring an image uint8 (h, w, 3) and its soft mask float32 (h', w') to the model's frame.
 
-    Returns:
-        image: uint8 (S, S, 3), longest side S = img_size, padded at the bottom and right.
-        size: int64 (2,), the (h, w) of the picture in it.
-        target: uint8 (1, mask_grid, mask_grid), 255 times the mask averaged over the cells of the mask_grid.
+    The two may differ in size but not in proportions. The result shares no memory with them.
     """
-    size = fit_size(mask.shape, spec.img_size)
-    mask = resize_mask(mask, fit_size(mask.shape, spec.finest_side))
+    mask_size = (mask.shape[0], mask.shape[1])
+    size = fit_size(mask_size, spec.img_size)
+    mask = resize_mask(mask, fit_size(mask_size, spec.finest_side))
     target = resize_mask(pad_to_square(mask, spec.finest_side), (spec.mask_grid, spec.mask_grid))
     return {
         "image": torch.from_numpy(pad_to_square(resize_image(image, size), spec.img_size)),

@@ -1,8 +1,9 @@
-"""Pictures and videos to predict, in and out."""
+"""Images and videos in and out of prediction."""
 
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,22 +15,112 @@ from PIL import Image
 
 from base import atomic
 from base.errors import UserError
-from imaging.files import IMAGE_SUFFIXES, check_size, read_image, read_mask
+from imaging.coco import read_prompts
+from imaging.files import FileError, check_size, image_files, read_image, read_mask
+from imaging.prompts import Prompt
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
+DEFAULT_FRAME_RATE = 25.0
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One to predict: `image` RGB uint8 (H, W, 3), and `truth` bool (H, W) or None.
+class InputImage:
+    """An image to predict.
 
-    `name` is that of its file; what is written of it has the name `stem`.
+    name: the name of its file; a frame of a video has an invented one.
+    stem: the name, without suffix, of the files that are written for it.
+    image: RGB uint8 (H, W, 3).
+    mask: the true mask, bool (H, W), or None if it is not known.
     """
 
     name: str
     stem: str
     image: np.ndarray
-    truth: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+# --- Images ------------------------------------------------------------------------------------
+
+
+def find_images(path: Path) -> list[Path]:
+    """Find the files to predict: `path` itself, or the image files in this folder.
+
+    Raises UserError if there are none, or if two of them have the same stem.
+    """
+    if os.path.isfile(path):  # unlike Path.is_file(), False for a path without permission
+        return [path]
+    if not os.path.isdir(path):
+        raise UserError(f"--input {path}: no such file or folder, or no permission to read it")
+    paths = image_files(path)
+    if not paths:
+        raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
+    n_files = Counter(image_path.stem for image_path in paths)
+    doubles = [image_path.name for image_path in paths if n_files[image_path.stem] > 1]
+    if doubles:
+        raise UserError(
+            f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask; rename one of them"
+        )
+    return paths
+
+
+def find_masks(folder: Path, image_paths: Iterable[Path]) -> dict[str, Path]:
+    """Find the true mask of each image in a folder, by stem.
+
+    Raises UserError if the folder is missing, or naming the first image without a mask.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"--masks {folder}: no such folder, or no permission to read it")
+    by_stem = {path.stem: path for path in image_files(folder)}
+    masks = {}
+    for image_path in image_paths:
+        if image_path.stem not in by_stem:
+            raise UserError(f"--masks {folder}: no mask for {image_path.name}")
+        masks[image_path.stem] = by_stem[image_path.stem]
+    return masks
+
+
+def find_prompts(path: Path, image_paths: Iterable[Path]) -> dict[str, list[Prompt]]:
+    """Read the prompts of each image by its stem from a CSV or COCO file.
+
+    Raises UserError if the file cannot be read, or naming the first image without a prompt.
+    """
+    prompts = read_prompts(path)
+    for image_path in image_paths:
+        if image_path.stem not in prompts:
+            raise UserError(f"--prompt {path}: no prompt for {image_path.name}")
+    return prompts
+
+
+def read_images(
+    paths: Iterable[Path], mask_paths: Mapping[str, Path], faults: list[str]
+) -> Iterator[InputImage]:
+    """Read images one by one, with their true masks if `mask_paths` has them by stem.
+
+    An image that cannot be read is left out, and a message about it is appended to `faults`.
+    """
+    for path in paths:
+        try:
+            check_size(path)
+            image = read_image(path)
+            mask = read_mask(mask_paths[path.stem]) if path.stem in mask_paths else None
+            if mask is not None and mask.shape != image.shape[:2]:
+                raise FileError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {mask.shape}")
+        except FileError as error:
+            faults.append(str(error))
+            continue
+        yield InputImage(path.name, path.stem, image, mask)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an image or a mask atomically, as PNG or else as JPEG by its suffix; raises UserError.
+
+    `image` is uint8 (H, W, 3), uint8 (H, W), or for PNG uint16 (H, W).
+    """
+    kind = "PNG" if path.suffix == ".png" else "JPEG"
+    atomic.write_atomically(path, partial(Image.fromarray(image).save, format=kind))
+
+
+# --- Videos ------------------------------------------------------------------------------------
 
 
 def is_video(path: Path) -> bool:
@@ -37,84 +128,51 @@ def is_video(path: Path) -> bool:
 
 
 def frame_count(path: Path) -> int:
-    """How many frames a video says that it has; 0 if it is none."""
+    """The number of frames that the header of a video states; 0 if the file is not a video."""
     return max(0, int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
-def find_pictures(path: Path) -> list[Path]:
-    """The files to predict; raises UserError if there are none, or two of a stem."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"--input {path}: no such file or folder")
-    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
-    stems = Counter(picture.stem for picture in pictures)
-    doubles = [picture.name for picture in pictures if stems[picture.stem] > 1]
-    if doubles:
-        raise UserError(f"--input {path}: {doubles[0]} and {doubles[1]} would give one mask")
-    return pictures
+def frame_rate(path: Path) -> float:
+    """The frames per second that the header of a video states, or 25 if it states none."""
+    rate = cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS)
+    return rate if rate > 0 else DEFAULT_FRAME_RATE
 
 
-def find_truths(folder: Path, pictures: list[Path]) -> dict[str, Path]:
-    """The true masks by stem; raises UserError naming the first picture without one."""
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder}: no such folder")
-    stems = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES}
-    for picture in pictures:
-        if picture.stem not in stems:
-            raise UserError(f"--masks {folder}: no mask for {picture.name}")
-    return {picture.stem: stems[picture.stem] for picture in pictures}
+def read_frames(path: Path, faults: list[str]) -> Iterator[InputImage]:
+    """Read the frames of a video one by one, numbered from 0.
 
-
-def read_pictures(paths: list[Path], truths: dict[str, Path], unreadable: list[str]) -> Iterator[Picture]:
-    """Those that can be read; messages of the rest go to `unreadable`."""
-    for path in paths:
-        try:
-            check_size(path)
-            image = read_image(path)
-            truth = read_mask(truths[path.stem]) if path.stem in truths else None
-            if truth is not None and truth.shape != image.shape[:2]:
-                raise UserError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {truth.shape}")
-        except UserError as error:
-            unreadable.append(str(error))
-            continue
-        yield Picture(path.name, path.stem, image, truth)
-
-
-def read_frames(path: Path, unreadable: list[str]) -> Iterator[Picture]:
-    """The frames of a video, numbered from 0; a message to `unreadable` if it ends early."""
+    If the video ends early, a message about it is appended to `faults`.
+    """
     video = cv2.VideoCapture(str(path))
     expected, number = frame_count(path), 0
     while True:
-        there, frame = video.read()
-        if not there:
+        is_read, frame = video.read()
+        if not is_read:
             break
         stem = f"{path.stem}_{number:06d}"
-        yield Picture(f"{stem}.png", stem, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+        yield InputImage(f"{stem}.png", stem, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
         number += 1
     if number < max(expected, 1):
-        unreadable.append(f"{path}: of {expected} frames only {number} can be decoded")
+        faults.append(f"{path}: of {expected} frames only {number} can be decoded")
 
 
-def write_picture(path: Path, array: np.ndarray) -> None:
-    kind = "PNG" if path.suffix == ".png" else "JPEG"
-    atomic.write_atomically(path, partial(Image.fromarray(array).save, format=kind))
+def write_video(path: Path, frame_paths: Sequence[Path], rate: float) -> None:
+    """Join image files of one size to a video of `rate` frames per second, written whole or not at all.
 
-
-def write_video(output: Path, source: Path, stems: Iterable[str]) -> None:
-    """Join the overlays of a video's frames to one, `overlays/NAME.mp4`; raises UserError if it cannot."""
-    target = output / "overlays" / f"{source.stem}.mp4"
-    rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25
-    frames = (read_image(output / "overlays" / f"{stem}.jpg") for stem in stems)
+    Raises UserError if a frame cannot be read or the video cannot be written.
+    """
+    frames = (read_image(frame_path) for frame_path in frame_paths)
     first = next(frames)
-    with tempfile.TemporaryDirectory(dir=output) as folder:  # cv2 takes a name, not a file
-        whole = Path(folder) / target.name
-        video = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*"mp4v"), rate, first.shape[1::-1])
-        if not video.isOpened():
-            raise UserError(f"{target}: OpenCV cannot write it")
-        for frame in chain([first], frames):
-            video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        video.release()
-        whole.replace(target)
+    size = (first.shape[1], first.shape[0])
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # OpenCV writes to a path only
+            temporary = Path(folder) / path.name
+            video = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+            if not video.isOpened():
+                raise UserError(f"{path}: OpenCV cannot write this video")
+            for frame in chain([first], frames):
+                video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            video.release()
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error}") from error

@@ -1,25 +1,31 @@
-"""Measures on thin objects: of a picture's logits against its truth, at the picture's own resolution."""
+"""Metrics for thin objects: an image's logits against its ground truth, at the image's own resolution.
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+A mask is bool (h, w). Above a threshold of 0 a logit is foreground.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from skimage.morphology import skeletonize
 
-# Distance in pixels to which a boundary counts. (The usual 2 % of the diagonal is wider than a cable.)
-BOUNDARY = 2
-# Thresholds on logits; the masks that are scored are those at 0, the middle one.
+# Width in pixels of the boundary region. (The usual 2 % of the diagonal is wider than a cable.)
+BOUNDARY_WIDTH = 2
+
+# Thresholds on logits at which pixels are counted. The middle one is 0: `Scores` are at this threshold.
 THRESHOLDS = np.linspace(-4, 4, 65)
+ZERO_INDEX = len(THRESHOLDS) // 2
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How one predicted mask agrees with the truth, every measure in 0..1.
+    """How well one predicted mask agrees with the ground truth; all scores are in 0..1.
 
-    boundary_iou: IoU of the two masks' rims of 2 px (Cheng et al., Boundary IoU, CVPR 2021).
-    cldice: harmonic mean of how much of the predicted center lines lies on the truth, and of the true
-        ones on the prediction (Shit et al., clDice, CVPR 2021, eq. 1 to 3).
+    boundary_iou: IoU of the boundary regions of both masks (Cheng et al., Boundary IoU, CVPR 2021).
+    cldice: harmonic mean of two fractions: of the predicted centerline inside the true mask, and of the
+        true centerline inside the predicted mask (Shit et al., clDice, CVPR 2021, eq. 1 to 3).
     """
 
     iou: float
@@ -31,135 +37,161 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class ImageStats:
-    """What one picture adds to the measures of its set.
-
-    scores: its own.
-    widths, found: float and bool (n,), for every pixel of the true center lines how wide the cable is
-        there, in pixels, and whether it is predicted.
-    counts: int (2, T), pixels above each of the THRESHOLDS, of the background and of the foreground.
-    sizes: int (2,), all pixels of the background and of the foreground.
-    """
-
-    scores: Scores
-    widths: np.ndarray
-    found: np.ndarray
-    counts: np.ndarray
-    sizes: np.ndarray
-
-
-@dataclass(frozen=True)
 class GroundTruth:
-    """A true mask, bool (h, w), and what takes long to find of it: its center lines.
+    """A true mask and its centerline, which is slow to compute (n centerline pixels).
 
-    lines: the rows and columns of their n pixels.
-    widths: float (n,), how wide the cable is there, in pixels.
+    mask: bool (h, w).
+    centerline: row and column indices of the centerline pixels, two int arrays (n,).
+    widths: float (n,), width of the cable at each centerline pixel, in pixels.
     """
 
     mask: np.ndarray
-    lines: tuple[np.ndarray, np.ndarray]
+    centerline: tuple[np.ndarray, ...]
     widths: np.ndarray
 
     @classmethod
     def from_mask(cls, mask: np.ndarray) -> "GroundTruth":
-        lines = np.nonzero(skeletonize(mask))
-        return cls(mask, lines, cable_widths(mask, lines))
+        """Compute the centerline of a bool mask (h, w)."""
+        centerline = np.nonzero(skeletonize(mask))
+        return cls(mask, centerline, _cable_widths(mask, centerline))
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """What one image contributes to the metrics of a set (n centerline pixels, T thresholds).
+
+    scores: the scores of the image.
+    widths: float (n,), width of the cable at each pixel of the true centerline, in pixels.
+    is_found: bool (n,), whether that pixel is in the predicted mask.
+    counts: int (2, T), numbers of background and of foreground pixels above each of THRESHOLDS.
+    pixel_counts: int (2,), numbers of all background and of all foreground pixels.
+    """
+
+    scores: Scores
+    widths: np.ndarray
+    is_found: np.ndarray
+    counts: np.ndarray
+    pixel_counts: np.ndarray
 
 
 def compute_stats(logits: np.ndarray, truth: GroundTruth) -> ImageStats:
-    """Measure one picture by its float logits (h, w), of which above 0 is foreground."""
+    """Compare the logits of one image, float (h, w), with its ground truth; NaN counts as background."""
     logits = np.where(np.isnan(logits), -np.inf, logits)
     prediction = logits > 0
     step = THRESHOLDS[1] - THRESHOLDS[0]
-    # How many of the evenly spaced thresholds each pixel is above.
-    above = np.clip(np.ceil((logits - THRESHOLDS[0]) / step), 0, len(THRESHOLDS)).astype(np.int8)
-    regions = (above[~truth.mask], above[truth.mask])
+    # The number of the evenly spaced thresholds that are below each logit.
+    n_below = np.clip(np.ceil((logits - THRESHOLDS[0]) / step), 0, len(THRESHOLDS)).astype(np.int8)
+    regions = (n_below[~truth.mask], n_below[truth.mask])
     histograms = np.array([np.bincount(region, minlength=len(THRESHOLDS) + 1) for region in regions])
-    counts, sizes = histograms[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:], histograms.sum(axis=1)
-    return ImageStats(score(prediction, truth), truth.widths, prediction[truth.lines], counts, sizes)
+    return ImageStats(
+        scores=score(prediction, truth),
+        widths=truth.widths,
+        is_found=prediction[truth.centerline],
+        counts=histograms[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:],
+        pixel_counts=histograms.sum(axis=1),
+    )
 
 
 def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
-    """Compare a bool mask (h, w) with the truth of the same size.
+    """Compare a predicted mask with a ground truth of the same size.
 
-    Two empty masks agree: 1. If only one is empty, all measures are 0.
+    If both masks are empty, all scores are 1. If only one is empty, all scores are 0.
     """
     if prediction.shape != truth.mask.shape:
-        raise ValueError(f"prediction is {prediction.shape} but truth is {truth.mask.shape}")
+        raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {truth.mask.shape}")
     if not prediction.any() and not truth.mask.any():
         return Scores(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     whole = _overlap(prediction, truth.mask)
-    lines = skeletonize(prediction)
-    topology_precision = _share(np.count_nonzero(truth.mask[lines]), np.count_nonzero(lines))
-    topology_recall = _share(np.count_nonzero(prediction[truth.lines]), len(truth.widths))
+    boundary = _overlap(boundary_region(prediction), boundary_region(truth.mask))
+    centerline = skeletonize(prediction)
+    topology_precision = _ratio(np.count_nonzero(truth.mask[centerline]), np.count_nonzero(centerline))
+    topology_recall = _ratio(np.count_nonzero(prediction[truth.centerline]), len(truth.widths))
     return Scores(
         iou=whole.iou,
         dice=whole.dice,
         precision=whole.precision,
         recall=whole.recall,
-        boundary_iou=_overlap(rim(prediction), rim(truth.mask)).iou,
-        cldice=_share(2 * topology_precision * topology_recall, topology_precision + topology_recall),
+        boundary_iou=boundary.iou,
+        cldice=_ratio(2 * topology_precision * topology_recall, topology_precision + topology_recall),
     )
 
 
-def _overlap(prediction: np.ndarray, truth: np.ndarray) -> SimpleNamespace:
-    both, predicted, true = (int(np.count_nonzero(mask)) for mask in (prediction & truth, prediction, truth))
-    return SimpleNamespace(
-        iou=_share(both, predicted + true - both),
-        dice=_share(2 * both, predicted + true),
-        precision=_share(both, predicted),
-        recall=_share(both, true),
+class _Overlap(NamedTuple):
+    iou: float
+    dice: float
+    precision: float
+    recall: float
+
+
+def _overlap(prediction: np.ndarray, truth: np.ndarray) -> _Overlap:
+    n_both = int(np.count_nonzero(prediction & truth))
+    n_predicted, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
+    return _Overlap(
+        iou=_ratio(n_both, n_predicted + n_true - n_both),
+        dice=_ratio(2 * n_both, n_predicted + n_true),
+        precision=_ratio(n_both, n_predicted),
+        recall=_ratio(n_both, n_true),
     )
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float | np.integer, whole: float | np.integer) -> float:
+    """`part / whole`, or 0 if `whole` is 0."""
     return float(part / whole) if whole else 0.0
 
 
-def rim(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a bool mask that are at most BOUNDARY from its outside (which is also the frame's)."""
+def boundary_region(mask: np.ndarray) -> np.ndarray:
+    """The mask's pixels within BOUNDARY_WIDTH of its outside, bool (h, w). The frame counts as outside."""
     padded = np.pad(mask, 1).astype(np.uint8)
-    inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=BOUNDARY)
+    inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=BOUNDARY_WIDTH)
     return mask & ~inner[1:-1, 1:-1].astype(bool)
 
 
-def cable_widths(mask: np.ndarray, lines: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Width in pixels at every pixel of the center lines: about twice the distance to the outside."""
+def _cable_widths(mask: np.ndarray, centerline: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Width in pixels at every centerline pixel: about twice its distance to the outside."""
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return 2 * distance[1:-1, 1:-1][lines] - 1
+    return 2 * distance[1:-1, 1:-1][centerline] - 1
 
 
-def aggregate(measured: list[ImageStats]) -> dict[str, float]:
-    """Measures of a set: means over pictures under their own names, and of all pixels together:
+def aggregate(stats: Sequence[ImageStats]) -> dict[str, float]:
+    """Summarize a set of at least one image.
 
-    total_iou; recall_thin, recall_medium and recall_thick, the predicted share of the true center lines
-    in the thirds of smallest, middle and largest width (without those that are empty, as where all cables
-    are of one width); best_threshold, the threshold on logits with the largest mean IoU, and best_iou,
-    that IoU.
+    Returns:
+        iou, dice, ...: the mean of each of the `Scores` over the images.
+        total_iou: IoU of the pixels of all images together.
+        recall_thin, recall_medium, recall_thick: the fraction of the true centerline that is predicted,
+            in the thirds of smallest, middle and largest width. An empty third is left out: if all cables
+            have the same width, for instance.
+        best_threshold: the threshold on logits with the largest mean IoU.
+        best_iou: the mean IoU at this threshold.
     """
-    summary = {
-        name: float(np.mean([vars(m.scores)[name] for m in measured])) for name in vars(measured[0].scores)
+    names = [field.name for field in fields(Scores)]
+    summary = {name: float(np.mean([getattr(image.scores, name) for image in stats])) for name in names}
+    counts = np.sum([image.counts for image in stats], axis=0)
+    pixel_counts = np.sum([image.pixel_counts for image in stats], axis=0)
+    summary["total_iou"] = float(_ious(counts, pixel_counts)[ZERO_INDEX])
+    summary |= _recall_by_width(
+        np.concatenate([image.widths for image in stats]), np.concatenate([image.is_found for image in stats])
+    )
+    mean_ious = np.mean([_ious(image.counts, image.pixel_counts) for image in stats], axis=0)
+    best = int(np.argmax(mean_ious))
+    return summary | {"best_threshold": float(THRESHOLDS[best]), "best_iou": float(mean_ious[best])}
+
+
+def _recall_by_width(widths: np.ndarray, is_found: np.ndarray) -> dict[str, float]:
+    """Fraction of found centerline pixels in each third of the widths that is not empty."""
+    if len(widths) == 0:
+        return {}
+    thin, thick = np.quantile(widths, [1 / 3, 2 / 3])
+    thirds = {
+        "recall_thin": widths <= thin,
+        "recall_medium": (widths > thin) & (widths <= thick),
+        "recall_thick": widths > thick,
     }
-    counts, sizes = sum(m.counts for m in measured), sum(m.sizes for m in measured)
-    summary["total_iou"] = float(_ious(counts, sizes)[len(THRESHOLDS) // 2])
-    widths, found = (np.concatenate([getattr(m, name) for m in measured]) for name in ("widths", "found"))
-    if len(widths):
-        thin, thick = np.quantile(widths, [1 / 3, 2 / 3])
-        thirds = {
-            "thin": widths <= thin,
-            "medium": (widths > thin) & (widths <= thick),
-            "thick": widths > thick,
-        }
-        summary |= {
-            f"recall_{name}": float(found[third].mean()) for name, third in thirds.items() if third.any()
-        }
-    ious = np.mean([_ious(m.counts, m.sizes) for m in measured], axis=0)
-    best = int(np.argmax(ious))
-    return summary | {"best_threshold": float(THRESHOLDS[best]), "best_iou": float(ious[best])}
+    return {name: float(is_found[third].mean()) for name, third in thirds.items() if third.any()}
 
 
-def _ious(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """IoU (T,) at every threshold; `counts` and `sizes` as in `ImageStats`."""
-    false, true = counts
-    union = false + sizes[1]
-    return np.where(union > 0, true / np.maximum(union, 1), 1.0)
+def _ious(counts: np.ndarray, pixel_counts: np.ndarray) -> np.ndarray:
+    """IoU (T,) at every threshold, 1 if the union is empty; arguments as in `ImageStats`."""
+    false_positives, true_positives = counts
+    union = false_positives + pixel_counts[1]
+    return np.where(union > 0, true_positives / np.maximum(union, 1), 1.0)

@@ -1,82 +1,92 @@
-"""Pictures of what the model sees, should find, and finds."""
+"""Drawing masks, prompts and contact sheets. All images are RGB uint8 (H, W, 3), masks bool (H, W)."""
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-TRUTH_COLOR = (0, 220, 0)
+from sam.point_labels import BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT
+
+GROUND_TRUTH_COLOR = (0, 220, 0)
 PREDICTION_COLOR = (255, 0, 200)
+PROMPT_COLOR = (255, 255, 0)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Tint the masked pixels of an RGB uint8 (H, W, 3) image; `mask` is bool (H, W)."""
+    """Tint the masked pixels on a copy of an image."""
     tinted = image.copy()
     tinted[mask] = (0.4 * image[mask] + 0.6 * np.array(color)).astype(np.uint8)
     return tinted
 
 
 def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Draw a prompt, in the image's own pixels: points as discs, a box as a frame.
+    """Draw a prompt on a copy of an image: foreground points as discs, a box as a frame.
 
-    `points` (N, 2) float and `labels` (N,) int are as `decoder.decode` takes them.
+    Args:
+        points: float (N, 2), (x, y) in pixels of the image.
+        labels: int (N,), labels from `sam.point_labels`.
     """
     drawn = image.copy()
     radius = max(2, max(image.shape[:2]) // 80)
-    for point in np.rint(points[labels == 1]).astype(int):
-        cv2.circle(drawn, point.tolist(), radius, (255, 255, 0), -1)
-    corners = np.rint(points[labels >= 2]).astype(int)
+    for point in np.rint(points[labels == FOREGROUND_POINT]).astype(int):
+        cv2.circle(drawn, point.tolist(), radius, PROMPT_COLOR, -1)
+    corners = np.rint(points[np.isin(labels, (BOX_CORNER_1, BOX_CORNER_2))]).astype(int)
     if len(corners) == 2:
-        cv2.rectangle(drawn, corners[0].tolist(), corners[1].tolist(), (255, 255, 0), radius // 2)
+        cv2.rectangle(drawn, corners[0].tolist(), corners[1].tolist(), PROMPT_COLOR, radius // 2)
     return drawn
 
 
-def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
-    """An image (H, W, 3) or a bool mask (H, W) no larger than needed; of a mask thin parts are kept."""
-    if max(picture.shape[:2]) <= longest:
-        return picture
-    scale = longest / max(picture.shape[:2])
-    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
-    small = cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    return small > 0.25 if picture.dtype == bool else np.rint(small).astype(np.uint8)
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """Shrink an image or a mask to the longest side `longest`; a smaller one is returned unchanged.
+
+    A pixel of a shrunk mask is foreground if more than a quarter of its area is: thin cables stay visible.
+    """
+    if max(image.shape[:2]) <= longest:
+        return image
+    scale = longest / max(image.shape[:2])
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    small = cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return small > 0.25 if image.dtype == bool else np.rint(small).astype(np.uint8)
 
 
 def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the edge of a bool mask (H, W) on a copy of an image (H, W, 3)."""
+    """Draw the edge of a mask on a copy of an image."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(image.copy(), contours, -1, TRUTH_COLOR, 1)
+    return cv2.drawContours(image.copy(), contours, -1, GROUND_TRUTH_COLOR, 1)
 
 
-def contact_sheet(pictures: list[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
-    """A contact sheet of RGB pictures of any size, each scaled to one width (or at most as high)."""
+def contact_sheet(images: Sequence[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
+    """Arrange images of any size in rows; the longer side of each is scaled to `width` pixels."""
     cells = []
-    for picture in pictures:
-        scale = width / max(picture.shape[:2])
-        size = [max(1, round(length * scale)) for length in picture.shape[1::-1]]
-        cells.append(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+    for image in images:
+        scale = width / max(image.shape[:2])
+        size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
+        cells.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
     rows = []
     for start in range(0, len(cells), columns):
-        row = cells[start : start + columns]
-        whole = np.zeros((max(len(cell) for cell in row), columns * width, 3), np.uint8)
-        for column, cell in enumerate(row):
-            whole[: cell.shape[0], column * width : column * width + cell.shape[1]] = cell
-        rows.append(whole)
+        row_cells = cells[start : start + columns]
+        row = np.zeros((max(len(cell) for cell in row_cells), columns * width, 3), np.uint8)
+        for column, cell in enumerate(row_cells):
+            row[: cell.shape[0], column * width : column * width + cell.shape[1]] = cell
+        rows.append(row)
     return np.vstack(rows)
 
 
-def panel(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Image | truth | prediction side by side: RGB uint8 (H, 3 W, 3) from masks bool (H, W)."""
+def panel(image: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Show image, ground truth and prediction side by side: RGB uint8 (H, 3 W, 3)."""
     return np.hstack(
         [
             image,
-            overlay(image, truth, TRUTH_COLOR),
+            overlay(image, ground_truth, GROUND_TRUTH_COLOR),
             overlay(image, prediction, PREDICTION_COLOR),
         ]
     )
 
 
-def sheet(panels: list[np.ndarray], width: int = 960) -> np.ndarray:
-    """Stack panels of any size under each other, each scaled to one width."""
+def sheet(panels: Sequence[np.ndarray], width: int = 960) -> np.ndarray:
+    """Stack images of any size vertically, each scaled to `width` pixels."""
     rows = []
-    for picture in panels:
-        height = max(1, round(picture.shape[0] * width / picture.shape[1]))
-        rows.append(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
+    for image in panels:
+        height = max(1, round(image.shape[0] * width / image.shape[1]))
+        rows.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
     return np.vstack(rows)

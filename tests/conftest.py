@@ -86,8 +86,12 @@ def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     return path
 
 
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
 def draw_cable(rng: np.random.Generator, size: tuple[int, int], width: int) -> np.ndarray:
-    """A curved line across the picture, bool (h, w)."""
+    """A curved line across the image, bool (h, w)."""
     mask = np.zeros(size, np.uint8)
     x = np.linspace(0, size[1], 20)
     y = size[0] * (0.5 + 0.3 * np.sin(x / size[1] * rng.uniform(2, 5) + rng.uniform(0, 6)))
@@ -110,13 +114,20 @@ def write_dataset(folder: Path, n: int, size=(48, 64), width=5, seed=0) -> Path:
 
 
 def write_backgrounds(folder: Path, n: int = 3, size=(70, 90)) -> Path:
-    """`n` dark textured pictures."""
+    """`n` dark textured images."""
     rng = np.random.default_rng(9)
     folder.mkdir(parents=True)
     for number in range(n):
         noise = rng.integers(0, 80, (*size, 3)).astype(np.uint8)
         Image.fromarray(cv2.blur(noise, (3, 3))).save(folder / f"bg {number}.jpg")
     return folder
+
+
+def write_video(path: Path, frames: list[np.ndarray], rate: float = 5) -> None:
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), rate, frames[0].shape[1::-1])
+    for frame in frames:
+        video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    video.release()
 
 
 @pytest.fixture

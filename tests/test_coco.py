@@ -9,6 +9,7 @@ from skimage.draw import polygon2mask
 
 from base.errors import UserError
 from imaging.coco import coco_document, polygons, read_prompts
+from sam.point_labels import BACKGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
 
 def fill(part, size):
@@ -43,12 +44,12 @@ def test_thin_lines_keep_their_width_and_place():
         assert (x.min(), y.min(), np.ptp(x), np.ptp(y)) == (left, top, width, height)
 
 
-def test_pixels_that_touch_at_a_corner_are_one_part():
+def test_pixels_that_touch_at_a_corner_are_one_region():
     assert len(polygons(np.eye(6, dtype=bool))) == 1
     assert polygons(np.zeros((5, 5), bool)) == []
 
 
-def test_the_document_ties_parts_to_their_pictures():
+def test_the_document_ties_regions_to_their_images():
     mask = np.zeros((9, 9), bool)
     mask[1:3] = mask[5:7] = True
     document = coco_document([("a.png", (9, 9), []), ("b.jpg", mask.shape, polygons(mask))])
@@ -58,28 +59,29 @@ def test_the_document_ties_parts_to_their_pictures():
     json.dumps(document)
 
 
-def test_points_of_a_csv_are_one_prompt_a_picture(tmp_path):
+def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text("image,x,y,label\na.png,3,4,1\nb.png,1,1,\na.png,5.5,6,0\n")
     prompts = read_prompts(path)
     (prompt,) = prompts["a"]
     assert prompt.points[:2].tolist() == [[3, 4], [5.5, 6]]
-    assert prompt.labels.tolist() == [1, 0, -1]  # ends with "not a point", as SamPredictor has it
-    assert prompts["b"][0].labels.tolist() == [1, -1]
+    assert prompt.labels.tolist() == [FOREGROUND_POINT, BACKGROUND_POINT, NOT_A_POINT]
+    assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
 
 
 def test_every_box_is_a_prompt(tmp_path):
     path = tmp_path / "boxes.csv"
     path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,5,6,7,8\n")
     first, second = read_prompts(path)["a"]
-    assert first.points.tolist() == [[1, 2], [30, 40]] and first.labels.tolist() == [2, 3]
+    assert first.points.tolist() == [[1, 2], [30, 40]]
+    assert first.labels.tolist() == [BOX_CORNER_1, BOX_CORNER_2]
     assert second.points.tolist() == [[5, 6], [7, 8]]
 
 
 def test_coco_boxes_and_keypoints(tmp_path):
     annotations = [
         {"image_id": 7, "bbox": [1, 2, 10, 20]},
-        {"image_id": 8, "bbox": [0, 0, 5, 5], "keypoints": [3, 4, 2, 0, 0, 0]},  # the second is not there
+        {"image_id": 8, "bbox": [0, 0, 5, 5], "keypoints": [3, 4, 2, 0, 0, 0]},  # the second is not labeled
     ]
     images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "sub/b.jpg"}]
     path = tmp_path / "prompts.json"
@@ -87,7 +89,7 @@ def test_coco_boxes_and_keypoints(tmp_path):
     prompts = read_prompts(path)
     assert prompts["a"][0].points.tolist() == [[1, 2], [10, 21]]
     assert prompts["b"][0].points.tolist() == [[3, 4], [0, 0]]
-    assert prompts["b"][0].labels.tolist() == [1, -1]
+    assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
 
 
 @pytest.mark.parametrize(
@@ -100,13 +102,21 @@ def test_coco_boxes_and_keypoints(tmp_path):
         ("p.csv", "image,x,y,label\na.png,1,2,7\n"),
         ("p.csv", "image,x1,y1\na.png,1,2\n"),
         ("p.csv", ""),
+        ("p.csv", "x,y,image\n1,2\n"),
         ("p.json", "{"),
         ("p.json", "[]"),
         ("p.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'),
         ("p.json", '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}'),
+        ("p.json", '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1}]}'),
+        ("p.json", '{"images": {}, "annotations": "none"}'),
     ],
 )
-def test_files_that_are_no_prompts_are_named(tmp_path, name, text):
+def test_files_without_prompts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}: .*expected a CSV"):
         read_prompts(tmp_path / name)
+
+
+def test_a_missing_prompt_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"--prompt .*p\.csv: cannot be read"):
+        read_prompts(tmp_path / "p.csv")

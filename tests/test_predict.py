@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import write_dataset, write_video
 from PIL import Image
 from segment_anything import SamPredictor
 
@@ -62,7 +62,7 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
         ious.append(score(ours == 255, GroundTruth.from_mask(read_mask(masks / path.name))).iou)
     speed, *table, of_the_set = capsys.readouterr().out.splitlines()
-    assert speed.startswith("5 pictures, ") and "images/s" in speed
+    assert speed.startswith("5 images, ") and "images/s" in speed
     assert of_the_set.startswith("total_iou 0.1") and "recall_thin" in of_the_set
     assert len(ious) == 5 and len(table) == 7
     assert table[-1].split()[:2] == ["mean", f"{np.mean(ious):.4f}"]
@@ -75,14 +75,14 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
     assert read_image(tmp_path / "out/worst.jpg").shape[1] == 960
 
 
-def test_unreadable_pictures_are_listed_and_the_rest_predicted(trained, data, tmp_path, capsys):
-    (data / "test/imgs/0.png").write_bytes(b"no picture")
+def test_unreadable_images_are_listed_and_the_rest_predicted(trained, data, tmp_path, capsys):
+    (data / "test/imgs/0.png").write_bytes(b"not an image")
     assert run(trained, data / "test/imgs", tmp_path / "out") == 1
     assert "0.png: cannot be decoded" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == ["1.png", "2.png"]
 
 
-def test_a_single_picture(trained, data, tmp_path):
+def test_a_single_image(trained, data, tmp_path):
     assert run(trained, data / "test/imgs/1.png", tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["1.png"]
 
@@ -119,7 +119,7 @@ def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
     assert (with_box != without).any()
 
 
-def test_tiles_see_more_of_a_large_picture(trained, data, tmp_path):
+def test_tiles_see_more_of_a_large_image(trained, data, tmp_path):
     photo = cv2.resize(read_image(data / "test/imgs/1.png"), (320, 240), interpolation=cv2.INTER_NEAREST)
     Image.fromarray(photo).save(tmp_path / "large.png")
     assert run(trained, tmp_path / "large.png", tmp_path / "out", "--tiles", 64, "--batch_size", 3) == 0
@@ -128,13 +128,6 @@ def test_tiles_see_more_of_a_large_picture(trained, data, tmp_path):
     assert tiled.shape == whole.shape == (240, 320) and (tiled != whole).any()
     with pytest.raises(SystemExit):
         run(trained, tmp_path / "large.png", tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
-
-
-def write_video(path, frames):
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5, frames[0].shape[1::-1])
-    for frame in frames:
-        video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    video.release()
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
@@ -146,8 +139,8 @@ def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
     assert run(trained, tmp_path / "clip.avi", tmp_path / "no", "--masks", data / "test/masks") == 2
     made = cv2.VideoCapture(str(tmp_path / "out/overlays/clip.mp4"))
     assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 6 and made.get(cv2.CAP_PROP_FPS) == 5
-    there, first = made.read()
-    assert there and first.shape == frames[0].shape
+    is_read, first = made.read()
+    assert is_read and first.shape == frames[0].shape
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("tmp")] == []
 
 
@@ -156,11 +149,20 @@ def test_a_damaged_video_is_named(trained, data, tmp_path, capsys):
     write_video(tmp_path / "clip.avi", frames)
     content = (tmp_path / "clip.avi").read_bytes()
     (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])
-    (tmp_path / "none.mp4").write_bytes(b"no video")
+    (tmp_path / "none.mp4").write_bytes(b"not a video")
     assert run(trained, tmp_path / "clip.avi", tmp_path / "out") == 1
     assert "clip.avi: of " in capsys.readouterr().err
     assert run(trained, tmp_path / "none.mp4", tmp_path / "out2") == 1
     assert "none.mp4: of 0 frames only 0 can be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--batch_size", "0"), ("--batch_size", "two"), ("--tiles", "15")]
+)
+def test_a_flag_out_of_range_is_refused(trained, data, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        run(trained, data / "test/imgs", tmp_path / "out", flag, value)
+    assert f"argument {flag}: expected a whole number of at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,4 +198,4 @@ def test_mistakes_end_with_a_message(trained, data, tmp_path, capsys, fault, mes
 def test_an_output_that_cannot_be_written_ends_with_a_message(trained, data, tmp_path, capsys):
     (tmp_path / "out").write_text("a file, not a folder")
     assert run(trained, data / "test/imgs", tmp_path / "out") == 2
-    assert "error: " in capsys.readouterr().err
+    assert f"error: --output {tmp_path / 'out'}: cannot be created" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""--preview: the real command on drawn cables, and what it says of them."""
+"""--preview: the real command on drawn cables, and what it prints about them."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import yaml
 from conftest import write_dataset
 from PIL import Image
-from test_finetune import run_tiny
 
+import finetune
 from imaging.files import read_image
 
 
@@ -20,7 +20,10 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def preview(config, *argv):
-    return run_tiny(config, "no weights are needed", "--preview", *argv)
+    """Run `--preview` for the tiny SAM; no weights are needed."""
+    return finetune.main(
+        ["--config", str(config), "--model_type", "tiny", "--exp_name", "run", "--preview", *argv]
+    )
 
 
 def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, data, capsys):
@@ -36,13 +39,24 @@ def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, da
     # Cables are drawn 5 to 6 pixels wide, in photos of 64 on a grid of 32 cells.
     medians = [float(found) for found in re.findall(r"cables are (\d\.\d) cells", output)]
     assert medians == pytest.approx([2.8] * 3, abs=0.5)
-    as_they_are = read_image(Path("exp/run/preview/train_1.jpg"))
-    assert as_they_are.shape[1] == 1600
-    red, green, blue = np.moveaxis(as_they_are.astype(int), 2, 0)
+    photos = read_image(Path("exp/run/preview/train_1.jpg"))
+    assert photos.shape[1] == 1600
+    red, green, blue = np.moveaxis(photos.astype(int), 2, 0)
     yellow = np.minimum(red, green) - blue > 100
     green = green - np.maximum(red, blue) > 60
     assert green.sum() > 500 and yellow.sum() > 50  # outlines and points
-    assert run_tiny(config, tiny_weights, "-e", 1) == 0  # under the same name
+    same_name = [
+        "--config",
+        config,
+        "--model_type",
+        "tiny",
+        "--checkpoint",
+        tiny_weights,
+        "--exp_name",
+        "run",
+    ]
+    on_cpu = ["--device", "cpu", "--amp", "off", "--num_workers", 0, "--epoch_num", 1]
+    assert finetune.main([str(part) for part in (*same_name, *on_cpu)]) == 0
 
 
 def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, config_file, data, capsys):
@@ -53,13 +67,13 @@ def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, c
     Image.open(data / "thin/masks/1.png").save(data / "test/masks/0.png")
     assert preview(config_file(data_dir="thin")) == 0
     output = capsys.readouterr().out
-    assert "1 of 4 masks looked at are empty" in output and str(data / "thin/masks/2.png") in output
+    assert "1 of 4 masks checked are empty" in output and str(data / "thin/masks/2.png") in output
     assert "% of their length is thinner than 2 cells" in output
     assert f"{data / 'test/imgs/0.png'} = {data / 'thin/imgs/1.png'}" in output
     assert "test/imgs/1.png" not in output
 
 
-def test_bad_data_is_told_as_in_training(tiny_weights, config_file, data, capsys):
+def test_faults_in_the_data_end_with_a_message(tiny_weights, config_file, data, capsys):
     (data / "cables/masks/0.png").unlink()
     assert preview(config_file()) == 2
     assert "0.png: has no mask" in capsys.readouterr().err and not Path("exp").exists()

@@ -1,6 +1,4 @@
-import multiprocessing
 import os
-import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,50 +8,6 @@ import torch
 from base import atomic
 from base.errors import UserError
 from embeddings import EmbeddingPool
-from imaging.decoded_cache import DecodedCache
-
-# --- decoded files ---
-
-
-def make(item, longest):
-    """A picture that says what it was made from, and by which process."""
-    return np.full((4, 5, 3), [item, longest, os.getpid() % 251], np.uint8)
-
-
-def test_each_item_is_made_once_and_read_only():
-    files = DecodedCache({(make, 1): (4, 5, 3), (make, 2): (4, 5, 3)}, max_bytes=1000)
-    assert files(make, 1, 7)[0, 0, :2].tolist() == [1, 7]
-    assert files(make, 2, 7)[0, 0, 0] == 2
-    assert files(make, 1, 9)[0, 0, 1] == 7  # what is there is not made again
-    with pytest.raises(ValueError):
-        files(make, 1, 7)[0, 0] = 0
-
-
-def test_the_budget_holds_and_the_rest_is_made_at_every_use():
-    shapes = {(make, item): (4, 5, 3) for item in range(10)}
-    files = DecodedCache(shapes, max_bytes=200)  # 61 bytes each
-    assert len(files.places) == 3 and len(files._memory) <= 200
-    assert all(files(make, item, 7)[0, 0, 0] == item for item in range(10))
-    assert files(make, 9, 8)[0, 0, 1] == 8
-    assert DecodedCache(shapes, max_bytes=0)(make, 3, 7)[0, 0, 0] == 3
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_forked_workers_share_what_one_of_them_made():
-    files = DecodedCache({(make, 1): (4, 5, 3)}, max_bytes=1000)
-    worker = multiprocessing.get_context("fork").Process(target=files, args=(make, 1, 7))
-    worker.start()
-    worker.join()
-    assert files(make, 1, 7)[0, 0].tolist() == [1, 7, worker.pid % 251] != os.getpid() % 251
-
-
-def test_spawned_workers_go_without():
-    files = DecodedCache({(make, 1): (4, 5, 3)}, max_bytes=1000)
-    copy = pickle.loads(pickle.dumps(files))
-    assert copy.places == {} and copy(make, 1, 7)[0, 0, 0] == 1
-
-
-# --- embeddings ---
 
 
 @dataclass(frozen=True)
