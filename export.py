@@ -1,9 +1,9 @@
-"""Bring a fine-tuned checkpoint into other tools: Hugging Face transformers, or ONNX.
+"""Convert a fine-tuned checkpoint for other tools: Hugging Face transformers, or ONNX.
 
     python export.py --checkpoint exp/NAME/checkpoints/best.pth --format hf --output exported
     python export.py --checkpoint exp/NAME/checkpoints/best.pth --format onnx --output cables.onnx
 
-(segment_anything's own tools take the checkpoint as it is.)
+The tools of segment_anything load the checkpoint without conversion.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
@@ -24,39 +25,66 @@ from base.errors import UserError
 from sam import decoder, encoder
 
 ONNX_OPSET = 18
-ONNX_LIMIT = 2_000_000_000  # bytes of one file of protobuf
+ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Bring a checkpoint into other tools.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights, of any --train")
+    parser = argparse.ArgumentParser(description="Convert a checkpoint for other tools.")
     parser.add_argument(
-        "--format", choices=["hf", "onnx"], required=True, help="a folder for transformers, or an ONNX file"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="any checkpoint of this tool; the model type is detected",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder or file, which must be new")
+    parser.add_argument(
+        "--format",
+        choices=["hf", "onnx"],
+        required=True,
+        help="hf: a folder for transformers; onnx: an ONNX file",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder or file to write; it must not exist yet"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 for a failure, which leaves nothing behind."""
+    """Run the command line; returns 0, or 2 after a user error, which leaves no output behind."""
     runtime.init()
     args = parse_args(argv)
     try:
-        if args.output.exists():
-            raise UserError(f"--output {args.output}: is there already")
-        sam, model_type = inference.load_any(args.checkpoint)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        {"hf": export_hf, "onnx": export_onnx}[args.format](sam, model_type, args.output)
-    except (UserError, OSError) as error:
+        run(args.checkpoint, args.format, args.output)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written: {args.output}")
     return 0
 
 
+def run(checkpoint: Path, output_format: str, output: Path) -> None:
+    """Write the converted checkpoint to `output`, a new folder ("hf") or a new file ("onnx").
+
+    Raises:
+        UserError: the checkpoint cannot be read or converted, `output` exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} already exists: choose a new path, or remove it first")
+    sam, model_type = inference.load_any(checkpoint)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: the folder {output.parent} cannot be created: {error}"
+        ) from error
+    if output_format == "hf":
+        export_hf(sam, model_type, output)
+    else:
+        export_onnx(sam, model_type, output)
+
+
 # --- Hugging Face -----------------------------------------------------------------------------
 
-# Official names of weights, as patterns, and what transformers calls them.
+# Patterns in the official names of weights, and what transformers has in their place; applied in this order.
 HF_NAMES = (
     (r"^image_encoder\.", "vision_encoder."),
     (r"patch_embed\.proj\.", "patch_embed.projection."),
@@ -86,30 +114,46 @@ HF_NAMES = (
 def export_hf(sam: Sam, model_type: str, output: Path) -> None:
     """Write a folder for `SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
 
-    Raises UserError for a variant that transformers has no model of.
+    The folder appears under its name only when it is complete.
+
+    Raises:
+        UserError: transformers has no model of this variant, or the folder cannot be written.
     """
     if not isinstance(sam.image_encoder, ImageEncoderViT):
-        raise UserError(f"--format hf: transformers has no model of {model_type}; --format onnx takes it")
+        raise UserError(f"--format hf: transformers has no model of {model_type}; use --format onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from safetensors import SafetensorError
         from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
     hf = SamModel(SamConfig(**hf_config(sam)))
     hf.load_state_dict(hf_weights(sam.state_dict()), strict=True)
+    processor = SamProcessor(SamImageProcessor(**hf_sizes(sam)))
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+            complete = Path(temporary) / output.name
+            hf.save_pretrained(complete)
+            processor.save_pretrained(complete)
+            complete.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: the folder could not be written: {error}") from error
+
+
+def hf_sizes(sam: Sam) -> dict[str, Any]:
+    """The arguments of transformers' SamImageProcessor: sizes of inputs and of low-resolution masks."""
     side, grid = sam.image_encoder.img_size, decoder.mask_grid(sam)
-    sides = {"size": {"longest_edge": side}, "mask_size": {"longest_edge": grid}}
-    pads = {"pad_size": {"height": side, "width": side}, "mask_pad_size": {"height": grid, "width": grid}}
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        whole = Path(folder) / output.name
-        hf.save_pretrained(whole)
-        SamProcessor(SamImageProcessor(**sides, **pads)).save_pretrained(whole)
-        whole.rename(output)
+    return {
+        "size": {"longest_edge": side},
+        "mask_size": {"longest_edge": grid},
+        "pad_size": {"height": side, "width": side},
+        "mask_pad_size": {"height": grid, "width": grid},
+    }
 
 
-def hf_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official `state_dict` under the names that transformers' SamModel has."""
+def hf_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an official `state_dict`, under the names that transformers' SamModel uses."""
     renamed = {}
-    for name, weight in weights.items():
+    for name, weight in state_dict.items():
         for pattern, replacement in HF_NAMES:
             name = re.sub(pattern, replacement, name)
         renamed[name] = weight
@@ -117,12 +161,12 @@ def hf_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed | {"shared_image_embedding.positional_embedding": shared}
 
 
-def hf_config(sam: Sam) -> dict[str, dict]:
-    """What transformers' SamConfig takes of a SAM with a ViT: its sizes."""
-    net, prompts, decoder = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
+def hf_config(sam: Sam) -> dict[str, Any]:
+    """The arguments of transformers' SamConfig: the dimensions of a SAM with a ViT."""
+    net, prompts, masks = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
     patch = net.patch_embed.proj.kernel_size[0]
     windows = [block.window_size for block in net.blocks]
-    attention = decoder.transformer.layers[0].self_attn
+    layer = masks.transformer.layers[0]
     shared = {"image_size": net.img_size, "patch_size": patch}
     vision = shared | {
         "hidden_size": net.patch_embed.proj.out_channels,
@@ -140,10 +184,10 @@ def hf_config(sam: Sam) -> dict[str, dict]:
         "image_embedding_size": prompts.image_embedding_size[0],
     }
     mask = {
-        "hidden_size": decoder.transformer_dim,
-        "mlp_dim": decoder.transformer.layers[0].mlp.lin1.out_features,
-        "num_attention_heads": attention.num_heads,
-        "iou_head_hidden_dim": decoder.iou_prediction_head.layers[0].out_features,
+        "hidden_size": masks.transformer_dim,
+        "mlp_dim": layer.mlp.lin1.out_features,
+        "num_attention_heads": layer.self_attn.num_heads,
+        "iou_head_hidden_dim": masks.iou_prediction_head.layers[0].out_features,
     }
     return {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": mask}
 
@@ -152,17 +196,22 @@ def hf_config(sam: Sam) -> dict[str, dict]:
 
 
 class WithoutPrompt(nn.Module):
-    """Encoder and decoder as one: pictures in, low-resolution logits out; see `decoder.decode`.
-
-    `images` uint8 (B, S, S, 3), RGB, padded bottom and right, and `sizes` int64 (B, 2), (h, w) of the
-    pictures in it, give logits float32 (B, 1, g, g).
-    """
+    """Encoder and decoder as one module, without prompts; see `encoder.preprocess` and `decoder.decode`."""
 
     def __init__(self, sam: Sam, model_type: str) -> None:
         super().__init__()
         self.sam, self.model_type = sam, model_type
 
     def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Low-resolution logits of a batch of images.
+
+        Args:
+            images: (B, S, S, 3) uint8, RGB, padded at the bottom and on the right.
+            sizes: (B, 2) int64, (h, w) of the images without padding.
+
+        Returns:
+            (B, 1, g, g) float32.
+        """
         embeddings = self.sam.image_encoder(encoder.preprocess(images, sizes, self.model_type))
         no_points = images.new_zeros(images.shape[0], 0, 2, dtype=torch.float32)
         no_labels = images.new_zeros(images.shape[0], 0, dtype=torch.int64)
@@ -170,25 +219,22 @@ class WithoutPrompt(nn.Module):
 
 
 def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
-    """Write one ONNX file that takes any number of pictures at once.
+    """Write `WithoutPrompt` as one ONNX file, for batches of any size. Changes `sam` in place.
 
-    Raises UserError if its weights are more than one file can hold.
+    Raises:
+        UserError: the weights do not fit in one ONNX file, or the file cannot be written.
     """
     if sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT:
-        raise UserError(f"--format onnx: {model_type} is more than the 2 GB that an ONNX file holds")
+        raise UserError(f"--format onnx: {model_type} has more than the 2 GB that fit in one ONNX file")
+    prepare_for_onnx(sam.image_encoder)
     side = sam.image_encoder.img_size
-    if not isinstance(sam.image_encoder, ImageEncoderViT):  # whose fast attention depends on the batch
-        encoder.accelerate(sam.image_encoder)
-    for module in sam.image_encoder.modules():
-        if hasattr(module, "input_resolution") and hasattr(module, "conv3"):
-            module.register_forward_pre_hook(_as_picture)
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8), torch.full((2, 2), side)
     batch = torch.export.Dim("batch")
     shapes = {"images": {0: batch}, "sizes": {0: batch}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        whole = WithoutPrompt(sam, model_type).eval()
-        program = torch.export.export(whole, example, dynamic_shapes=shapes, strict=False)
+        module = WithoutPrompt(sam, model_type).eval()
+        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
         onnx = torch.onnx.export(
             program,
             dynamo=True,
@@ -197,11 +243,33 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
             output_names=["logits"],
             verbose=False,
         )
-    atomic.write_atomically(output, lambda file: file.write(onnx.model_proto.SerializeToString()))
+    assert onnx is not None  # None only for the old exporter
+    serialized = onnx.model_proto.SerializeToString()
+
+    def write(file: BinaryIO) -> None:
+        file.write(serialized)
+
+    atomic.write_atomically(output, write)
 
 
-def _as_picture(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """Pixels (B, h w, C) as (B, C, h, w): of a row of them TinyViT's downsampling would fix the B."""
+def prepare_for_onnx(net: nn.Module) -> None:
+    """Fold TinyViT's BatchNorm, and keep its batch size dynamic. A ViT stays as it is.
+
+    (`FusedAttention` would fix the batch size of a ViT: its code for a CPU depends on it.)
+    """
+    if isinstance(net, ImageEncoderViT):
+        return
+    encoder.accelerate(net)
+    for module in net.modules():
+        if hasattr(module, "input_resolution") and hasattr(module, "conv3"):  # TinyViT's PatchMerging
+            module.register_forward_pre_hook(_tokens_to_image)
+
+
+def _tokens_to_image(module: Any, args: tuple[Tensor]) -> Tensor:
+    """Forward pre-hook of TinyViT's PatchMerging: reshapes tokens (B, h w, C) to an image (B, C, h, w).
+
+    The module does the same itself, but with `len(x)`, which becomes a constant in the exported graph.
+    """
     (x,) = args
     return x.unflatten(1, module.input_resolution).permute(0, 3, 1, 2) if x.ndim == 3 else x
 

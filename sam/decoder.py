@@ -1,11 +1,21 @@
-"""Decoding: prompts and embeddings to mask logits, a batch at a time."""
+"""Decoding: image embeddings and prompts to mask logits, one batch at a time."""
 
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor
 
-from sam.point_labels import ABSENT, NOT_A_POINT
+from sam.point_labels import (
+    ABSENT,
+    BACKGROUND_POINT,
+    BOX_CORNER_1,
+    BOX_CORNER_2,
+    FOREGROUND_POINT,
+    NOT_A_POINT,
+)
+
+# The labels of points that have a position, in the order of `PromptEncoder.point_embeddings`.
+POSITION_LABELS = BACKGROUND_POINT, FOREGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2
 
 
 def mask_grid(sam: Sam) -> int:
@@ -14,16 +24,15 @@ def mask_grid(sam: Sam) -> int:
 
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Decode a batch of pictures in one pass, each with its own prompt or none.
+    """Decode a batch of images in one pass. Each image has its own prompt, or none.
 
-    The official decoder pairs every picture with every prompt and so takes one picture at a time.
-    This computes what it does with `multimask_output=False`, picture by picture.
+    The official decoder combines every image with every prompt, so it takes one image at a time. For each
+    image this function computes what the official decoder computes with `multimask_output=False`.
 
     Args:
-        embeddings: (B, 256, e, e) float.
+        embeddings: (B, C, e, e) float; C is 256 in every published SAM, B may be 0.
         points: (B, N, 2) float, (x, y) in pixels of the model's input frame; N may be 0.
-        labels: (B, N) int: 1 foreground point, 0 background point, 2 and 3 the corners of a box,
-            -1 SAM's "not a point" (it ends prompts that have no box), -2 absent.
+        labels: (B, N) int, see `sam.point_labels`.
 
     Returns:
         Low-resolution logits (B, 1, 4e, 4e) of mask token 0, and its predicted IoU (B, 1).
@@ -37,12 +46,12 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tupl
     present = torch.cat([labels.new_ones(output_tokens.shape[:2]), labels != ABSENT], dim=1).bool()
 
     src = embeddings + sam.prompt_encoder.no_mask_embed.weight.view(1, channels, 1, 1)
-    # In one layout, whatever the embeddings come in: a product's last bits depend on it.
+    # One memory layout for all embeddings: the last bits of a matrix product depend on the layout.
     src = src.flatten(2).transpose(1, 2).contiguous()  # (B, e * e, C)
     src_pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
     tokens, src = _two_way_transformer(decoder.transformer, src, src_pe, tokens, present)
 
-    src = src.transpose(1, 2).unflatten(2, (height, width))  # channels last, and so what follows
+    src = src.transpose(1, 2).unflatten(2, (height, width))  # channels last, like all that follows
     upscaled = decoder.output_upscaling(src).permute(0, 2, 3, 1)  # (B, 4e, 4e, C / 8)
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # (B, C / 8)
     logits = (upscaled.flatten(1, 2) @ weights[:, :, None]).view(batch, 1, *upscaled.shape[1:3])
@@ -51,12 +60,15 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tupl
 
 
 def embed_prompts(sam: Sam, points: Tensor, labels: Tensor) -> Tensor:
-    """Prompt tokens (B, N, 256) as the official prompt encoder makes them; see `decode`."""
+    """Prompt tokens (B, N, C) as the official prompt encoder computes them.
+
+    `decode` describes `points` (B, N, 2) and `labels` (B, N).
+    """
     encoder = sam.prompt_encoder
     tokens = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
-    tokens = tokens * (labels >= 0)[..., None]
+    tokens = tokens * (labels >= min(POSITION_LABELS))[..., None]
     tokens = tokens + encoder.not_a_point_embed.weight * (labels == NOT_A_POINT)[..., None]
-    for label, embedding in enumerate(encoder.point_embeddings):
+    for label, embedding in zip(POSITION_LABELS, encoder.point_embeddings, strict=True):
         tokens = tokens + embedding.weight * (labels == label)[..., None]
     return tokens
 
@@ -64,7 +76,17 @@ def embed_prompts(sam: Sam, points: Tensor, labels: Tensor) -> Tensor:
 def _two_way_transformer(
     transformer: TwoWayTransformer, src: Tensor, src_pe: Tensor, point_tokens: Tensor, present: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`TwoWayTransformer.forward` in which nothing attends to tokens that are not `present` (B, T)."""
+    """`TwoWayTransformer.forward` with a mask: nothing attends to tokens that are not `present`.
+
+    Args:
+        src: (B, e * e, C) float, the image embedding as a sequence.
+        src_pe: (1, e * e, C) float, its positional encoding.
+        point_tokens: (B, T, C) float, output tokens and prompt tokens.
+        present: (B, T) bool.
+
+    Returns:
+        The updated tokens (B, T, C) and the updated image embedding (B, e * e, C).
+    """
     mask = present[:, None, None, :]  # (B, heads, queries, T)
     tokens = point_tokens
     for layer in transformer.layers:
@@ -87,10 +109,10 @@ def _two_way_transformer(
 def _attend(
     attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """The official attention layer with a mask of the keys to see.
+    """The official attention layer with a bool mask (B, 1, 1, keys) of the keys that may be attended to.
 
-    Five or so tokens against the picture make few scores: plain products beat the fused kernel, by a
-    tenth of a training step on a CPU.
+    There are few scores, because one side has about five tokens. Plain matrix products are then faster
+    than the fused kernel: they save a tenth of a training step on a CPU.
     """
     q, k, v = (
         projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
@@ -110,8 +132,14 @@ def _attend(
 def upscale(
     sam: Sam, low_res_logits: Tensor, size: tuple[int, int], original_size: tuple[int, int]
 ) -> Tensor:
-    """Logits (B, 1, *original_size) of the picture alone: SAM's own upscaling with padding cut off.
+    """SAM's own upscaling to the original resolution, with the padding cut off.
 
-    `size` is the picture's (h, w) in the model's input frame.
+    Args:
+        low_res_logits: (B, 1, 4e, 4e) float, from `decode`.
+        size: (h, w) of the image in the model's input frame.
+        original_size: (h, w) of the image itself.
+
+    Returns:
+        Logits (B, 1, *original_size).
     """
     return sam.postprocess_masks(low_res_logits, size, original_size)

@@ -1,6 +1,6 @@
-"""Image encoding: preprocessing and a fast, exact forward pass of SAM's and LiteMedSAM's encoders."""
+"""Image encoding: preprocessing, and a fast exact forward pass for the encoders of SAM and LiteMedSAM."""
 
-from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from sam.variants import VARIANTS
 def move_to_device(
     sam: Sam, device: torch.device, low_precision: torch.dtype | None, *, train: str = "decoder"
 ) -> None:
-    """Move a loaded model to its device, with the image encoder in its fastest form for `train`.
+    """Move a loaded model to `device`, and bring its image encoder into the fastest form for `train`.
 
-    The encoder is accelerated and, unless it trains itself, takes its compute type, which halves its
-    memory and, with channels last, its time on a CPU; what trains stays float32. A checkpoint takes
-    frozen weights from what was loaded, not from here.
+    `train` is the value of --train. The encoder is accelerated and gets channels-last weights. Unless
+    train is "encoder", its weights also become `low_precision`, which halves their memory. All parameters
+    that train stay float32. Export takes the frozen weights from the loaded file, not from this model.
     """
     sam.to(device)
     accelerate(sam.image_encoder, fold=train != "encoder")
@@ -27,11 +27,18 @@ def move_to_device(
 
 
 def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
-    """Which pixels of a padded square belong to the picture.
+    """Mask of the pixels of a padded square grid that belong to the image.
 
-    `sizes` (B, 2) int are (h, w) in the model's input frame; `scale` maps that frame to a grid of
-    `side` pixels, on which pixels only partly inside count as padding (but at least one row and
-    column counts). Returns (B, 1, side, side) bool.
+    A grid pixel that lies only partly inside the image counts as padding. At least one row and one column
+    are valid.
+
+    Args:
+        sizes: (B, 2) int, (h, w) of the images in the model's input frame.
+        side: side length of the grid.
+        scale: grid pixels per pixel of the input frame.
+
+    Returns:
+        (B, 1, side, side) bool.
     """
     limits = (sizes * scale).floor().clamp(min=1)
     steps = torch.arange(side, device=sizes.device)
@@ -41,124 +48,177 @@ def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
 
 
 def preprocess(images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
-    """Normalize as the variant was trained; padding becomes 0.
+    """Normalize images as the variant was trained; padding becomes 0.
 
-    `images` (B, S, S, 3) uint8 RGB padded bottom/right, `sizes` (B, 2) int (h, w) of the pictures
-    in it. Returns (B, 3, S, S) float32, channels last, on the same device.
+    Args:
+        images: (B, S, S, 3) uint8, RGB, padded at the bottom and on the right.
+        sizes: (B, 2) int, (h, w) of the images without padding.
+        model_type: a key of `VARIANTS`.
+
+    Returns:
+        (B, 3, S, S) float32, channels last, on the device of `images`.
     """
     valid = valid_pixels(sizes, images.shape[1])
     return VARIANTS[model_type].normalize(images.permute(0, 3, 1, 2).float(), valid)
 
 
-def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str) -> Tensor:
-    """Image embeddings (B, 256, e, e) of uint8 pictures, in the encoder's own precision.
+def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str, *, eager: bool = False) -> Tensor:
+    """Compute image embeddings (B, C, e, e) in the precision of the encoder.
 
-    A CPU takes one picture after the other: its caches hold one, and a picture's embedding is then
-    the same to the bit whatever it is batched with. See `preprocess` for the arguments.
+    On a CPU the images are encoded one by one: its caches hold the activations of one image. The
+    embedding of an image then does not depend on the rest of its batch, to the last bit.
+
+    Args:
+        images, sizes, model_type: see `preprocess`; B may be 0.
+        eager: do not use the version of the encoder that `nn.Module.compile()` made.
     """
-    x = preprocess(images, sizes, model_type)
-    dtype = next(sam.image_encoder.parameters()).dtype
-    x = x.to(dtype, memory_format=torch.channels_last)
-    trains = any(parameter.requires_grad for parameter in sam.image_encoder.parameters())
+    net = sam.image_encoder
+    dtype = next(net.parameters()).dtype
+    if len(images) == 0:
+        shape = (0, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+        return torch.empty(shape, dtype=dtype, device=images.device)
+    x = preprocess(images, sizes, model_type).to(dtype, memory_format=torch.channels_last)
+    forward = net.forward if eager else net
+    trains = any(parameter.requires_grad for parameter in net.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         if x.device.type == "cpu":
-            return torch.cat([sam.image_encoder(picture) for picture in x.split(1)])
-        return sam.image_encoder(x)
+            return torch.cat([forward(image) for image in x.split(1)])
+        return forward(x)
 
 
 # --- Fast forward -------------------------------------------------------------------------------
 
-# Scores that `vit_attention` builds at a time on a CPU: 128 MiB in bfloat16.
-SCORES_AT_ONCE = 1 << 26
+# Attention scores of one slice of queries on a CPU: 128 MiB in bfloat16.
+MAX_SCORES = 1 << 26
 
 
 def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
-    """Give ViT's attention a fused kernel, and compute TinyViT's BatchNorm as part of its convolutions.
+    """Replace slow modules inside an encoder, in place, by faster ones that compute the same.
 
-    `fold` does the latter once and for all, which changes the names of the weights: it is for those that
-    do not train. Else it is done anew in every pass. (A fused kernel for TinyViT's attention, over windows
-    of 49 or 196 pixels, makes it slower on a CPU.)
+    - `Attention` of SAM's ViT becomes `FusedAttention`.
+    - `Conv2d_BN` of TinyViT (a convolution and BatchNorm in eval mode) becomes one convolution. With
+      `fold` this is a plain `nn.Conv2d` with the scaled weights: its parameter names differ, and it is
+      frozen. Without `fold` it is a `FrozenStatisticsConv`, which can train.
+
+    A replacement takes over the parameters, their names (except with `fold`), device and dtype. TinyViT's
+    attention stays as it is: over its windows of 49 or 196 pixels a fused kernel is slower on a CPU.
     """
-    for module in list(encoder.modules()):
-        if isinstance(module, Attention):
-            module.forward = MethodType(vit_attention, module)
-        for name, child in list(module.named_children()):
-            if not hasattr(child, "fuse"):  # TinyViT's convolution with BatchNorm
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            replacement: nn.Module
+            if isinstance(child, Attention):
+                replacement = FusedAttention(child)
+            elif not hasattr(child, "fuse"):  # only Conv2d_BN has this method
                 continue
-            if fold:
-                setattr(module, name, child.fuse().requires_grad_(False))
+            elif fold:
+                replacement = _folded(child)
             else:
-                child.forward = MethodType(convolution_with_frozen_statistics, child)
+                replacement = FrozenStatisticsConv(child)
+            setattr(parent, name, replacement.train(child.training))
 
 
-def convolution_with_frozen_statistics(self: nn.Sequential, x: Tensor) -> Tensor:
-    """What TinyViT's convolution `c` and BatchNorm `bn` in eval mode compute, as one convolution.
+def _folded(conv_bn: Any) -> nn.Conv2d:
+    """The frozen convolution that computes what TinyViT's `Conv2d_BN` computes in eval mode."""
+    weight = conv_bn.c.weight
+    with weight.device:  # `fuse` creates a module on the default device, in the default dtype
+        return conv_bn.fuse().to(weight.dtype).requires_grad_(False)
 
-    Only weights are scaled instead of every pixel, and gradients flow to those of both.
+
+class FrozenStatisticsConv(nn.Module):
+    """TinyViT's convolution `c` and BatchNorm `bn` in eval mode, computed as one convolution.
+
+    It scales the weights instead of every pixel. Gradients reach the parameters of both `c` and `bn`; the
+    running statistics never change.
     """
-    conv, norm = self.c, self.bn
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight = (conv.weight * scale[:, None, None, None]).to(memory_format=torch.channels_last)
-    return F.conv2d(
-        x,
-        weight,
-        norm.bias - norm.running_mean * scale,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
+
+    def __init__(self, conv_bn: Any) -> None:
+        """Take over `c` and `bn` of a `Conv2d_BN`, under the same names."""
+        super().__init__()
+        self.c: nn.Conv2d = conv_bn.c
+        self.bn: nn.BatchNorm2d = conv_bn.bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C', h', w')."""
+        conv, norm = self.c, self.bn
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        weight = (conv.weight * scale[:, None, None, None]).to(memory_format=torch.channels_last)
+        bias = norm.bias - norm.running_mean * scale
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def vit_attention(self: Attention, x: Tensor) -> Tensor:
-    """What the official layer computes for x (B, h, w, C), without its matrix of (h w)^2 scores.
+class FusedAttention(nn.Module):
+    """SAM's `Attention` without the full matrix of (h w)^2 scores in memory.
 
-    SAM adds to the score of a query and a key a bias for their rows and one for their columns
-    (Li et al., MViTv2, CVPR 2022, eq. 4): q.k / sqrt(d) + row[query, key's row] + column[query, key's
-    column]. Elsewhere than on a CPU they are never built: with the two terms appended to q, and one-hot
-    rows and columns to k, one product of longer vectors in a fused kernel is that sum. A CPU is faster
-    with plain products, a slice of the queries at a time.
+    SAM adds two biases to the score of a query and a key, one for the key's row and one for its column
+    (Li et al., MViTv2, CVPR 2022, eq. 4): q.k / sqrt(d) + row_bias[query, key's row] + column_bias[query,
+    key's column]. `_augmented_attention` appends the biases to q and one-hot rows and columns to k; one
+    product of the longer vectors, in a fused kernel, is then this sum. On a CPU, plain products for a
+    slice of queries at a time are faster: `_sliced_attention`.
     """
-    batch, height, width, _ = x.shape
-    tokens = height * width
-    qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, h w, d)
-    if not self.use_rel_pos:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        of_rows = get_rel_pos(height, height, self.rel_pos_h)  # (h, h, d)
-        of_columns = get_rel_pos(width, width, self.rel_pos_w)
-        query = q.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwd,hkd->bnhwk", query, of_rows).flatten(2, 3)  # (B, heads, h w, h)
-        columns = torch.einsum("bnhwd,wkd->bnhwk", query, of_columns).flatten(2, 3)
-        # In the backward pass the slices would be kept, all of them.
-        sliced = x.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad)
-        attend = _in_slices if sliced else _with_longer_vectors
-        out = attend(q, k, v, rows, columns)
-    return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+
+    def __init__(self, attention: Attention) -> None:
+        """Take over the parameters of an official `Attention` under the same names."""
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.qkv: nn.Module = attention.qkv
+        self.proj: nn.Module = attention.proj
+        self.use_rel_pos: bool = attention.use_rel_pos
+        if self.use_rel_pos:
+            self.rel_pos_h: nn.Parameter = attention.rel_pos_h
+            self.rel_pos_w: nn.Parameter = attention.rel_pos_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) to (B, h, w, C)."""
+        batch, height, width, _ = x.shape
+        tokens = height * width
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, h w, d)
+        if not self.use_rel_pos:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            row_embed = get_rel_pos(height, height, self.rel_pos_h)  # (h, h, d)
+            column_embed = get_rel_pos(width, width, self.rel_pos_w)
+            query = q.unflatten(2, (height, width))
+            rows = torch.einsum("bnhwd,hkd->bnhwk", query, row_embed).flatten(2, 3)  # (B, heads, h w, h)
+            columns = torch.einsum("bnhwd,wkd->bnhwk", query, column_embed).flatten(2, 3)
+            # Slices save no memory in training: the backward pass needs all of them.
+            sliced = x.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad)
+            attend = _sliced_attention if sliced else _augmented_attention
+            out = attend(q, k, v, rows, columns)
+        return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
 
 
-def _in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attention (B, heads, h w, d) with the bias rows (B, heads, h w, h) + columns (..., w)."""
+def _sliced_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention with biases, at most `MAX_SCORES` scores at a time.
+
+    Args:
+        q, k, v: (B, heads, h w, d) float.
+        rows: (B, heads, h w, h) float, the bias of each query for each row of keys.
+        columns: (B, heads, h w, w) float, the bias of each query for each column of keys.
+
+    Returns:
+        (B, heads, h w, d).
+    """
     batch, heads, tokens, width = q.shape
-    step = max(1, SCORES_AT_ONCE // (batch * heads * tokens))
+    step = max(1, MAX_SCORES // (batch * heads * tokens))
     k = (k * width**-0.5).transpose(-2, -1)
-    parts = []
+    slices = []
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         scores = (q[:, :, part] @ k).unflatten(3, (rows.shape[-1], columns.shape[-1]))
         scores = scores + rows[:, :, part, :, None] + columns[:, :, part, None, :]
-        parts.append(scores.flatten(3).softmax(dim=-1) @ v)
-    return torch.cat(parts, dim=2)
+        slices.append(scores.flatten(3).softmax(dim=-1) @ v)
+    return torch.cat(slices, dim=2)
 
 
-def _with_longer_vectors(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same in one kernel without a bias, which flash attention takes."""
+def _augmented_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same as `_sliced_attention`, in one kernel without a bias, so that flash attention can run it."""
     batch, heads, tokens, width = q.shape
     token = torch.arange(tokens, device=q.device)
     row, column = token // columns.shape[-1], token % columns.shape[-1]
     one_hot = torch.cat([F.one_hot(row, rows.shape[-1]), F.one_hot(column, columns.shape[-1])], dim=-1)
     k = torch.cat([k, one_hot.to(k.dtype).expand(batch, heads, -1, -1)], dim=-1)
     q = torch.cat([q * width**-0.5, rows, columns], dim=-1)
-    v = F.pad(v, (0, q.shape[-1] - width))  # flash attention wants one width for all
+    v = F.pad(v, (0, q.shape[-1] - width))  # flash attention needs q, k and v of one width
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]

@@ -1,8 +1,8 @@
-"""Point labels of SAM's prompt encoder, as in segment_anything's ONNX export."""
+"""Labels of the points that SAM's prompt encoder takes, as in segment_anything's ONNX export."""
 
-NOT_A_POINT = -1
+NOT_A_POINT = -1  # ends a prompt that has no box
 BACKGROUND_POINT = 0
 FOREGROUND_POINT = 1
-BOX_CORNERS = BOX_CORNER_1, BOX_CORNER_2 = 2, 3
-# Ours: fills up the prompts of a batch to one length and is masked out of every attention.
+BOX_CORNERS = BOX_CORNER_1, BOX_CORNER_2 = 2, 3  # top left, bottom right
+# Not in SAM: pads the prompts of a batch to one length. No attention sees such a token.
 ABSENT = -2

