@@ -1,15 +1,21 @@
-"""Write files whole or not at all, and read checkpoints without running what is in them."""
+"""Checkpoints: strict and safe loads, saved weights, and the state from which a run resumes.
+
+Loads never run code from a file (`weights_only=True`). Writes are atomic.
+"""
 
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from base.atomic import write_atomically
 from base.errors import UserError
+from imaging.files import format_list
+
+# --- Weights ----------------------------------------------------------------------------------
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
@@ -18,21 +24,11 @@ def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
     write_atomically(path, lambda file: torch.save(on_cpu, file))
 
 
-def save_resume_state(state: dict, path: Path) -> None:
-    """Save what a run needs to go on: nested dicts and lists of tensors, numbers and strings."""
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_resume_state(path: Path) -> dict:
-    """Read what `save_resume_state` wrote; raises as `load_weights` does."""
-    return _load(path)
-
-
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Read a plain `state_dict`.
 
-    Raises UserError naming the file if it is truncated, holds what could run
-    code, or is no mapping of names to tensors.
+    Raises UserError, which names the file, if it is missing, truncated, holds anything that could run code,
+    or is no mapping of names to tensors.
     """
     state_dict = _load(path)
     is_plain = isinstance(state_dict, dict) and all(
@@ -44,15 +40,98 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    """What is in a file of `torch.save`, with `weights_only=True`: code in it is never run."""
+    """What `torch.save` wrote to a file; code in it is never run."""
     if not path.is_file():
         raise UserError(f"checkpoint not found: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: it is damaged or holds more than weights, and could run code when "
-            f"loaded ({str(error).splitlines()[0]})"
+            f"{path} is refused: it is damaged, or it holds more than weights and could run code when loaded "
+            f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint; is it cut off? ({error})") from error
+        raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error
+
+
+# --- Resuming ---------------------------------------------------------------------------------
+
+# Flags that may differ when a run is resumed. None of them changes which samples come or what is computed
+# on them. (Another epoch_num stretches or shortens the rest of the learning rate's decay.)
+MAY_CHANGE_ON_RESUME = (
+    "config",
+    "epoch_num",
+    "device",
+    "num_workers",
+    "cache_mb",
+    "grad_checkpointing",
+    "save_interval",
+    "keep_last",
+    "resume_interval",
+    "max_bad_steps",
+    "max_pixels",
+    "test_interval",
+    "log_interval",
+)
+
+
+class ResumeState(TypedDict):
+    """What a run needs to go on, beside the weights it started from.
+
+    train_state: `TrainState.state_dict()` of finetune.py.
+    weights: everything that trains, by name.
+    gradients: the sum so far of an unfinished optimizer step, by name; else empty.
+    flags, config, files, world_size: what the run was started with: flags by name, the data's config as
+        JSON, pixel hashes of the files by path, and the number of processes.
+
+    There is no state of a random generator: samples are functions of seed, epoch and index.
+    """
+
+    train_state: dict[str, Any]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    flags: dict[str, Any]
+    config: str
+    files: dict[str, str]
+    world_size: int
+
+
+def save_resume_state(state: ResumeState, path: Path) -> None:
+    """Save it: nested dicts and lists of tensors, numbers and strings."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_resume_state(path: Path) -> ResumeState:
+    """Read what `save_resume_state` wrote. Raises UserError as `load_weights` does."""
+    state = _load(path)
+    if not isinstance(state, dict) or state.keys() != ResumeState.__required_keys__:
+        raise UserError(f"{path} is not a state that this version saved; start the run again")
+    return state  # type: ignore[return-value]  # its keys are checked
+
+
+def check_same_settings(
+    state: ResumeState, *, flags: dict[str, Any], config: str, world_size: int, folder: Path
+) -> None:
+    """Raise UserError, with both values, for every flag or data setting that may not change on resume."""
+    faults = [
+        f"--{name}: was {state['flags'].get(name)}, is now {value}"
+        for name, value in flags.items()
+        if name not in MAY_CHANGE_ON_RESUME and state["flags"].get(name) != value
+    ]
+    if state["world_size"] != world_size:
+        faults.append(f"processes: were {state['world_size']}, are now {world_size}")
+    if state["config"] != config:
+        faults.append(f"the data: was {state['config']}, is now {config}")
+    if faults:
+        raise UserError("\n  ".join([f"{folder} cannot be resumed with other settings:", *faults]))
+
+
+def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
+    """Raise UserError that names the files which were added, removed or changed."""
+    before = state["files"]
+    changed = sorted(path for path in before.keys() | digests.keys() if before.get(path) != digests.get(path))
+    if changed:
+        raise UserError(
+            f"{folder} cannot be resumed: these files were added, removed or changed since it began:\n  "
+            f"{format_list(changed)}"
+        )

@@ -1,27 +1,28 @@
-"""Training and test samples, epochs and loaders.
+"""Training and test samples, epochs, and the loaders that make samples in other processes.
 
-Images are RGB uint8 (H, W, 3). A mask file is read as bool (H, W); from there on a mask is soft, so
-that thin cables survive being resized: float32 (H, W) in 0..1, or uint8 in 0..255 as the fourth channel
-of a picture (H, W, 4). Every random choice comes from a generator made of (seed, epoch, slot), never
-from global state.
+Images are RGB uint8 (H, W, 3). A mask is read as bool (H, W). After that it is soft, float32 in 0..1, so that
+thin cables survive resizing. Every random choice comes from a generator that is a function of (seed, epoch,
+index in the epoch) or (seed, index), never from global state.
 """
 
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 import runtime
 from base.errors import UserError
 from config import DatasetConfig
 from imaging.compositing import (
-    Read,
     bounded_size,
     composite,
     load_background,
@@ -46,75 +47,90 @@ from imaging.files import (
 from imaging.geometry import InputSpec, fit_size, to_model_input
 from imaging.prompts import draw_prompt
 
+# --- Files of a dataset -----------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """One dataset of the config with its files found, and what was seen of each."""
+    """The files of one dataset of the config, checked.
+
+    infos: size and pixel hash of every file, as the check at the start saw them.
+    """
 
     config: DatasetConfig
     pairs: tuple[Pair, ...]
     backgrounds: tuple[Path, ...]
-    facts: dict[Path, FileInfo]
+    infos: dict[Path, FileInfo]
 
     @property
     def is_constant(self) -> bool:
         """Whether its samples are the same in every epoch: photos, neither composited nor augmented."""
         return not self.config.composites and not self.config.w_aug
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """`round(percentage * n_pairs)`, at least 1."""
+        return max(1, round(self.config.percentage * len(self.pairs)))
 
-def index_datasets(configs: list[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[DatasetIndex]:
-    """Find the files of every dataset and read each once.
+    def image_size(self, pair: int) -> tuple[int, int]:
+        """(h, w) of the image of a pair."""
+        return self.infos[self.pairs[pair].image_path].size
 
-    Raises one ValueError that lists what is wrong in all of them (the first 10 and the count):
-    empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that
-    are not binary.
+
+def index_datasets(configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[DatasetIndex]:
+    """Find the files of every dataset and read each file once.
+
+    Raises one UserError that lists what is wrong in all datasets (the first 10 faults and their number):
+    empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that are
+    not binary.
     """
-    faults = []
+    faults: list[str] = []
     found = []
     for config in configs:
         pairs, pair_faults = find_pairs(config.data_dir)
         faults += pair_faults
-        backgrounds = []
+        backgrounds: list[Path] = []
         for folder in config.bg_paths:
-            files = image_files(folder)
-            if not files:
+            images = image_files(folder)
+            if not images:
                 faults.append(f"{folder}: no .png, .jpg or .jpeg file in it")
-            backgrounds += files
+            backgrounds += images
         found.append((config, tuple(pairs), tuple(backgrounds)))
-    items = (item for _, pairs, backgrounds in found for item in (*pairs, *backgrounds))
-    facts, file_faults = check_files(items, max_pixels)
+    items: list[Pair | Path] = []
+    for _, all_pairs, all_backgrounds in found:
+        items += [*all_pairs, *all_backgrounds]
+    infos, file_faults = check_files(dict.fromkeys(items), max_pixels)
     faults += file_faults
     if faults:
         raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
     return [
-        DatasetIndex(config, pairs, backgrounds, {path: facts[path] for path in files_of(pairs, backgrounds)})
+        DatasetIndex(config, pairs, backgrounds, {path: infos[path] for path in files_of(pairs, backgrounds)})
         for config, pairs, backgrounds in found
     ]
 
 
 def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
-    """Photos (test, train) whose pixels are the same, so that testing on them would measure memory."""
-    seen = {s.facts[pair.image_path].digest: pair.image_path for s in train for pair in s.pairs}
-    photos = [pair.image_path for pair in test.pairs]
-    digests = ((path, test.facts[path].digest) for path in photos)
+    """Images (test, train) with the same pixels. Testing on them would measure memory."""
+    seen = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
+    digests = ((pair.image_path, test.infos[pair.image_path].digest) for pair in test.pairs)
     return [(path, seen[digest]) for path, digest in digests if digest in seen]
 
 
-# --- Samples -----------------------------------------------------------------------------------
+def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
+    """Pixel hash of every file, by its path."""
+    return {str(path): info.digest for dataset in datasets for path, info in dataset.infos.items()}
 
 
-def make_sample(
-    source: DatasetIndex,
-    pair_index: int,
-    canvas: tuple[int, int],
-    rng: np.random.Generator,
-    read: Read = load_directly,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A composite or a photo as the dataset's config says: image uint8 and soft mask."""
-    pairs, augment = source.pairs, source.config.w_aug
-    if source.config.composites:
-        return composite(pairs, source.backgrounds, pair_index, canvas, rng, augment=augment, read=read)
-    return photo_sample(pairs[pair_index], canvas, rng, augment=augment, read=read)
+# --- Epochs -----------------------------------------------------------------------------------
+
+
+class Purpose(IntEnum):
+    """First part of every generator's key: what the generator is for."""
+
+    PLAN = 0
+    TRAIN = 1
+    TEST = 2
+    PROMPT = 3
 
 
 def make_rng(seed: int, *key: int) -> np.random.Generator:
@@ -122,66 +138,75 @@ def make_rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-# First part of every generator's key: what the generator is for.
-PLAN, TRAIN, TEST, PROMPT = range(4)
-
-
-def epoch_plan(sources: list[DatasetIndex], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def epoch_plan(datasets: list[DatasetIndex], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs one epoch uses, and in which order.
 
-    Of each dataset `round(percentage * n_pairs)` samples (at least 1): whole passes, plus a subset
-    drawn anew each epoch in which no pair occurs twice.
+    A dataset contributes its `samples_per_epoch`: whole passes, and a subset that is drawn afresh each
+    epoch and in which no pair occurs twice.
 
     Returns:
-        int (n, 2) rows of (source, pair), one per slot of the epoch, and a permutation of the slots.
+        int (n, 2), rows of (dataset, pair), one per index in the epoch; and a permutation of the indices.
     """
-    rng = make_rng(seed, PLAN, epoch)
+    rng = make_rng(seed, Purpose.PLAN, epoch)
     rows = []
-    for number, source in enumerate(sources):
-        n_pairs = len(source.pairs)
-        passes, rest = divmod(max(1, round(source.config.percentage * n_pairs)), n_pairs)
+    for number, dataset in enumerate(datasets):
+        n_pairs = len(dataset.pairs)
+        passes, rest = divmod(dataset.samples_per_epoch, n_pairs)
         drawn = np.concatenate([np.tile(np.arange(n_pairs), passes), rng.permutation(n_pairs)[:rest]])
         rows.append(np.column_stack([np.full(len(drawn), number), drawn]))
-    rows = np.concatenate(rows)
-    return rows, rng.permutation(len(rows))
-
-
-# --- Datasets ----------------------------------------------------------------------------------
+    plan = np.concatenate(rows)
+    return plan, rng.permutation(len(plan))
 
 
 @dataclass(frozen=True)
-class Use:
-    """One use of a sample in training.
+class SampleKey:
+    """One use of a training sample.
 
-    The sample is that of `slot` in the epoch it was `born` in, which chose its `source`, its `pair`
-    and its augmentation. `epoch` uses it, with a prompt of its own. `place` is where its embedding is
-    kept for later epochs, or None.
+    The sample itself is a function of (`created_epoch`, `index_in_epoch`), which chose its `dataset`, its
+    `pair` and its augmentation. `epoch` uses it, with a prompt of its own. `cache_slot` is where its
+    embedding is kept for later epochs, or None.
     """
 
     epoch: int
-    slot: int
-    born: int
-    source: int
+    index_in_epoch: int
+    created_epoch: int
+    dataset: int
     pair: int
-    place: int | None
+    cache_slot: int | None
 
 
-RETRY_AFTER = 1.0  # seconds: long enough for a network disk that hiccups
+# --- Datasets ---------------------------------------------------------------------------------
 
 
-class UnreadableFile(Exception):
-    """A file has gone bad since the check at the start; the message names it.
+class TrainSample(TypedDict):
+    """A sample, or a batch of them with a leading axis B.
 
-    A loader passes an exception of a worker on with the worker's traceback as its message, of which this
-    keeps the end.
+    image: uint8 (S, S, 3), RGB, padded at the bottom and right.
+    size: int64 (2,), (h, w) of the image in it.
+    target: uint8 (1, grid, grid), 255 times the soft mask.
+    points, labels: float32 (N, 2) and int64 (N,), the prompt; see `sam.decoder.decode`.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().rpartition("dataset.UnreadableFile: ")[2])
+    image: Tensor
+    size: Tensor
+    target: Tensor
+    points: Tensor
+    labels: Tensor
 
 
-def with_retry(make: Callable, key: Hashable) -> Any:
-    """`make(key)`, tried once again if a file cannot be read any more; then raises UnreadableFile."""
+class TestSample(TrainSample):
+    """`original_image` uint8 (H, W, 3) and `mask` bool (H, W) have the resolution of the image."""
+
+    original_image: Tensor
+    mask: Tensor
+
+
+RETRY_AFTER = 1.0  # seconds, long enough for a network disk to recover
+Sample = TypeVar("Sample")
+
+
+def with_retry(make: Callable[[Any], Sample], key: Hashable) -> Sample:
+    """`make(key)`. If a file cannot be read any more, tries once again; then raises UserError."""
     try:
         return make(key)
     except FileError:
@@ -189,21 +214,47 @@ def with_retry(make: Callable, key: Hashable) -> Any:
     try:
         return make(key)
     except FileError as error:
-        raise UnreadableFile(f"{error}; it was intact when the run began") from error
+        raise UserError(f"{error}; the file was intact when the run began") from error
 
 
-class TrainSet(Dataset):
-    """Training samples, each a function of (seed, epoch, slot) alone; keys are of type `Use`.
+def draw_sample(
+    dataset: DatasetIndex,
+    pair: int,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    read: Callable[..., np.ndarray] = load_directly,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A composite or a photo, as the config of the dataset says.
+
+    Returns the image, uint8 (h, w, 3), and its soft mask, float32 (h, w), both of `size`.
+    """
+    augment = dataset.config.w_aug
+    if dataset.config.composites:
+        return composite(dataset.pairs, dataset.backgrounds, pair, size, rng, augment=augment, read=read)
+    return photo_sample(dataset.pairs[pair], size, rng, augment=augment, read=read)
+
+
+def prompt_tensors(
+    kind: str, target: Tensor, size: Tensor, spec: InputSpec, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """`points` float32 (N, 2) and `labels` int64 (N,) of a random prompt for a sample."""
+    height, width = size.tolist()
+    points, labels = draw_prompt(kind, target[0].numpy(), (height, width), spec.img_size, rng)
+    return torch.from_numpy(points), torch.from_numpy(labels)
+
+
+class TrainSet(Dataset[TrainSample]):
+    """Training samples. Each is a function of (seed, epoch, index in the epoch) alone; see `SampleKey`.
 
     Args:
-        reuse: epochs in which a composite or an augmented photo is used before it is made anew.
-        keep_photos: whether to keep the embeddings of photos that are neither, in all epochs the same.
+        reuse: in how many epochs a composite or an augmented photo is used before a new one replaces it.
+        keep_photos: whether the embeddings of photos that never change are kept for all epochs.
         cache_bytes: memory for decoded files.
     """
 
     def __init__(
         self,
-        sources: list[DatasetIndex],
+        datasets: list[DatasetIndex],
         *,
         spec: InputSpec,
         prompt: str,
@@ -212,170 +263,196 @@ class TrainSet(Dataset):
         keep_photos: bool = False,
         cache_bytes: int = 0,
     ) -> None:
-        self.sources, self.spec, self.prompt, self.seed, self.reuse = sources, spec, prompt, seed, reuse
-        rows, _ = epoch_plan(sources, seed, 0)
-        self.epoch_length = len(rows)
-        self.read = DecodedCache(_shapes(sources, longest_side((spec.finest_side, 0))), cache_bytes)
-        # Where each source's places begin: places of slots, or of pairs if its photos never change.
-        self.first_slot, self.first_place, self.places = [], [], 0
-        for number, source in enumerate(sources):
-            self.first_slot.append(int(np.argmax(rows[:, 0] == number)))
-            self.first_place.append(self.places)
-            if source.is_constant:
-                self.places += len(source.pairs) if keep_photos else 0
-            elif reuse > 1:
-                self.places += int(np.sum(rows[:, 0] == number))
+        self.datasets, self.spec, self.prompt, self.seed, self.reuse = datasets, spec, prompt, seed, reuse
         self.keep_photos = keep_photos
+        self.read = DecodedCache(_decoded_shapes(datasets, longest_side((spec.finest_side, 0))), cache_bytes)
+        # Where the indices and the cache slots of each dataset begin.
+        self.first_index: list[int] = []
+        self.first_slot: list[int] = []
+        self.epoch_length, self.n_cache_slots = 0, 0
+        for dataset in datasets:
+            self.first_index.append(self.epoch_length)
+            self.first_slot.append(self.n_cache_slots)
+            self.epoch_length += dataset.samples_per_epoch
+            if dataset.is_constant:
+                self.n_cache_slots += len(dataset.pairs) if keep_photos else 0
+            elif reuse > 1:
+                self.n_cache_slots += dataset.samples_per_epoch
 
-    def epoch(self, epoch: int) -> list[Use]:
-        """The uses of one epoch, in order.
+    def epoch(self, epoch: int) -> list[SampleKey]:
+        """The samples of one epoch, in order.
 
-        The sample of a slot is made anew in every epoch with (epoch + slot) % reuse == 0.
+        The sample at an index is created anew in every epoch with (epoch + index) % reuse == 0.
         """
-        plan, order = epoch_plan(self.sources, self.seed, epoch)
-        born = np.maximum(0, epoch - (epoch + np.arange(len(plan))) % self.reuse)
-        plans = {int(e): epoch_plan(self.sources, self.seed, int(e))[0] for e in np.unique(born)}
-        return [self._use(epoch, int(slot), int(born[slot]), plan, plans) for slot in order]
+        plan, order = epoch_plan(self.datasets, self.seed, epoch)
+        created = np.maximum(0, epoch - (epoch + np.arange(len(plan))) % self.reuse)
+        plans = {int(e): epoch_plan(self.datasets, self.seed, int(e))[0] for e in np.unique(created)}
+        return [self._key(epoch, int(index), int(created[index]), plan, plans) for index in order]
 
-    def _use(self, epoch: int, slot: int, born: int, plan: np.ndarray, plans: dict[int, np.ndarray]) -> Use:
-        number = int(plan[slot, 0])
-        if self.sources[number].is_constant:
-            pair = int(plan[slot, 1])
-            place = self.first_place[number] + pair if self.keep_photos else None
-            return Use(epoch, slot, 0, number, pair, place)
-        place = self.first_place[number] + slot - self.first_slot[number] if self.reuse > 1 else None
-        return Use(epoch, slot, born, number, int(plans[born][slot, 1]), place)
+    def _key(
+        self, epoch: int, index: int, created: int, plan: np.ndarray, plans: dict[int, np.ndarray]
+    ) -> SampleKey:
+        number = int(plan[index, 0])
+        if self.datasets[number].is_constant:
+            pair = int(plan[index, 1])
+            slot = self.first_slot[number] + pair if self.keep_photos else None
+            return SampleKey(epoch, index, 0, number, pair, slot)
+        slot = self.first_slot[number] + index - self.first_index[number] if self.reuse > 1 else None
+        return SampleKey(epoch, index, created, number, int(plans[created][index, 1]), slot)
 
-    def batches(
-        self, *, batch_size: int, epochs: int, start: int, part: int = 0, parts: int = 1
-    ) -> Iterator[list[Use]]:
-        """The batches of a whole run, epoch after epoch, without the first `start`, which are done.
+    def epoch_batches(
+        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> list[list[SampleKey]]:
+        """The batches of one epoch. Of each, only the share of one process, which may be empty."""
+        keys = self.epoch(epoch)
+        starts = range(0, len(keys), batch_size)
+        return [keys[start : start + batch_size][rank::world_size] for start in starts]
 
-        Of each batch only one of several parts, of about the same length (0 for some, it may be).
-        """
-        per_epoch = -(-self.epoch_length // batch_size)
-        for epoch in range(start // per_epoch, epochs):
-            uses = self.epoch(epoch)
-            skipped = start - epoch * per_epoch if epoch == start // per_epoch else 0
-            for batch in range(skipped, per_epoch):
-                yield uses[batch * batch_size : (batch + 1) * batch_size][part::parts]
+    def __getitem__(self, key: SampleKey) -> TrainSample:
+        """A sample; raises UserError if its files cannot be read any more."""
+        return with_retry(self._make, key)
 
-    def batches_to_make(
-        self, *, batch_size: int, epochs: int, start: int, part: int = 0, parts: int = 1
-    ) -> Iterator[list[Use]]:
-        """The samples to make for `batches`, in the order of their first use, epoch by epoch.
+    def _make(self, key: SampleKey) -> TrainSample:
+        dataset = self.datasets[key.dataset]
+        rng = make_rng(self.seed, Purpose.TRAIN, key.created_epoch, key.index_in_epoch)
+        canvas = fit_size(dataset.image_size(key.pair), self.spec.finest_side)
+        image, mask = draw_sample(dataset, key.pair, canvas, rng, self.read)
+        inputs = to_model_input(image, mask, self.spec)
+        points, labels = self.draw_prompt(key, inputs["target"], inputs["size"])
+        return {**inputs, "points": points, "labels": labels}
 
-        With nothing kept these are the very batches; else they hold only what is not in the pool.
-        """
-        born, made, epoch = {}, [], None
-        span = {"batch_size": batch_size, "epochs": epochs, "start": start, "part": part, "parts": parts}
-        for batch in filter(None, self.batches(**span)):
-            if made and batch[0].epoch != epoch:
-                yield made
-                made = []
-            epoch = batch[0].epoch
-            for use in batch:
-                if use.place is None or born.get(use.place) != use.born:
-                    born[use.place] = use.born
-                    made.append(use)
-                if len(made) == -(-batch_size // parts):
-                    yield made
-                    made = []
-        if made:
-            yield made
-
-    def __getitem__(self, use: Use) -> dict[str, torch.Tensor]:
-        """A sample; raises UnreadableFile."""
-        return with_retry(self._make, use)
-
-    def _make(self, use: Use) -> dict[str, torch.Tensor]:
-        source = self.sources[use.source]
-        rng = make_rng(self.seed, TRAIN, use.born, use.slot)
-        canvas = fit_size(source.facts[source.pairs[use.pair].image_path].size, self.spec.finest_side)
-        image, mask = make_sample(source, use.pair, canvas, rng, self.read)
-        sample = to_model_input(image, mask, self.spec)
-        return {**sample, **self.draw_prompt(use, sample["target"], sample["size"])}
-
-    def draw_prompt(self, use: Use, target: torch.Tensor, size: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prompt of one use, a function of (seed, epoch, slot): `points` (N, 2), `labels` (N,)."""
-        rng = make_rng(self.seed, PROMPT, use.epoch, use.slot)
-        return _prompt_tensors(self.prompt, target, size, self.spec, rng)
+    def draw_prompt(self, key: SampleKey, target: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt of one use of a sample: `points` (N, 2) and `labels` (N,)."""
+        rng = make_rng(self.seed, Purpose.PROMPT, key.epoch, key.index_in_epoch)
+        return prompt_tensors(self.prompt, target, size, self.spec, rng)
 
 
-def _prompt_tensors(kind, target, size, spec, rng) -> dict[str, torch.Tensor]:
-    points, labels = draw_prompt(kind, target[0].numpy(), tuple(size.tolist()), spec.img_size, rng)
-    return {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
-
-
-def _shapes(sources: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, ...]]:
-    """Shapes of what is read for training, by (function, item), as `DecodedCache` takes them."""
-    shapes = {}
-    for source in sources:
-        if source.is_constant:
+def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, ...]]:
+    """Shapes of what training reads, by (function, item), as `DecodedCache` takes them."""
+    shapes: dict[Hashable, tuple[int, ...]] = {}
+    for dataset in datasets:
+        if dataset.is_constant:
             continue
-        load = load_cut_out if source.config.composites else load_pair
-        for pair in source.pairs:
-            shapes[load, pair] = (*bounded_size(source.facts[pair.image_path].size, longest), 4)
-        for path in source.backgrounds:
-            shapes[load_background, path] = (*bounded_size(source.facts[path].size, longest), 3)
+        load = load_cut_out if dataset.config.composites else load_pair
+        for number, pair in enumerate(dataset.pairs):
+            shapes[load, pair] = (*bounded_size(dataset.image_size(number), longest), 4)
+        for path in dataset.backgrounds:
+            shapes[load_background, path] = (*bounded_size(dataset.infos[path].size, longest), 3)
     return shapes
 
 
-class TestSet(Dataset):
-    """Test samples, each a function of (seed, index) alone, with the truth at full resolution.
+class TestSet(Dataset[TestSample]):
+    """Test samples. Each is a function of (seed, index) alone and keeps its mask at full resolution.
 
-    With `percentage` below 1 a fixed subset; above 1 counts as 1.
+    A `percentage` below 1 gives a fixed subset; above 1 it counts as 1.
     """
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, source: DatasetIndex, *, spec: InputSpec, prompt: str, seed: int) -> None:
-        self.source, self.spec, self.prompt, self.seed = source, spec, prompt, seed
-        n_pairs = len(source.pairs)
-        count = min(n_pairs, max(1, round(source.config.percentage * n_pairs)))
-        self.pair_indices = np.sort(make_rng(seed, TEST).permutation(n_pairs)[:count])
+    def __init__(self, dataset: DatasetIndex, *, spec: InputSpec, prompt: str, seed: int) -> None:
+        self.dataset, self.spec, self.prompt, self.seed = dataset, spec, prompt, seed
+        n_pairs = len(dataset.pairs)
+        count = min(n_pairs, dataset.samples_per_epoch)
+        self.pairs = np.sort(make_rng(seed, Purpose.TEST).permutation(n_pairs)[:count])
 
     def __len__(self) -> int:
-        return len(self.pair_indices)
+        return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict:
-        """A sample; raises UnreadableFile."""
+    def __getitem__(self, index: int) -> TestSample:
+        """A sample; raises UserError if its files cannot be read any more."""
         return with_retry(self._make, index)
 
-    def _make(self, index: int) -> dict:
-        pair_index = self.pair_indices[index]
-        rng = make_rng(self.seed, TEST, index)
-        size = self.source.facts[self.source.pairs[pair_index].image_path].size
-        image, mask = make_sample(self.source, pair_index, size, rng)
-        sample = to_model_input(image, mask, self.spec)
-        prompt = _prompt_tensors(self.prompt, sample["target"], sample["size"], self.spec, rng)
-        return {**sample, **prompt, "picture": torch.tensor(image), "truth": torch.from_numpy(mask > 0.5)}
+    def _make(self, index: int) -> TestSample:
+        pair = int(self.pairs[index])
+        rng = make_rng(self.seed, Purpose.TEST, index)
+        image, mask = draw_sample(self.dataset, pair, self.dataset.image_size(pair), rng)
+        inputs = to_model_input(image, mask, self.spec)
+        points, labels = prompt_tensors(self.prompt, inputs["target"], inputs["size"], self.spec, rng)
+        return {
+            **inputs,
+            "points": points,
+            "labels": labels,
+            "original_image": torch.tensor(image),
+            "mask": torch.from_numpy(mask > 0.5),
+        }
 
 
-# --- Loaders -----------------------------------------------------------------------------------
+# --- Loaders ----------------------------------------------------------------------------------
 
-# Workers that are forked see the memory of decoded files; those that are spawned do not.
+# Workers that are forked share the memory of decoded files; those that are spawned do not.
 WORKER_CONTEXT = "fork" if sys.platform == "linux" else None
 
 
-def train_loader(train_set: TrainSet, *, num_workers: int, pin_memory: bool, **span: int) -> DataLoader:
-    """One loader for the rest of a run: workers start once and prefetch on.
+@dataclass(frozen=True)
+class SampleError:
+    """Stands for a sample that could not be made. It crosses from a worker as a value, with its message."""
 
-    It gives the batches of `TrainSet.batches_to_make(**span)`, once.
+    message: str
+
+
+class _ErrorsAsValues(Dataset):
+    """The same samples; a UserError becomes a `SampleError`."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.samples[key]
+        except UserError as error:
+            return SampleError(str(error))
+
+
+def _collate(samples: list[Any]) -> Any:
+    """One batch of several samples, or the first `SampleError` among them."""
+    for sample in samples:
+        if isinstance(sample, SampleError):
+            return sample
+    return default_collate(samples)
+
+
+def _keep(sample: Any) -> Any:
+    return sample
+
+
+def train_loader(
+    train_set: TrainSet, key_groups: Iterable[list[SampleKey]], *, num_workers: int, pin_memory: bool
+) -> Iterator[TrainSample]:
+    """Batches of samples, one per group of keys.
+
+    The workers start once, at the first batch, and work ahead. Raises UserError if a sample cannot be made
+    or a worker dies.
     """
-    return DataLoader(
-        train_set,
-        batch_sampler=train_set.batches_to_make(**span),
+    loader = DataLoader(
+        _ErrorsAsValues(train_set),
+        batch_sampler=key_groups,
+        collate_fn=_collate,
         num_workers=num_workers,
         multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=runtime.init_data_worker,
     )
+    return _iterate(loader)
 
 
-def test_loader(test_set: TestSet, *, num_workers: int, part: int, parts: int) -> DataLoader:
-    """The test samples one by one, for their sizes differ, of one of several parts of the set."""
-    samples = Subset(test_set, range(part, len(test_set), parts))
-    return DataLoader(
-        samples, batch_size=None, num_workers=num_workers, worker_init_fn=runtime.init_data_worker
+def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: int) -> Iterator[TestSample]:
+    """The share of one process of the test samples, one by one since their sizes differ; raises as above."""
+    share = Subset(_ErrorsAsValues(test_set), range(rank, len(test_set), world_size))
+    loader = DataLoader(
+        share,
+        batch_size=None,
+        collate_fn=_keep,
+        num_workers=num_workers,
+        worker_init_fn=runtime.init_data_worker,
     )
+    return _iterate(loader)
+
+
+def _iterate(loader: DataLoader) -> Iterator[Any]:
+    others = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    runtime.watch_data_workers(set(multiprocessing.active_children()) - others)
+    for batch in iterator:
+        if isinstance(batch, SampleError):
+            raise UserError(batch.message)
+        yield batch

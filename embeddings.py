@@ -1,81 +1,343 @@
-"""Embeddings that are computed once and kept in a file."""
+"""What a run encodes once and keeps, and the batches that training takes.
 
+One plan, `plan_batches`, says for the whole run what is encoded when. The data loader makes samples in the
+order of the plan; `training_batches` encodes them, keeps their embeddings in an `EmbeddingPool` where they
+are used again, and puts the batches together.
+"""
+
+import itertools
+import math
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+import runtime
+from base.errors import UserError
+from dataset import SampleKey, TestSet, TrainSample, TrainSet, test_loader, train_loader
+from imaging.metrics import GroundTruth
+from imaging.prompts import PROMPT_TOKENS
+from imaging.visualize import shrink
+from inference import LoadedSam
+
+# --- The plan ---------------------------------------------------------------------------------
 
 
-class Key(Protocol):
-    """What tells one embedding from another: `dataset.Use` is one."""
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch of this process: its samples, and the groups of samples to encode before it is complete."""
 
-    place: int | None
-    born: int
+    keys: list[SampleKey]
+    to_encode: list[list[SampleKey]]
+
+
+def plan_batches(
+    train_set: TrainSet, *, batch_size: int, epochs: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[BatchPlan]:
+    """The batches of a run from iteration `start`, with what each must encode.
+
+    A sample is encoded at its first use, and again only if its cache slot holds the sample of another epoch.
+    Groups are as large as a batch of one process, except the last group of an epoch. Where nothing is kept,
+    each group is exactly one batch. A resumed run encodes again what it needs.
+    """
+    group_size = math.ceil(batch_size / world_size)
+    first_epoch, done = divmod(start, math.ceil(train_set.epoch_length / batch_size))
+    in_slot: dict[int, int] = {}  # the epoch in which the sample of each cache slot was created
+    for epoch in range(first_epoch, epochs):
+        batches = train_set.epoch_batches(epoch, batch_size=batch_size, rank=rank, world_size=world_size)
+        yield from _plan_epoch(batches[done:], in_slot, group_size)
+        done = 0
+
+
+def _plan_epoch(
+    batches: list[list[SampleKey]], in_slot: dict[int, int], group_size: int
+) -> Iterator[BatchPlan]:
+    new: list[SampleKey] = []
+    new_until = []  # how many new samples there are up to each batch
+    for keys in batches:
+        for key in keys:
+            if key.cache_slot is None:
+                new.append(key)
+            elif in_slot.get(key.cache_slot) != key.created_epoch:
+                in_slot[key.cache_slot] = key.created_epoch
+                new.append(key)
+        new_until.append(len(new))
+    groups = [new[i : i + group_size] for i in range(0, len(new), group_size)]
+    planned = 0
+    for keys, count in zip(batches, new_until, strict=True):
+        needed = math.ceil(count / group_size)
+        yield BatchPlan(keys, groups[planned:needed])
+        planned = needed
+
+
+# --- Kept embeddings --------------------------------------------------------------------------
 
 
 class EmbeddingPool:
-    """Embeddings with their targets and sizes, each in its place of a memory-mapped temporary file.
+    """Embeddings with their targets and sizes, each in its slot of a memory-mapped temporary file.
 
-    The file lies in `folder` but has no name there, so that the disk is free again when the pool is
-    let go or the process ends, however it ends. A place holds the sample that was last put there,
-    known by the epoch it was born in. Samples without a place are used once: they wait for that in
-    memory.
+    The file lies in `folder` but has no name there, so its disk space is free again when the pool or the
+    process ends, however it ends. A slot holds the sample that was put there last. Samples without a slot
+    wait in memory for their only use.
 
     Args:
-        folder: where the file lies; it needs `size` bytes.
-        places: how many.
+        folder: where the file lies; it takes `size` bytes.
+        n_slots: how many samples it can hold.
         shape: (C, e, e) of an embedding.
         dtype: float16, or float32 to keep an encoder's output exactly.
-        grid: side of a target.
+        mask_grid: side of a target.
+
+    Raises UserError if the file cannot be made.
     """
 
-    def __init__(self, folder: Path, places: int, shape: tuple[int, ...], dtype: np.dtype, grid: int) -> None:
-        size = self.size(places, shape, dtype, grid)
-        with tempfile.TemporaryFile(dir=folder) as file:  # the maps keep it alive
-            if hasattr(os, "posix_fallocate"):  # a full disk must fail here, not in the middle of the run
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            self._embeddings = np.memmap(file, dtype, "r+", shape=(places, *shape))
-            self._targets = np.memmap(
-                file, np.uint8, "r+", offset=self._embeddings.nbytes, shape=(places, 1, grid, grid)
-            )
-        self._sizes = np.zeros((places, 2), np.int64)
-        self._born = np.full(places, -1)
-        self._passing = {}
+    def __init__(
+        self, folder: Path, n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int
+    ) -> None:
+        size = self.size(n_slots, shape, dtype, mask_grid)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:  # the maps keep it alive
+                if hasattr(os, "posix_fallocate"):  # a full disk must show here, not in the middle of the run
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+                self._embeddings = np.memmap(file, dtype, "r+", shape=(n_slots, *shape))
+                self._targets = np.memmap(
+                    file,
+                    np.uint8,
+                    "r+",
+                    offset=self._embeddings.nbytes,
+                    shape=(n_slots, 1, mask_grid, mask_grid),
+                )
+        except OSError as error:
+            raise UserError(f"{folder}: the {size} bytes for embeddings cannot be had: {error}") from error
+        self._sizes = np.zeros((n_slots, 2), np.int64)
+        self._waiting: dict[SampleKey, tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
-    def size(places: int, shape: tuple[int, ...], dtype: np.dtype, grid: int) -> int:
+    def size(n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int) -> int:
         """Bytes that the file takes."""
-        return places * (prod(shape) * np.dtype(dtype).itemsize + grid * grid)
+        return n_slots * (prod(shape) * np.dtype(dtype).itemsize + mask_grid * mask_grid)
 
-    def holds(self, key: Key) -> bool:
-        if key.place is None:
-            return key in self._passing
-        return self._born[key.place] == key.born
-
-    def put(self, key: Key, embedding: Tensor, target: Tensor, size: Tensor) -> None:
-        """Keep a sample that is on the CPU; arguments as `get` returns them, the embedding of any type."""
-        if key.place is None:
-            self._passing[key] = embedding, target, size
+    def put(self, key: SampleKey, embedding: Tensor, target: Tensor, size: Tensor) -> None:
+        """Keep a sample that is on the CPU. Arguments as of `get`; the embedding of any float dtype."""
+        if key.cache_slot is None:
+            self._waiting[key] = embedding, target, size
             return
-        self._embeddings[key.place] = embedding.to(_torch_dtype(self._embeddings.dtype)).numpy()
-        self._targets[key.place] = target.numpy()
-        self._sizes[key.place] = size.numpy()
-        self._born[key.place] = key.born
+        dtype = torch.float16 if self._embeddings.dtype == np.float16 else torch.float32
+        self._embeddings[key.cache_slot] = embedding.to(dtype).numpy()
+        self._targets[key.cache_slot] = target.numpy()
+        self._sizes[key.cache_slot] = size.numpy()
 
-    def get(self, key: Key) -> tuple[Tensor, Tensor, Tensor]:
-        """`embedding` (C, e, e), `target` uint8 (1, grid, grid), `size` int64 (2,), not to be changed."""
-        if key.place is None:
-            return self._passing.pop(key)
-        arrays = self._embeddings[key.place], self._targets[key.place], self._sizes[key.place]
-        return tuple(torch.from_numpy(array) for array in arrays)
+    def get(self, key: SampleKey) -> tuple[Tensor, Tensor, Tensor]:
+        """`embedding` (C, e, e), `target` uint8 (1, grid, grid), `size` int64 (2,). Do not change them."""
+        if key.cache_slot is None:
+            return self._waiting.pop(key)
+        slot = key.cache_slot
+        embedding, target, size = self._embeddings[slot], self._targets[slot], self._sizes[slot]
+        return torch.from_numpy(embedding), torch.from_numpy(target), torch.from_numpy(size)
 
 
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return torch.float16 if dtype == np.float16 else torch.float32
+@dataclass(frozen=True)
+class PoolSpec:
+    """What an `EmbeddingPool` of a run looks like."""
+
+    n_slots: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    mask_grid: int
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return EmbeddingPool.size(self.n_slots, self.shape, self.dtype, self.mask_grid)
+
+
+def pool_spec(n_slots: int, net: LoadedSam) -> PoolSpec:
+    """Embeddings are kept in float16, or in float32 where nothing may be rounded (`--amp off`)."""
+    embedding = net.sam.prompt_encoder.image_embedding_size
+    dtype = np.dtype(np.float16 if net.low_precision else np.float32)
+    return PoolSpec(n_slots, (net.sam.prompt_encoder.embed_dim, *embedding), dtype, net.spec.mask_grid)
+
+
+# --- Training batches -------------------------------------------------------------------------
+
+
+class TrainBatch(TypedDict):
+    """The share of one process of a batch, on the device. B is 0 if the share is empty.
+
+    keys: the samples.
+    embedding: (B, C, e, e), in the compute dtype.
+    target: uint8 (B, 1, grid, grid), 255 times the soft mask.
+    size: int64 (B, 2), (h, w) of each image in the model's input.
+    points, labels: (B, N, 2) and (B, N), the prompts.
+    data_wait: seconds spent waiting for the data loader.
+    """
+
+    keys: list[SampleKey]
+    embedding: Tensor
+    target: Tensor
+    size: Tensor
+    points: Tensor
+    labels: Tensor
+    data_wait: float
+
+
+def training_batches(
+    train_set: TrainSet,
+    net: LoadedSam,
+    *,
+    folder: Path,
+    batch_size: int,
+    epochs: int,
+    start: int,
+    num_workers: int,
+) -> Iterator[TrainBatch]:
+    """The batches of a run from iteration `start`, each as the share of this process.
+
+    `batch_size` counts the samples of all processes. Kept embeddings lie in an unnamed file in `folder`.
+    Raises UserError if a sample cannot be made.
+    """
+    share = {"rank": runtime.rank(), "world_size": runtime.world_size()}
+    plans, plans_of_loader = itertools.tee(
+        plan_batches(train_set, batch_size=batch_size, epochs=epochs, start=start, **share)
+    )
+    groups = (group for plan in plans_of_loader for group in plan.to_encode)
+    samples = train_loader(train_set, groups, num_workers=num_workers, pin_memory=net.device.type == "cuda")
+    pool = None
+    if train_set.n_cache_slots:
+        spec = pool_spec(train_set.n_cache_slots, net)
+        pool = EmbeddingPool(folder, spec.n_slots, spec.shape, spec.dtype, spec.mask_grid)
+    for plan in plans:
+        encoded = [_encode(net, keys, samples) for keys in plan.to_encode]
+        if not plan.keys:
+            yield _empty_batch(train_set, net)
+        elif pool is None:
+            yield encoded[0]
+        else:
+            for batch in encoded:
+                _put(pool, batch)
+            yield _get(pool, plan.keys, train_set, net, sum(batch["data_wait"] for batch in encoded))
+
+
+def _encode(net: LoadedSam, keys: list[SampleKey], samples: Iterator[TrainSample]) -> TrainBatch:
+    """The next samples of the loader, which are those of `keys`, with their embeddings."""
+    asked = time.perf_counter()
+    sample = next(samples)
+    data_wait = time.perf_counter() - asked
+    size = _to_device(sample["size"], net.device)
+    return {
+        "keys": keys,
+        "embedding": net.encode(_to_device(sample["image"], net.device), size),
+        "target": _to_device(sample["target"], net.device),
+        "size": size,
+        "points": _to_device(sample["points"], net.device),
+        "labels": _to_device(sample["labels"], net.device),
+        "data_wait": data_wait,
+    }
+
+
+def _put(pool: EmbeddingPool, batch: TrainBatch) -> None:
+    tensors = (batch["embedding"].cpu(), batch["target"].cpu(), batch["size"].cpu())
+    for key, embedding, target, size in zip(batch["keys"], *tensors, strict=True):
+        pool.put(key, embedding, target, size)
+
+
+def _get(
+    pool: EmbeddingPool, keys: list[SampleKey], train_set: TrainSet, net: LoadedSam, data_wait: float
+) -> TrainBatch:
+    """A batch of kept samples, each with the prompt of this use."""
+    embeddings, targets, sizes = zip(*map(pool.get, keys), strict=True)
+    prompts = [train_set.draw_prompt(*sample) for sample in zip(keys, targets, sizes, strict=True)]
+    points, labels = zip(*prompts, strict=True)
+    embedding = _to_device(torch.stack(embeddings), net.device)
+    return {
+        "keys": keys,
+        "embedding": embedding.to(net.low_precision or torch.float32),
+        "target": _to_device(torch.stack(targets), net.device),
+        "size": _to_device(torch.stack(sizes), net.device),
+        "points": _to_device(torch.stack(points), net.device),
+        "labels": _to_device(torch.stack(labels), net.device),
+        "data_wait": data_wait,
+    }
+
+
+def _empty_batch(train_set: TrainSet, net: LoadedSam) -> TrainBatch:
+    spec, n_tokens = train_set.spec, PROMPT_TOKENS[train_set.prompt]
+    images = torch.zeros(0, spec.img_size, spec.img_size, 3, dtype=torch.uint8, device=net.device)
+    size = torch.zeros(0, 2, dtype=torch.int64, device=net.device)
+    return {
+        "keys": [],
+        "embedding": net.encode(images, size),
+        "target": torch.zeros(0, 1, spec.mask_grid, spec.mask_grid, dtype=torch.uint8, device=net.device),
+        "size": size,
+        "points": torch.zeros(0, n_tokens, 2, device=net.device),
+        "labels": torch.zeros(0, n_tokens, dtype=torch.int64, device=net.device),
+        "data_wait": 0.0,
+    }
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for it, from pinned memory where the device is a CUDA device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# --- The test set -----------------------------------------------------------------------------
+
+SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
+
+
+@dataclass(frozen=True)
+class EncodedTestSample:
+    """A test sample, ready to decode.
+
+    embedding: (1, C, e, e) in the compute dtype, on the CPU. A frozen encoder computes it once per run.
+    image: uint8 (1, S, S, 3), the model's input, if the encoder trains; then `embedding` is None.
+    points, labels: (1, N, 2) and (1, N), the prompt.
+    size: (h, w) of the image in the model's input.
+    thumbnail: RGB uint8, small enough to show.
+    """
+
+    embedding: Tensor | None
+    image: Tensor | None
+    points: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    ground_truth: GroundTruth
+    thumbnail: np.ndarray
+
+
+def encode_test_set(test_set: TestSet, net: LoadedSam, *, num_workers: int) -> list[EncodedTestSample]:
+    """The share of this process of the test samples, encoded if their embeddings stay the same.
+
+    Raises UserError if a sample cannot be made.
+    """
+    samples = test_loader(
+        test_set, num_workers=num_workers, rank=runtime.rank(), world_size=runtime.world_size()
+    )
+    encoder_is_frozen = not any(p.requires_grad for p in net.sam.image_encoder.parameters())
+    encoded = []
+    for sample in tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main()):
+        image, size = sample["image"][None], sample["size"]
+        encoded.append(
+            EncodedTestSample(
+                embedding=net.encode(image, size[None]).cpu() if encoder_is_frozen else None,
+                image=None if encoder_is_frozen else image,
+                points=sample["points"][None],
+                labels=sample["labels"][None],
+                size=(int(size[0]), int(size[1])),
+                ground_truth=GroundTruth.from_mask(sample["mask"].numpy()),
+                thumbnail=shrink(sample["original_image"].numpy(), SHOWN_SIDE),
+            )
+        )
+    return encoded

@@ -1,34 +1,88 @@
-"""Find the cables in pictures with a loaded SAM: whole or in tiles, with prompts or without."""
+"""Prediction: from images to mask logits with a loaded SAM, whole or in tiles, with prompts or without.
+
+The test during training, predict.py and Python callers all compute their logits here.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
+from torch import Tensor
 
 import checkpoint
-import inference
 import runtime
 from base.errors import UserError
 from imaging.geometry import InputSpec, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
-from sam import decoder, encoder, point_labels
+from sam.decoder import decode, mask_grid, upscale
+from sam.encoder import encode, move_to_device
+from sam.point_labels import ABSENT
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
 
-OVERLAP = 0.25  # of a tile's tile_size, to its neighbors
+TILE_OVERLAP = 0.25  # of a tile's side, with each neighbor
 
+Decode = Callable[[Sam, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# From pictures, RGB uint8 (H, W, 3), and the prompts of each, at least one, to logits float32 (H, W).
+# From images, RGB uint8 (H, W, 3), and the prompts of each (at least one) to logits, float32 (H, W).
 PredictLogits = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np.ndarray]]
 
 
-def load_any(path: Path) -> tuple[Sam, str]:
-    """The SAM that a checkpoint is of, and the name of its variant, recognised by its weights.
+@dataclass(frozen=True)
+class LoadedSam:
+    """A SAM on its device, and how it computes.
 
-    Raises UserError naming the file if it is not of any variant.
+    low_precision: dtype of the decoder's products; None for float32. A frozen encoder has its weights in
+        its compute dtype.
+    encoder_trains: whether the encoder has float32 weights and computes under autocast.
+    compiled_decode, compiled_batch_size: the decoder compiled for whole batches of that size, or None.
+    """
+
+    sam: Sam
+    model_type: str
+    low_precision: torch.dtype | None
+    encoder_trains: bool = False
+    compiled_decode: Decode | None = None
+    compiled_batch_size: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.sam.device
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec(self.sam.image_encoder.img_size, mask_grid(self.sam))
+
+    def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Embeddings (B, C, e, e) of images uint8 (B, S, S, 3) of sizes (B, 2); see `sam.encoder.encode`."""
+        with runtime.autocast(self.device, self.low_precision if self.encoder_trains else None):
+            return encode(
+                self.sam,
+                images.to(self.device),
+                sizes.to(self.device),
+                self.model_type,
+                eager=self._is_partial(images) and self.device.type != "cpu",  # which encodes one by one
+            )
+
+    def decode(self, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits and predicted IoU, on the device; see `sam.decoder.decode`."""
+        run = decode if self._is_partial(embeddings) else self.compiled_decode or decode
+        with runtime.autocast(self.device, self.low_precision):
+            return run(self.sam, embeddings, points.to(self.device), labels.to(self.device))
+
+    def _is_partial(self, batch: Tensor) -> bool:
+        """Whether nothing is compiled for a batch of this size; to compile for it would not pay."""
+        return len(batch) != self.compiled_batch_size
+
+
+def load_any(path: Path) -> tuple[Sam, str]:
+    """The SAM of a checkpoint, on the CPU, and its model type, detected from the weights.
+
+    Raises UserError, which names the file, if it cannot be read or fits no model type.
     """
     weights = checkpoint.load_weights(path)
     model_type = detect_model_type(weights)
@@ -39,88 +93,121 @@ def load_any(path: Path) -> tuple[Sam, str]:
     return sam, model_type
 
 
-def load(path: Path, device: torch.device, amp: torch.dtype | None) -> PredictLogits:
-    """`predict_logits` with the SAM that the checkpoint is of; raises as `inference.load_any` does."""
-    sam, model_type = inference.load_any(path)
-    encoder.move_to_device(sam, device, amp)
-    return partial(predict_logits, sam, model_type, amp)
+def load(path: Path, device: torch.device, low_precision: torch.dtype | None) -> PredictLogits:
+    """`predict_logits` with the SAM of a checkpoint. Raises UserError as `load_any` does."""
+    sam, model_type = load_any(path)
+    move_to_device(sam, device, low_precision)
+    return partial(predict_logits, LoadedSam(sam, model_type, low_precision))
 
 
 @torch.inference_mode()
 def predict_logits(
-    sam: Sam,
-    model_type: str,
-    amp: torch.dtype | None,
-    images_u8: list[np.ndarray],
-    prompts: list[Sequence[Prompt]],
+    net: LoadedSam, images: list[np.ndarray], prompts: list[Sequence[Prompt]]
 ) -> Iterator[np.ndarray]:
-    """Logits, float32 (H, W) at each picture's own resolution; above 0 is cable.
+    """Logits, float32 (H, W), of each image at its own resolution; above 0 is cable.
 
-    A picture is encoded once and decoded with each of its prompts; of their logits the largest count.
+    Args:
+        images: RGB uint8 (H, W, 3), of any sizes.
+        prompts: of each image at least one. An image is encoded once and decoded with each of its prompts;
+            of their logits the largest counts.
     """
-    if not images_u8:
+    if not images:
         return
-    spec = InputSpec(sam.image_encoder.img_size, decoder.mask_grid(sam))
-    samples = [to_model_input(image, np.zeros(image.shape[:2], np.float32), spec) for image in images_u8]
-    sizes = torch.stack([sample["size"] for sample in samples])
-    images = torch.stack([sample["image"] for sample in samples]).to(sam.device)
+    inputs = [to_model_input(image, np.zeros(image.shape[:2], np.float32), net.spec) for image in images]
+    sizes = torch.stack([sample["size"] for sample in inputs])
     scales = [
-        size.flip(0) / torch.tensor(image.shape[1::-1]) for size, image in zip(sizes, images_u8, strict=True)
+        size.flip(0) / torch.tensor(image.shape[1::-1]) for size, image in zip(sizes, images, strict=True)
     ]
-    counts = [len(of_picture) for of_picture in prompts]
-    points, labels = _batch(
-        [(prompt, scale) for of_picture, scale in zip(prompts, scales, strict=True) for prompt in of_picture]
+    points, labels = _batch_prompts(
+        [(prompt, scale) for several, scale in zip(prompts, scales, strict=True) for prompt in several]
     )
-    with runtime.autocast(sam.device, amp):
-        embeddings = encoder.encode(sam, images, sizes.to(sam.device), model_type)
-        embeddings = embeddings.repeat_interleave(torch.tensor(counts, device=sam.device), dim=0)
-        logits, _ = decoder.decode(sam, embeddings, points.to(sam.device), labels.to(sam.device))
-    for image, size, low_res in zip(images_u8, sizes.tolist(), logits.float().split(counts), strict=True):
-        largest = low_res.amax(dim=0, keepdim=True)
-        yield decoder.upscale(sam, largest, tuple(size), image.shape[:2])[0, 0].cpu().numpy()
+    yield from decode_logits(
+        net,
+        net.encode(torch.stack([sample["image"] for sample in inputs]), sizes),
+        points,
+        labels,
+        sizes=[tuple(size) for size in sizes.tolist()],
+        original_sizes=[image.shape[:2] for image in images],
+        prompts_per_image=[len(several) for several in prompts],
+    )
 
 
-def _batch(prompts: list[tuple[Prompt, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points (P, N, 2) and labels (P, N) of prompts and their scales (2,) to the model's input frame."""
+@torch.no_grad()
+def decode_logits(
+    net: LoadedSam,
+    embeddings: Tensor,
+    points: Tensor,
+    labels: Tensor,
+    *,
+    sizes: list[tuple[int, int]],
+    original_sizes: list[tuple[int, int]],
+    prompts_per_image: list[int],
+) -> Iterator[np.ndarray]:
+    """The second half of `predict_logits`, from embeddings.
+
+    Args:
+        embeddings: (B, C, e, e).
+        points, labels: (P, N, 2) and (P, N), the prompts of all images; see `sam.decoder.decode`.
+        sizes: (h, w) of each image in the model's input.
+        original_sizes: (h, w) of each image.
+        prompts_per_image: how many of the P prompts belong to each image.
+    """
+    repeats = torch.tensor(prompts_per_image, device=net.device)
+    embeddings = embeddings.to(net.device).repeat_interleave(repeats, dim=0, output_size=len(points))
+    logits, _ = net.decode(embeddings, points, labels)
+    shares = logits.float().split(prompts_per_image)
+    for share, size, original_size in zip(shares, sizes, original_sizes, strict=True):
+        largest = share.amax(dim=0, keepdim=True)
+        yield upscale(net.sam, largest, size, original_size)[0, 0].cpu().numpy()
+
+
+def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Points (P, N, 2) and labels (P, N) of prompts, scaled by (2,) to the model's input."""
     longest = max(len(prompt.labels) for prompt, _ in prompts)
     points = torch.zeros(len(prompts), longest, 2)
-    labels = torch.full((len(prompts), longest), point_labels.ABSENT)
+    labels = torch.full((len(prompts), longest), ABSENT)
     for i, (prompt, scale) in enumerate(prompts):
         points[i, : len(prompt.labels)] = torch.from_numpy(prompt.points) * scale
         labels[i, : len(prompt.labels)] = torch.from_numpy(prompt.labels)
     return points, labels
 
 
+# --- Tiles ------------------------------------------------------------------------------------
+
+
 def predict_logits_tiled(
     predict: PredictLogits, image: np.ndarray, *, tile_size: int, batch_size: int
 ) -> np.ndarray:
-    """Logits (H, W) of a picture cut into tiles of at most `tile_size` pixels, which overlap and are blended.
+    """Logits (H, W) of an image that is cut into overlapping tiles of at most `tile_size` pixels a side.
 
-    A tile's weight falls to its edges, where it has seen the least around, so that none of them shows.
+    Logits are blended where tiles overlap. A tile's weight falls towards its edges, where it has the least
+    context, so that no seam shows.
     """
     height, width = image.shape[:2]
-    corners = [(top, left) for top in _starts(height, tile_size) for left in _starts(width, tile_size)]
+    corners = [
+        (top, left) for top in _tile_starts(height, tile_size) for left in _tile_starts(width, tile_size)
+    ]
     total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
     for first in range(0, len(corners), batch_size):
-        part = corners[first : first + batch_size]
-        windows = [(slice(top, top + tile_size), slice(left, left + tile_size)) for top, left in part]
-        found = predict([image[window] for window in windows], [NO_PROMPT] * len(part))
-        for window, logits in zip(windows, found, strict=True):
-            weight = np.multiply.outer(*(_ramp(length, tile_size) for length in logits.shape))
+        batch = corners[first : first + batch_size]
+        windows = [(slice(top, top + tile_size), slice(left, left + tile_size)) for top, left in batch]
+        predictions = predict([image[window] for window in windows], [NO_PROMPT] * len(batch))
+        for window, logits in zip(windows, predictions, strict=True):
+            weight = np.multiply.outer(*(_blend_weights(length, tile_size) for length in logits.shape))
             total[window] += weight * logits
             weights[window] += weight
     return total / weights
 
 
-def _starts(length: int, tile_size: int) -> list[int]:
-    """Where tiles start along an edge: evenly, the first and the last at its ends."""
+def _tile_starts(length: int, tile_size: int) -> list[int]:
+    """Where tiles start along an edge: evenly spaced, the first and the last at the ends."""
     if length <= tile_size:
         return [0]
-    count = math.ceil((length - OVERLAP * tile_size) / (tile_size * (1 - OVERLAP)))
+    count = math.ceil((length - TILE_OVERLAP * tile_size) / (tile_size * (1 - TILE_OVERLAP)))
     return np.linspace(0, length - tile_size, count).round().astype(int).tolist()
 
 
-def _ramp(length: int, tile_size: int) -> np.ndarray:
+def _blend_weights(length: int, tile_size: int) -> np.ndarray:
     """Weights (length,) that rise to 1 over the overlap from both ends."""
     steps = np.arange(length, dtype=np.float32) + 1
-    return np.minimum(1, np.minimum(steps, steps[::-1]) / max(1, OVERLAP * tile_size))
+    return np.minimum(1, np.minimum(steps, steps[::-1]) / max(1, TILE_OVERLAP * tile_size))

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import inference
 import runtime
-from base.atomic import write_atomically
+from base.atomic import write_text
 from base.errors import UserError
+from base.flag_types import number, positive_int
 from imaging import media
 from imaging.coco import coco_document, polygons
 from imaging.files import read_image, read_mask
@@ -32,15 +33,10 @@ from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_
 from imaging.prompts import NO_PROMPT, Prompt
 from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
 
+NEEDS_LESS_MEMORY = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
+tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
 SCORE_NAMES = [field.name for field in fields(Scores)]
-
-
-def at_least(least: int, text: str) -> int:
-    """Parse a whole number of at least `least` for argparse."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,8 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=Path, help=prompt_help)
     tiles_help = "cut images into overlapping tiles of this side"
-    add("--tiles", type=partial(at_least, 16), metavar="PIXELS", help=tiles_help)
-    add("--batch_size", type=partial(at_least, 1), default=4, help="images or tiles predicted together")
+    add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     args = parser.parse_args(argv)
@@ -71,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0, 1 if some images could not be read, 2 for any other user error."""
+    """Run the command; returns 0, 1 if some images could not be read, 2 for another failure. A bug raises."""
     runtime.init()
     args = parse_args(argv)
     faults: list[str] = []
@@ -98,8 +94,11 @@ def main(argv: list[str] | None = None) -> int:
         if stats:
             report_scores(args.output, stats)
             write_worst(args.output, stats, {path.stem: path for path in paths}, mask_paths)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     for fault in faults:
         print(f"not predicted: {fault}", file=sys.stderr)
@@ -188,7 +187,7 @@ def write_polygons(output: Path, names: Mapping[str, str]) -> None:
     """Write `polygons.json`, a COCO file, from the masks written before; `names` are by stem."""
     masks = ((name, read_mask(output / "masks" / f"{stem}.png")) for stem, name in names.items())
     document = coco_document((name, (mask.shape[0], mask.shape[1]), polygons(mask)) for name, mask in masks)
-    write_atomically(output / "polygons.json", lambda file: file.write(json.dumps(document).encode()))
+    write_text(output / "polygons.json", json.dumps(document))
 
 
 def report_scores(output: Path, stats: Mapping[str, ImageStats]) -> None:
@@ -197,7 +196,7 @@ def report_scores(output: Path, stats: Mapping[str, ImageStats]) -> None:
     rows.sort(key=lambda row: row[1][SCORE_NAMES.index("iou")])
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("picture", *SCORE_NAMES), *((stem, *values) for stem, values in rows)])
-    write_atomically(output / "measures.csv", lambda file: file.write(table.getvalue().encode()))
+    write_text(output / "measures.csv", table.getvalue())
     rows.append(("mean", tuple(np.mean([values for _, values in rows], axis=0))))
     width = max(len("image"), *(len(stem) for stem, _ in rows))
     print("  ".join(["image".ljust(width), *(f"{name:>7}" for name in SCORE_NAMES)]))

@@ -1,8 +1,9 @@
 """Look at the data before training: contact sheets of the samples, sizes, cable widths, duplicates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -65,14 +66,14 @@ def write_preview(
 
 
 def preview_dataset(
-    role: str, index: DatasetIndex, samples: Iterable[dict], spec: InputSpec, folder: Path
+    role: str, index: DatasetIndex, samples: Iterable[Mapping[str, Any]], spec: InputSpec, folder: Path
 ) -> None:
     """Write the contact sheet of a dataset and print its statistics; `role` names both."""
     sheet_path = folder / f"{role.replace(' ', '_')}.jpg"
     write_image(sheet_path, contact_sheet([draw_sample(sample) for sample in samples]))
     chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
     stats = measure_masks([index.pairs[number].mask_path for number in chosen], spec.mask_grid)
-    sizes = sorted({index.facts[pair.image_path].size for pair in index.pairs})
+    sizes = sorted({index.infos[pair.image_path].size for pair in index.pairs})
     size_text = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
     if len(sizes) > 3:
         size_text += ", ..."
@@ -87,7 +88,7 @@ def with_all_pairs(index: DatasetIndex) -> DatasetIndex:
     return replace(index, config=index.config.model_copy(update={"percentage": 1.0}))
 
 
-def draw_sample(sample: dict) -> np.ndarray:
+def draw_sample(sample: Mapping[str, Any]) -> np.ndarray:
     """Draw the outline of the target and the prompt on the image of a sample: RGB uint8 (h, w, 3).
 
     The image is enlarged first: otherwise the outline would cover thin cables.

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.process import BaseProcess
 from signal import SIGINT, SIGTERM
 from types import FrameType
 from typing import Any
@@ -30,6 +31,7 @@ def init() -> None:
     warnings.formatwarning = lambda message, *rest, **options: f"warning: {message}\n"
     Image.MAX_IMAGE_PIXELS = None  # imaging.files checks sizes itself, against --max_pixels
     _keep_freed_memory()
+    _data_workers.clear()
 
 
 def init_data_worker(worker_id: int) -> None:
@@ -138,10 +140,12 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
     """Replace each gradient by its sum over all processes; a missing gradient counts as 0."""
     if world_size() > 1:
+        summed = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        all_reduce_sum(parameter.grad for parameter in parameters)
+            summed.append(parameter.grad)
+        all_reduce_sum(summed)
 
 
 def all_reduce_max(values: list[int]) -> list[int]:
@@ -160,6 +164,38 @@ def gather(items: list[Any]) -> list[Any]:
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, items)
     return [item for share in shares for item in share]
+
+
+# --- Failures ---------------------------------------------------------------------------------
+
+_data_workers: set[BaseProcess] = set()
+
+
+def watch_data_workers(processes: Iterable[BaseProcess]) -> None:
+    """Remember the processes that prepare data, for `explain`."""
+    _data_workers.update(processes)
+
+
+def explain(error: Exception, needs_less_memory: str) -> str | None:
+    """What to tell the user of an error that is no bug, or None for a bug.
+
+    It is no bug if it is a UserError, if memory ran out, or if a data worker died. For the last two, PyTorch
+    raises a plain RuntimeError on a CPU; for a dead worker at any line of the main process. A dead worker
+    shows in its exit code. For the CPU's memory there is no sign but the allocator's name in the text.
+    `needs_less_memory` names the flags that help.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    first_line = str(error).strip().partition("\n")[0]
+    is_cpu_memory = type(error) is RuntimeError and "DefaultCPUAllocator" in first_line
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_cpu_memory:
+        return f"out of memory ({first_line or type(error).__name__}); {needs_less_memory}"
+    if isinstance(error, RuntimeError) and any(process.exitcode for process in _data_workers):
+        return (
+            f"a process that prepares data died, possibly out of memory ({first_line}); "
+            "fewer --num_workers need less memory"
+        )
+    return None
 
 
 # --- Signals ----------------------------------------------------------------------------------

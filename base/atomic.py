@@ -37,6 +37,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all. Raises UserError as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raise UserError unless the disk of `folder` (or of its nearest existing parent) has the space."""
     while not folder.exists():

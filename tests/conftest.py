@@ -19,9 +19,14 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
+import finetune
+from config import DatasetConfig
+from dataset import DatasetIndex
+from imaging.files import FileInfo, Pair
 from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
@@ -165,3 +170,84 @@ def run_process(*command, **environment) -> subprocess.CompletedProcess:
         text=True,
         timeout=180,
     )
+
+
+# --- datasets that are only planned with, never read ---
+
+
+def _index(n: int, percentage: float, backgrounds: tuple, augment: bool) -> DatasetIndex:
+    config = DatasetConfig.model_construct(percentage=percentage, bg_paths=backgrounds, w_aug=augment)
+    pairs = tuple(Pair(Path(f"{i}"), Path(f"{i}")) for i in range(n))
+    return DatasetIndex(config, pairs, (), {pair.image_path: FileInfo((48, 64), "") for pair in pairs})
+
+
+def constant_index(n: int, percentage: float) -> DatasetIndex:
+    """`n` photos that never change."""
+    return _index(n, percentage, (), False)
+
+
+def composite_index(n: int, percentage: float = 1.0) -> DatasetIndex:
+    """`n` photos that are composited."""
+    return _index(n, percentage, ("b",), True)
+
+
+# --- runs of finetune.py ---
+
+
+def run_finetune(*argv) -> int:
+    """Run the command line in this process; returns the exit code."""
+    try:
+        return finetune.main([str(part) for part in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def run_tiny(config, weights, *argv) -> int:
+    """The same with the tiny SAM, in float32, to exp/run."""
+    return run_finetune(
+        "--config", config, "--model_type", "tiny", "--checkpoint", weights, "--exp_name", "run",
+        "--device", "cpu", "--amp", "off", "--num_workers", 0, *argv,
+    )  # fmt: skip
+
+
+def tiny_config(config, weights, *argv) -> finetune.TrainConfig:
+    """The flags of `run_tiny`."""
+    flags = (
+        "--config", config, "--model_type", "tiny", "--checkpoint", weights, "--exp_name", "other",
+        "--device", "cpu", "--amp", "off", "--num_workers", 0, *argv,
+    )  # fmt: skip
+    return finetune.parse_args([str(part) for part in flags])
+
+
+@pytest.fixture
+def at_iteration(monkeypatch):
+    """`at_iteration(n, act)` calls act(batch, net) when the next run takes its n-th batch.
+
+    The training loop takes every batch from `finetune.training_batches`; this is the one seam for faults.
+    """
+
+    def arrange(numbers, act):
+        numbers = range(numbers, numbers + 1) if isinstance(numbers, int) else numbers
+        training_batches = finetune.training_batches
+
+        def watched(train_set, net, **options):
+            monkeypatch.setattr(finetune, "training_batches", training_batches)  # only this run
+            for number, batch in enumerate(training_batches(train_set, net, **options), 1):
+                if number in numbers:
+                    act(batch, net)
+                yield batch
+
+        monkeypatch.setattr(finetune, "training_batches", watched)
+
+    return arrange
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's curves as (iteration, value), by tag."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+NOT_REPEATABLE = {"train/images_per_s", "train/data_wait"}  # curves that depend on the clock

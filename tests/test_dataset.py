@@ -4,26 +4,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import rng, write_dataset
+from conftest import composite_index, constant_index, rng, write_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import dataset
 from base.errors import UserError
 from config import DatasetConfig
-from dataset import DatasetIndex, TestSet, TrainSet
+from dataset import TestSet, TrainSet
 from imaging import files
-from imaging.files import FileInfo, Pair
 from imaging.geometry import InputSpec
 
-FRAME = InputSpec(64, 32)
+SPEC = InputSpec(64, 32)
 
 
-def source(data, *, backgrounds=True, name="cables", **keys):
+def dataset_index(data, *, backgrounds=True, name="cables", **changes):
     keys = {
         "data_dir": str(data / name),
         "bg_paths": [str(data / "backgrounds")] if backgrounds else None,
-        **keys,
+        **changes,
     }
     config = DatasetConfig.model_validate(keys, context={"yaml_dir": data})
     return dataset.index_datasets([config])[0]
@@ -43,7 +42,7 @@ def test_all_faults_in_the_data_are_listed(tmp_path):
     Image.fromarray(rng().integers(0, 255, (48, 64)).astype(np.uint8)).save(folder / "masks" / "5.png")
     (tmp_path / "backgrounds").mkdir()
     with pytest.raises(UserError) as error:
-        source(tmp_path, name="a")
+        dataset_index(tmp_path, name="a")
     message = str(error.value)
     assert message.startswith("7 problem(s)")
     for part in (
@@ -63,7 +62,7 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
     for path in (folder / "imgs").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        source(tmp_path, backgrounds=False, name="a")
+        dataset_index(tmp_path, backgrounds=False, name="a")
     assert str(error.value).startswith("13 problem(s)")
     assert str(error.value).count("cannot be decoded") == 10 and "... and 3 more" in str(error.value)
 
@@ -72,19 +71,13 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
 
 
 def test_photos_are_used_as_they_are_without_backgrounds(data):
-    cables = source(data, backgrounds=False)
-    image, mask = dataset.make_sample(cables, 1, (48, 64), rng())
+    cables = dataset_index(data, backgrounds=False)
+    image, mask = dataset.draw_sample(cables, 1, (48, 64), rng())
     assert (image == files.read_image(cables.pairs[1].image_path)).all()
     assert (mask == files.read_mask(cables.pairs[1].mask_path)).all()
 
 
 # --- epochs ---
-
-
-def fake_source(n, percentage):
-    config = DatasetConfig.model_construct(percentage=percentage, bg_paths=(), w_aug=False)
-    pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
-    return DatasetIndex(config, pairs, (), {pair.image_path: FileInfo((48, 64), "") for pair in pairs})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +87,7 @@ def fake_source(n, percentage):
 def test_percentage_over_several_epochs(n, percentage, expected):
     subsets = []
     for epoch in range(5):
-        plan, _ = dataset.epoch_plan([fake_source(n, percentage)], 0, epoch)
+        plan, _ = dataset.epoch_plan([constant_index(n, percentage)], 0, epoch)
         counts = np.bincount(plan[:, 1], minlength=n)
         assert len(plan) == expected
         assert counts.min() >= int(percentage) and counts.max() <= int(np.ceil(percentage))
@@ -103,10 +96,10 @@ def test_percentage_over_several_epochs(n, percentage, expected):
 
 
 def test_an_epoch_mixes_all_datasets_in_a_new_order():
-    sources = [fake_source(20, 0.5), fake_source(5, 2.0)]
+    datasets = [constant_index(20, 0.5), constant_index(5, 2.0)]
 
     def plan(seed, epoch):
-        rows, order = dataset.epoch_plan(sources, seed, epoch)
+        rows, order = dataset.epoch_plan(datasets, seed, epoch)
         return rows[order]
 
     plans = [plan(0, epoch) for epoch in range(3)]
@@ -121,142 +114,117 @@ def test_an_epoch_mixes_all_datasets_in_a_new_order():
 def run_of_batches(train_set, num_workers, seed):
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return list(
-        dataset.train_loader(
-            train_set, batch_size=4, epochs=2, start=0, num_workers=num_workers, pin_memory=False
-        )
-    )
+    groups = [keys for epoch in range(2) for keys in train_set.epoch_batches(epoch, batch_size=4)]
+    return list(dataset.train_loader(train_set, groups, num_workers=num_workers, pin_memory=False))
 
 
 def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
-    sources = [source(data, w_aug=True), source(data, backgrounds=False, name="test")]
-    train_set = TrainSet(sources, spec=FRAME, prompt="mixed", seed=5)
+    datasets = [dataset_index(data, w_aug=True), dataset_index(data, backgrounds=False, name="test")]
+    train_set = TrainSet(datasets, spec=SPEC, prompt="mixed", seed=5)
     plain = run_of_batches(train_set, 0, seed=1)
     assert [len(batch["image"]) for batch in plain] == [4, 4, 1, 4, 4, 1]
     for num_workers in (1, 3):
         for batch, same in zip(plain, run_of_batches(train_set, num_workers, seed=2), strict=True):
             assert batch.keys() == same.keys()
             assert all(torch.equal(batch[name], same[name]) for name in batch)
-    cached = TrainSet(sources, spec=FRAME, prompt="mixed", seed=5, cache_bytes=1 << 20)
+    cached = TrainSet(datasets, spec=SPEC, prompt="mixed", seed=5, cache_bytes=1 << 20)
     for batch, same in zip(plain, run_of_batches(cached, 2, seed=3), strict=True):
         assert all(torch.equal(batch[name], same[name]) for name in batch)
-    use = train_set.epoch(1)[3]  # out of order
-    alone = train_set[use]
+    key = train_set.epoch(1)[3]  # out of order
+    alone = train_set[key]
     assert torch.equal(alone["image"], plain[3]["image"][3])
-    other_seed = TrainSet(sources, spec=FRAME, prompt="mixed", seed=6)
-    assert not torch.equal(other_seed[use]["image"], alone["image"])
-    assert not torch.equal(train_set[replace(use, born=0)]["image"], alone["image"])
+    other_seed = TrainSet(datasets, spec=SPEC, prompt="mixed", seed=6)
+    assert not torch.equal(other_seed[key]["image"], alone["image"])
+    assert not torch.equal(train_set[replace(key, created_epoch=0)]["image"], alone["image"])
 
 
-def test_a_run_can_start_at_any_batch():
-    train_set = TrainSet([fake_source(7, 1.0)], spec=FRAME, prompt="none", seed=0)
-    span = {"batch_size": 3, "epochs": 4}
-    whole = list(train_set.batches(**span, start=0))
-    assert [len(batch) for batch in whole] == [3, 3, 1] * 4
-    assert [batch[0].epoch for batch in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert sorted(use.pair for batch in whole[:3] for use in batch) == list(range(7))
-    for start in range(13):
-        assert list(train_set.batches(**span, start=start)) == whole[start:]
-        assert list(train_set.batches_to_make(**span, start=start)) == whole[start:]
+def test_processes_share_each_batch():
+    train_set = TrainSet([constant_index(7, 1.0)], spec=SPEC, prompt="none", seed=0)
+    whole = train_set.epoch_batches(1, batch_size=3)
+    assert [len(keys) for keys in whole] == [3, 3, 1]
+    shares = [train_set.epoch_batches(1, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(keys) for keys in shares[1]] == [1, 1, 0]
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert sorted([*first, *second], key=batch.index) == batch
 
 
 # --- reuse ---
 
 
-def reuse_source(n, percentage=1.0):
-    """A source of composites that is never read, for what is planned only."""
-    config = DatasetConfig.model_construct(percentage=percentage, bg_paths=("b",), w_aug=True)
-    pairs = tuple(Pair(f"{i}", f"{i}") for i in range(n))
-    return DatasetIndex(config, pairs, (), {pair.image_path: FileInfo((48, 64), "") for pair in pairs})
-
-
 @pytest.mark.parametrize("reuse", [1, 2, 3, 4])
 def test_reuse_renews_exactly_the_stated_samples(reuse):
-    train_set = TrainSet([reuse_source(10), reuse_source(5)], spec=FRAME, prompt="none", seed=0, reuse=reuse)
-    assert train_set.places == (15 if reuse > 1 else 0)
+    train_set = TrainSet(
+        [composite_index(10), composite_index(5)], spec=SPEC, prompt="none", seed=0, reuse=reuse
+    )
+    assert train_set.n_cache_slots == (15 if reuse > 1 else 0)
     epochs_of = {}
     for epoch in range(12):
-        uses = train_set.epoch(epoch)
-        assert sorted(use.slot for use in uses) == list(range(15))
-        for use in uses:
-            is_new = epoch == 0 or (epoch + use.slot) % reuse == 0
-            assert (use.born == epoch) == is_new
-            assert use.place == (use.slot if reuse > 1 else None)
-            epochs_of.setdefault((use.born, use.slot), []).append((epoch, use.source, use.pair))
+        keys = train_set.epoch(epoch)
+        assert sorted(key.index_in_epoch for key in keys) == list(range(15))
+        for key in keys:
+            is_new = epoch == 0 or (epoch + key.index_in_epoch) % reuse == 0
+            assert (key.created_epoch == epoch) == is_new
+            assert key.cache_slot == (key.index_in_epoch if reuse > 1 else None)
+            epochs_of.setdefault((key.created_epoch, key.index_in_epoch), []).append(
+                (epoch, key.dataset, key.pair)
+            )
         if epoch:
-            assert abs(sum(use.born == epoch for use in uses) - 15 / reuse) < 1
-    for (born, _), used in epochs_of.items():
-        assert [epoch for epoch, _, _ in used] == list(range(born, born + len(used)))
+            assert abs(sum(key.created_epoch == epoch for key in keys) - 15 / reuse) < 1
+    for (created, _), used in epochs_of.items():
+        assert [epoch for epoch, _, _ in used] == list(range(created, created + len(used)))
         assert len({(number, pair) for _, number, pair in used}) == 1
-        if 0 < born < 12 - reuse:
-            assert len(used) == reuse
+    whole_lives = [used for (created, _), used in epochs_of.items() if 0 < created < 12 - reuse]
+    assert whole_lives and all(len(used) == reuse for used in whole_lives)
 
 
-@pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (4, 6), (3, 17), (20, 0)])
-def test_every_sample_is_made_once_before_its_first_use(batch_size, start):
-    sources = [reuse_source(9), fake_source(4, 1.5), reuse_source(3, 0.5)]
-    train_set = TrainSet(sources, spec=FRAME, prompt="none", seed=0, reuse=3, keep_photos=True)
-    assert train_set.places == 9 + 4 + 2
-    span = {"batch_size": batch_size, "epochs": 8, "start": start}
-    made = train_set.batches_to_make(**span)
-    held, sizes = {}, []
-    for batch in train_set.batches(**span):
-        while any(held.get(use.place) != use.born for use in batch):
-            new = next(made)
-            sizes.append(len(new))
-            assert len({use.place for use in new}) == len(new) <= batch_size
-            assert all(held.get(use.place) != use.born for use in new)  # nothing twice
-            held.update({use.place: use.born for use in new})
-    assert next(made, None) is None
-    per_epoch = train_set.epoch_length
-    assert sum(sizes) <= per_epoch + (8 - start * batch_size // per_epoch) * (per_epoch - 6) / 3 + 8
-
-
-def test_photos_that_never_change_have_one_place_in_all_epochs():
-    train_set = TrainSet([fake_source(6, 0.5)], spec=FRAME, prompt="point", seed=0, keep_photos=True)
-    uses = [use for epoch in range(20) for use in train_set.epoch(epoch)]
-    assert {use.place for use in uses} == set(range(6))
-    assert all(use.place == use.pair and use.born == 0 for use in uses)
+def test_photos_that_never_change_have_one_slot_in_all_epochs():
+    train_set = TrainSet([constant_index(6, 0.5)], spec=SPEC, prompt="point", seed=0, keep_photos=True)
+    keys = [key for epoch in range(20) for key in train_set.epoch(epoch)]
+    assert {key.cache_slot for key in keys} == set(range(6))
+    assert all(key.cache_slot == key.pair and key.created_epoch == 0 for key in keys)
 
 
 def test_a_reused_sample_is_the_same_with_a_prompt_of_its_own(data):
-    sources = [source(data, w_aug=True)]
-    train_set = TrainSet(sources, spec=FRAME, prompt="point", seed=0, reuse=3)
-    by_slot = [{use.slot: use for use in train_set.epoch(epoch)} for epoch in (3, 4, 5)]
-    slot = next(slot for slot, use in by_slot[0].items() if use.born == 3)
-    samples = [train_set[uses[slot]] for uses in by_slot]
+    datasets = [dataset_index(data, w_aug=True)]
+    train_set = TrainSet(datasets, spec=SPEC, prompt="point", seed=0, reuse=3)
+    by_index = [{key.index_in_epoch: key for key in train_set.epoch(epoch)} for epoch in (3, 4, 5)]
+    index = next(index for index, key in by_index[0].items() if key.created_epoch == 3)
+    samples = [train_set[keys[index]] for keys in by_index]
     for sample in samples[1:]:
         assert all(torch.equal(sample[name], samples[0][name]) for name in ("image", "target", "size"))
     prompts = {tuple(sample["points"].flatten().tolist()) for sample in samples}
     assert len(prompts) == 3
-    redrawn = train_set.draw_prompt(by_slot[1][slot], samples[0]["target"], samples[0]["size"])
-    assert all(torch.equal(redrawn[name], samples[1][name]) for name in redrawn)
+    points, labels = train_set.draw_prompt(by_index[1][index], samples[0]["target"], samples[0]["size"])
+    assert torch.equal(points, samples[1]["points"]) and torch.equal(labels, samples[1]["labels"])
 
 
 def test_the_cache_covers_all_that_training_reads(data, monkeypatch):
-    sources = [source(data, w_aug=True), source(data, backgrounds=False, w_aug=True, name="test")]
-    train_set = TrainSet(sources, spec=FRAME, prompt="none", seed=0, cache_bytes=1 << 22)
-    before = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
+    datasets = [
+        dataset_index(data, w_aug=True),
+        dataset_index(data, backgrounds=False, w_aug=True, name="test"),
+    ]
+    train_set = TrainSet(datasets, spec=SPEC, prompt="none", seed=0, cache_bytes=1 << 22)
+    before = [train_set[key] for epoch in range(9) for key in train_set.epoch(epoch)]
     for folder in ("cables", "test", "backgrounds"):
         shutil.rmtree(data / folder)
-    again = [train_set[use] for epoch in range(9) for use in train_set.epoch(epoch)]
+    again = [train_set[key] for epoch in range(9) for key in train_set.epoch(epoch)]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(before, again, strict=True))
 
 
 def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
-    tests = TestSet(source(data, percentage=0.5, w_aug=True), spec=FRAME, prompt="box", seed=0)
-    again = TestSet(source(data, percentage=0.5, w_aug=True), spec=FRAME, prompt="box", seed=0)
+    tests = TestSet(dataset_index(data, percentage=0.5, w_aug=True), spec=SPEC, prompt="box", seed=0)
+    again = TestSet(dataset_index(data, percentage=0.5, w_aug=True), spec=SPEC, prompt="box", seed=0)
     assert len(tests) == 3
     for first, second in zip(
         DataLoader(tests, batch_size=None), DataLoader(again, batch_size=None, num_workers=2), strict=True
     ):
         assert all(torch.equal(first[name], second[name]) for name in first)
-        assert first["truth"].shape == (48, 64) and first["truth"].dtype == torch.bool
-    assert len(TestSet(source(data, percentage=4.0), spec=FRAME, prompt="none", seed=0)) == 6
+        assert first["mask"].shape == (48, 64) and first["mask"].dtype == torch.bool
+    assert len(TestSet(dataset_index(data, percentage=4.0), spec=SPEC, prompt="none", seed=0)) == 6
 
 
 def test_training_is_not_fed_the_test_sets_composites(data):
-    train_set = TrainSet([source(data)], spec=FRAME, prompt="none", seed=0)
-    tests = TestSet(source(data), spec=FRAME, prompt="none", seed=0)
-    seen = {train_set[use]["image"].numpy().tobytes() for use in train_set.epoch(0)}
+    train_set = TrainSet([dataset_index(data)], spec=SPEC, prompt="none", seed=0)
+    tests = TestSet(dataset_index(data), spec=SPEC, prompt="none", seed=0)
+    seen = {train_set[key]["image"].numpy().tobytes() for key in train_set.epoch(0)}
     assert not seen & {tests[index]["image"].numpy().tobytes() for index in range(6)}

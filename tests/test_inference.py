@@ -6,7 +6,8 @@ import torch
 from segment_anything import SamPredictor
 
 import inference
-from inference import NO_PROMPT, Prompt, predict_logits, predict_logits_tiled
+from imaging.prompts import NO_PROMPT, Prompt
+from inference import LoadedSam, predict_logits, predict_logits_tiled
 
 
 def by_pixel(images, prompts):
@@ -41,12 +42,12 @@ def test_tiles_that_disagree_leave_no_seam():
     tiled = predict_logits_tiled(find, np.zeros((300, 420, 3), np.uint8), tile_size=64, batch_size=4)
     steps = max(np.abs(np.diff(tiled, axis=axis)).max() for axis in (0, 1))
     assert np.ptp(tiled) > 5  # they do disagree
-    assert steps < 1.5 * 10 / (inference.OVERLAP * 64)  # no more than the blending's slope
+    assert steps < 1.5 * 10 / (inference.TILE_OVERLAP * 64)  # no more than the blending's slope
 
 
 def test_tiles_cover_everything_and_overlap():
     for length in (64, 65, 100, 113, 1000):
-        starts = inference._starts(length, 64)
+        starts = inference._tile_starts(length, 64)
         assert starts[0] == 0 and starts[-1] == length - 64
         assert np.diff(starts).max(initial=0) <= 0.75 * 64 + 1
 
@@ -66,7 +67,7 @@ def test_prompts_are_those_of_sam_predictor(tiny_weights, tiny_sam):
     with_points = Prompt(np.vstack([points, [[0, 0]]]).astype(np.float32), np.array([1, 0, -1]))
     with_box = Prompt(box.reshape(2, 2), np.array([2, 3]))
     prompts = [(with_points,), (with_box,), (with_points, with_box), NO_PROMPT]
-    found = list(predict_logits(tiny_sam, "tiny", None, [image] * 4, prompts))
+    found = list(predict_logits(LoadedSam(tiny_sam, "tiny", None), [image] * 4, prompts))
     np.testing.assert_allclose(found[0], official_points, atol=1e-4)
     np.testing.assert_allclose(found[1], official_box, atol=1e-4)
     assert np.abs(found[0] - found[1]).max() > 1e-3 and np.abs(found[0] - found[3]).max() > 1e-3

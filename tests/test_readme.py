@@ -5,6 +5,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import export
 import finetune
 import predict
 from tools import bench
+from train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -100,7 +102,7 @@ def test_files_that_the_readme_links_to_exist():
 
 
 def test_flags_that_the_readme_names_exist():
-    known = set()
+    known = {f"--{field.name}" for field in fields(TrainConfig)}
     for module in PARSERS.values():
         known |= set(re.findall(r'"(--\w+)"', (ROOT / module.__file__).read_text()))
     named = set(re.findall(r"`(--\w+)", TEXT))

@@ -1,0 +1,112 @@
+"""The flags: defaults, help, and messages for wrong values."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_tiny
+
+from train_config import parse_args
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Runs write to exp/ of the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_command_of_the_readme_parses():
+    argv = (
+        "--lr 1e-4 --epoch_num 500 --batch_size 16 --save_interval 50 --test_interval 100 "
+        "--exp_name EXPERIMENT_NAME --config path/to/config_file --alpha 0.7"
+    )
+    args = parse_args(argv.split())
+    assert (args.lr, args.epoch_num, args.batch_size, args.alpha) == (1e-4, 500, 16, 0.7)
+    assert (args.save_interval, args.test_interval, args.exp_name) == (50, 100, "EXPERIMENT_NAME")
+    assert (args.model_type, args.prompt, args.device, args.virtual_batch_size) == (
+        "vit_b",
+        "none",
+        "auto",
+        1,
+    )
+    short = parse_args(["-c", "x.yaml", "-e", "3", "-b", "2", "-s", "5", "-n", "name"])
+    assert (short.epoch_num, short.batch_size, short.save_interval, short.exp_name) == (3, 2, 5, "name")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), (1e-3, 5e-4, 4, 0.7)),
+        (("--train", "lora"), (5e-4, 1e-3, 1, 0.5)),
+        (("--train", "encoder", "--lr", "2e-3", "-b", "8"), (2e-3, 1e-3, 8, 0.5)),
+        (("--train", "encoder", "--encoder_lr", "3e-3", "--alpha", "0.6"), (5e-4, 3e-3, 1, 0.6)),
+    ],
+)
+def test_some_defaults_depend_on_what_learns(argv, expected):
+    args = parse_args(["-c", "x", *argv])
+    assert (args.lr, args.encoder_lr, args.batch_size, args.alpha) == expected
+
+
+def test_help_gives_every_default():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    for name, value in vars(parse_args(["-c", "x", "-n", "x"])).items():
+        assert f"--{name}" in text
+        if value is not None and name not in (
+            "config",
+            "exp_name",
+            "lr",
+            "encoder_lr",
+            "batch_size",
+            "alpha",
+            "preview",
+            "resume",
+            "grad_checkpointing",
+        ):
+            assert f"(default: {value})" in text, name
+    assert "(default: None)" not in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--alpha", "0", "between 0 and 1"),
+        ("--alpha", "1", "between 0 and 1"),
+        ("--alpha", "nan", "between 0 and 1"),
+        ("--lr", "0", "above 0"),
+        ("--lr", "-1e-4", "above 0"),
+        ("--lr", "inf", "above 0"),
+        ("--epoch_num", "0", "at least 1"),
+        ("--epoch_num", "1.5", "at least 1"),
+        ("--batch_size", "-2", "at least 1"),
+        ("--virtual_batch_size", "0", "at least 1"),
+        ("--save_interval", "0", "at least 1"),
+        ("--test_interval", "x", "at least 1"),
+        ("--warmup_steps", "-1", "at least 0"),
+        ("--gamma", "-1", "at least 0"),
+        ("--grad_clip", "0", "above 0"),
+        ("--prompt", "text", "invalid choice"),
+        ("--model_type", "vit_x", "invalid choice"),
+        ("--device", "tpu", "invalid choice"),
+        ("--exp_name", "../escape", "inside exp/"),
+        ("--exp_name", "/absolute", "inside exp/"),
+        ("--exp_name", "", "inside exp/"),
+    ],
+)
+def test_bad_flags_end_with_a_message(tiny_weights, config_file, capsys, flag, value, expected):
+    assert run_tiny(config_file(), tiny_weights, f"{flag}={value}") == 2
+    error = capsys.readouterr().err
+    assert flag in error and expected in error
+    assert not Path("exp").exists()
+
+
+def test_reuse_needs_a_frozen_encoder(tiny_weights, config_file, capsys):
+    assert run_tiny(config_file(), tiny_weights, "--train", "lora", "--embedding_reuse", 2) == 2
+    assert "--embedding_reuse above 1 needs a frozen encoder, but --train is lora" in capsys.readouterr().err
+    assert not Path("exp").exists()

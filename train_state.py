@@ -1,0 +1,121 @@
+"""Where a run stands: its schedule, and the state that it saves."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# --- Schedule ---------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, *, total_steps: int, peak: float, warmup: int, power: float) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then power decay."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - (step - warmup) / (total_steps - warmup)) ** power
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How samples make iterations (batches of all processes), and iterations make optimizer steps."""
+
+    epoch_length: int
+    batch_size: int
+    virtual_batch_size: int
+    epochs: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self.epoch_length // self.batch_size)
+
+    @property
+    def iterations(self) -> int:
+        return self.epochs * self.batches_per_epoch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-self.batches_per_epoch // self.virtual_batch_size)
+
+    def samples_in_batch(self, batch: int) -> int:
+        """Samples of the epoch's batch `batch` (from 0)."""
+        return min(self.batch_size, self.epoch_length - batch * self.batch_size)
+
+    def samples_in_step(self, batch: int) -> int:
+        """Samples of the optimizer step that the epoch's batch `batch` (from 0) belongs to."""
+        whole = self.batch_size * self.virtual_batch_size
+        start = batch // self.virtual_batch_size * whole
+        return min(whole, self.epoch_length - start)
+
+    def ends_step(self, batch: int) -> bool:
+        """Whether the optimizer steps after the epoch's batch `batch` (from 0)."""
+        return (batch + 1) % self.virtual_batch_size == 0 or batch + 1 == self.batches_per_epoch
+
+    def is_amid_step(self, iterations: int) -> bool:
+        """Whether, after so many iterations, gradients wait for the rest of their step."""
+        batch = iterations % self.batches_per_epoch
+        return batch > 0 and not self.ends_step(batch - 1)
+
+
+# --- State ------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: with the trained weights, all that it needs to go on.
+
+    loss_sums, samples: since the last log, the losses summed over samples, and the number of samples.
+    bad_steps, bad_steps_in_a_row: optimizer steps that were skipped, in all and most recently.
+    baseline, best: metrics of the first and of the best test, with their iteration.
+    is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loss_sums: dict[str, Tensor]
+    samples: int = 0
+    iteration: int = 0
+    step: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    baseline: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    is_consistent: bool = True
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {f.name for f in fields(self)} - {"optimizer", "scaler", "is_consistent"}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "counters": {name: getattr(self, name) for name in names},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        device = next(iter(self.optimizer.param_groups[0]["params"])).device
+        self.loss_sums = {name: value.to(device) for name, value in self.loss_sums.items()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def count_step(self, is_finite: bool) -> None:
+        self.step += 1
+        self.bad_steps += not is_finite
+        self.bad_steps_in_a_row = 0 if is_finite else self.bad_steps_in_a_row + 1
+
+    def count_losses(self, losses: dict[str, Tensor], samples: int) -> None:
+        for name, value in losses.items():
+            self.loss_sums[name] += value
+        self.samples += samples
+
+    def take_mean_losses(self) -> dict[str, float]:
+        """The mean losses since the last call. This waits for the device."""
+        means = (torch.stack(list(self.loss_sums.values())) / self.samples).tolist()
+        for value in self.loss_sums.values():
+            value.zero_()
+        self.samples = 0
+        return dict(zip(self.loss_sums, means, strict=True))
