@@ -1,5 +1,7 @@
 import re
+import time
 import warnings
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -101,13 +103,13 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
     assert "c.yaml: 9 error(s)" in message
     for part in (
         "dataset.train[0].percentage: Input should be greater than 0 (got 0)",
-        "dataset.train[2].data_dir: no such folder (looked for",
+        "dataset.train[2].data_dir: no such folder (tried",
         "dataset.train[2].w_aug: Input should be a valid boolean (got 'yes')",
         "dataset.train[2].bg_path: unknown key",
         "dataset.train[3].data_dir: required key is missing",
         "dataset.train[3].bg_paths: expected a list (got 'bg_1')",
         "dataset.train[3].percentage: Input should be a valid number (got 'half')",
-        "dataset.test: Input should be a valid dictionary",
+        "dataset.test: expected a mapping",
         "lr: unknown key",
     ):
         assert part in message, message
@@ -122,7 +124,7 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: {}", "dataset.train: required key is missing"),
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
-        ("dataset: {train: [{data_dir: cables, w_aug: true, w_aug: false}]}", "'w_aug' stands here twice"),
+        ("dataset: {train: [{data_dir: cables, w_aug: true, w_aug: false}]}", "the key 'w_aug' occurs twice"),
         ("dataset: {train: [{data_dir: cables, percentage: .nan}]}", "finite number"),
         ("dataset: {train: [{data_dir: cables, percentage: true}]}", "dataset.train[0].percentage"),
         ("dataset: {train: [{data_dir: cables, bg_paths: [bg_1, 7]}]}", "dataset.train[0].bg_paths[1]"),
@@ -132,6 +134,10 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
             "aug_details lacks crop_foreground",
         ),
         ("dataset: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("dataset: 2001-99-99", "not valid YAML"),
+        ("dataset: &a [*a]", "not valid YAML"),
+        ("dataset: {train: &a [*a]}", "not valid YAML"),
+        (f"dataset: {{train: [{{data_dir: {'x' * 300}}}]}}", "dataset.train[0].data_dir: no such folder"),
     ],
 )
 def test_fault_is_named(folders, text, message):
@@ -141,10 +147,39 @@ def test_fault_is_named(folders, text, message):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a JPEG", b"[" * 100_000])
-def test_a_file_that_is_no_text_or_nested_without_end_is_named(tmp_path, content):
+def test_a_file_that_is_not_text_or_is_nested_too_deeply_is_named(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*c\.yaml"):
         load_config(tmp_path / "c.yaml")
+
+
+ALIAS_BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "part"),
+    [
+        ("{train: [{data_dir: cables}]}", "c: unknown key"),
+        ("*h", "dataset: expected a mapping"),
+        ("{train: *h}", "dataset.train[0]: expected a mapping"),
+        (
+            "{train: [{data_dir: *h}]}",
+            "dataset.train[0].data_dir: expected the path of a folder (got [[[...]",
+        ),
+        (
+            "{train: [{data_dir: cables, percentage: *h}]}",
+            "dataset.train[0].percentage: Input should be a valid",
+        ),
+    ],
+)
+def test_aliases_that_expand_to_millions_of_values_get_a_short_message_at_once(folders, dataset, part):
+    started = time.process_time()
+    with pytest.raises(UserError) as error:
+        load(folders, f"{ALIAS_BOMB}dataset: {dataset}")
+    assert time.process_time() - started < 1
+    assert part in str(error.value) and len(str(error.value)) < 3000
 
 
 def test_missing_file_is_named(tmp_path):

@@ -351,8 +351,8 @@ def test_strange_names_are_names(config_file, tiny_weights, data, name):
         ("dataset: !!python/object/apply:os.mkdir [pwned]", "is not valid YAML"),
         ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
             f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in pairwise("abcdefgh")
-        ), "its aliases (*name) expand to more than 100000 values"),
-        ("dataset: &a [*a]", "its aliases (*name) expand to more than"),
+        ), "a: unknown key"),
+        ("dataset: &a [*a]", "is not valid YAML"),
         ("[" * 10_000_000, "is larger than 1000000 bytes"),
         ("[" * 900_000, "cannot read"),
         ("dataset: \0", "is not valid YAML"),
