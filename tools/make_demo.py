@@ -4,7 +4,8 @@
 
 Writes `train/` and `test/` (with imgs/ and masks/) and `backgrounds_train/` and `backgrounds_test/` in demo/.
 Training and test show different cables. The backgrounds are drawn textures and parts of photos that come with
-scikit-image; its documentation says that all of them are CC0 or public domain. The output is deterministic.
+scikit-image; its documentation says that all of them are CC0 or public domain. The same versions of the
+libraries give the same files.
 """
 
 from pathlib import Path
