@@ -1,9 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint lock
 
-# Two commands on a fresh machine: `make demo` and `make test`.
 demo: .venv/installed
 	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam \
 	  --batch_size 2 --epoch_num 14 --test_interval 56 $(DEMO_FLAGS)
@@ -14,6 +13,12 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Writes the versions with which the tests have just passed. For the newest versions, remove .venv first.
+lock: test
+	echo "# Versions with which the tests passed, on $$(uname -s) with $$($(BIN)/python --version). See: make lock" > constraints.txt
+	$(BIN)/pip list --format=freeze --exclude pip >> constraints.txt
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

