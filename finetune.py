@@ -32,7 +32,7 @@ from imaging.geometry import InputSpec
 from inference import LoadedSam
 from losses import cldice_loss, dice_loss, focal_loss, iou_mse
 from preview import write_preview
-from run_logger import RunLogger, Timer, dataset_table, result_summary
+from run_logger import RunLogger, Throughput, Timer, dataset_table, result_summary
 from sam.decoder import decode
 from sam.encoder import move_to_device, valid_pixels
 from sam.trainable import (
@@ -109,10 +109,8 @@ def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], Datase
 def prepare(config: TrainConfig) -> Experiment:
     """Check every input and build the model. Raises UserError for what the user can mend."""
     folder = config.folder
-    if not config.resume and folder.exists() and any(path.name != "preview" for path in folder.iterdir()):
-        raise UserError(
-            f"{folder} already holds a run; choose another --exp_name, remove the folder, or add --resume"
-        )
+    if not config.resume:
+        require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
     data = load_config(config.config)
     resume_state = checkpoint.load_resume_state(folder / RESUME_FILE) if config.resume else None
@@ -146,6 +144,18 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+def require_unused(folder: Path) -> None:
+    """Raise UserError if the folder of a new run holds more than what `--preview` wrote."""
+    try:
+        is_used = folder.exists() and any(path.name != "preview" for path in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold a run ({error}); choose another --exp_name") from error
+    if is_used:
+        raise UserError(
+            f"{folder} already holds a run; choose another --exp_name, remove the folder, or add --resume"
+        )
 
 
 def build_net(config: TrainConfig, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
@@ -360,7 +370,7 @@ def train(
     net, train_set, parameters = experiment.net, experiment.train_set, state.parameters
     optimizer, scaler, loss_weights = state.optimizer, state.scaler, config.loss_weights
     first_iteration = state.iteration + 1
-    images, data_wait, timer, since_save = 0, 0.0, Timer(), Timer()
+    throughput, since_save = Throughput(), Timer()
     batches = training_batches(
         train_set,
         net,
@@ -386,7 +396,7 @@ def train(
         # forward
         logits, iou_pred = net.decode(batch["embedding"], batch["points"], batch["labels"])
         losses = compute_losses(config, logits, iou_pred, batch, train_set.spec)
-        total = sum((loss_weights[name] * loss for name, loss in losses.items()), torch.zeros(()))
+        total = torch.stack([loss_weights[name] * loss for name, loss in losses.items()]).sum()
 
         # backward; losses are sums over samples, so every sample of the step weighs the same
         state.is_consistent = not schedule.is_amid_step(state.iteration)  # earlier gradients get mixed
@@ -414,17 +424,15 @@ def train(
         losses = {name: loss.detach() for name, loss in losses.items()}
         runtime.all_reduce_sum(losses.values())
         state.count_losses(losses, samples)
-        images, data_wait = images + samples, data_wait + batch["data_wait"]
+        throughput.count(samples, batch["data_wait"])
         logger.bar.update()
         if is_log := state.iteration % config.log_interval == 0 or is_last:
-            rates = {"images_per_s": images / timer.seconds(), "data_wait": data_wait / timer.seconds()}
-            logger.training(training_scalars(state, loss_weights) | rates, state.iteration)
+            logger.training(training_scalars(state, loss_weights) | throughput.rates(), state.iteration)
         if is_log or state.iteration == first_iteration:  # the first iteration warms up: it is not timed
-            images, data_wait = 0, 0.0
-            timer.restart()
+            throughput.restart()
 
         # test and save; this time is not part of images per second
-        with timer.paused():
+        with throughput.paused():
             is_test = state.iteration % config.test_interval == 0 or is_last
             if is_test and experiment.test_set:
                 metrics = run_test(net, tests, config.batch_size, state.iteration, logger)
@@ -462,7 +470,7 @@ def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[
         "lr": state.optimizer.param_groups[0]["lr"],
         "bad_steps": state.bad_steps,
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if state.device.type == "cuda":
         scalars["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return scalars
 
@@ -492,7 +500,10 @@ def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.Stop
     except Exception:
         # Several processes do not fail in the same iteration, and saving needs all of them.
         if state.is_consistent and runtime.world_size() == 1:
-            save_state(config, experiment, state, schedule)
+            try:
+                save_state(config, experiment, state, schedule)
+            except UserError as error:  # a full disk, for example; what ended the run is raised all the same
+                print(f"error: {error}", file=sys.stderr)
         raise
     finally:
         logger.bar.close()
@@ -517,7 +528,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment = prepare(config)
         runtime.barrier()
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = 1

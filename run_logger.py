@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,31 @@ class Timer:
             yield
         finally:
             self._paused += time.monotonic() - start
+
+
+class Throughput:
+    """Images per second and the share of time spent waiting for data, since the last `restart`."""
+
+    def __init__(self) -> None:
+        self._timer = Timer()
+        self.restart()
+
+    def restart(self) -> None:
+        self._timer.restart()
+        self._images, self._data_wait = 0, 0.0
+
+    def count(self, images: int, data_wait: float) -> None:
+        """Count the images of one iteration, and the seconds that it waited for data."""
+        self._images += images
+        self._data_wait += data_wait
+
+    def rates(self) -> dict[str, float]:
+        seconds = self._timer.seconds()
+        return {"images_per_s": self._images / seconds, "data_wait": self._data_wait / seconds}
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose time does not count."""
+        return self._timer.paused()
 
 
 # --- Summaries --------------------------------------------------------------------------------

@@ -95,8 +95,11 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
-        device = next(iter(self.optimizer.param_groups[0]["params"])).device
-        self.loss_sums = {name: value.to(device) for name, value in self.loss_sums.items()}
+        self.loss_sums = {name: value.to(self.device) for name, value in self.loss_sums.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
 
     @property
     def parameters(self) -> list[nn.Parameter]:
