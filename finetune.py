@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT
@@ -189,9 +190,8 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
 
     train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
     try:
-        require_free_space(
-            config.folder, pool_spec(train_set.n_cache_slots, net).size, "keeping the embeddings"
-        )
+        size_of_pools = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
+        require_free_space(config.folder, size_of_pools, "keeping the embeddings")
     except UserError as error:
         if config.embedding_reuse > 1:
             raise
@@ -296,7 +296,7 @@ def summary(config: TrainConfig, experiment: Experiment, schedule: Schedule) -> 
         f"results     {experiment.folder}",
     ]
     if train_set.n_cache_slots:
-        size = pool_spec(train_set.n_cache_slots, net).size
+        size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
         lines.append(
             f"embeddings  {size / MIB:.0f} MiB on disk until the end; composites are used in "
             f"{config.embedding_reuse} epoch(s), unchanging photos in all"
@@ -409,11 +409,13 @@ def train(
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             is_finite = bool(norm.isfinite())
+            is_overflow = not is_finite and state.can_lower_scale()
             if is_finite:
-                scaler.step(optimizer)
+                optimizer.step()  # `scaler.step` would look for numbers that are not finite once more
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state.count_step(is_finite)
+            if not is_overflow:  # this step is repeated with the next samples and a lower scale
+                state.count_step(is_finite)
             if state.bad_steps_in_a_row == config.max_bad_steps:
                 raise UserError(bad_steps_message(state, experiment, batch))
 
@@ -437,7 +439,7 @@ def train(
             if is_test and experiment.test_set:
                 metrics = run_test(net, tests, config.batch_size, state.iteration, logger)
                 is_best = state.best is None or metrics["iou"] > state.best["iou"]
-                if is_best and all(parameter.isfinite().all() for parameter in parameters):
+                if is_best and are_finite(parameters):
                     state.best = metrics
                     logger.best(metrics, state.iteration)
                     save_checkpoint(experiment, "best.pth")
@@ -459,6 +461,11 @@ def train(
         if signal:
             stop.signal = signal
             return
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all their numbers are finite. This waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[str, float]:

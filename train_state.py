@@ -65,6 +65,7 @@ class TrainState:
     """Where a run stands: with the trained weights, all that it needs to go on.
 
     loss_sums, samples: since the last log, the losses summed over samples, and the number of samples.
+    step: optimizer steps, with bad ones, without those that were repeated with a lower scale (float16).
     bad_steps, bad_steps_in_a_row: optimizer steps that were skipped, in all and most recently.
     baseline, best: metrics of the first and of the best test, with their iteration.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
@@ -104,6 +105,14 @@ class TrainState:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def can_lower_scale(self) -> bool:
+        """Whether gradients that are not finite may come from a scale that is too high (float16 only).
+
+        The scaler then halves its scale until they are finite, at most to 1. From there on, the cause is
+        another. This waits for the device.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def count_step(self, is_finite: bool) -> None:
         self.step += 1

@@ -158,7 +158,7 @@ def child(cases: list[str]) -> None:
         torch.cuda.reset_peak_memory_stats()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             result = run_case(case, number)
-        result["stderr"] = errors.getvalue()[-500:]
+        result["stderr"] = errors.getvalue()[-2000:]
         result["gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         print(json.dumps(result), flush=True)
