@@ -3,6 +3,7 @@
 Loads never run code from a file (`weights_only=True`). Writes are atomic.
 """
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -41,7 +42,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Any:
     """What `torch.save` wrote to a file; code in it is never run."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for a path that cannot be asked for
         raise UserError(f"checkpoint not found: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -56,8 +57,8 @@ def _load(path: Path) -> Any:
 
 # --- Resuming ---------------------------------------------------------------------------------
 
-# Flags that may differ when a run is resumed. None of them changes which samples come or what is computed
-# on them. (Another epoch_num stretches or shortens the rest of the learning rate's decay.)
+# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
+# learning rates of the remaining steps. Another `device` must compute in the same precision.
 MAY_CHANGE_ON_RESUME = (
     "config",
     "epoch_num",
@@ -76,9 +77,9 @@ MAY_CHANGE_ON_RESUME = (
 
 
 class ResumeState(TypedDict):
-    """What a run needs to go on, beside the weights it started from.
+    """What a run needs to continue, beside the weights it started from.
 
-    train_state: `TrainState.state_dict()` of finetune.py.
+    train_state: `TrainState.state_dict()`.
     weights: everything that trains, by name.
     gradients: the sum so far of an unfinished optimizer step, by name; else empty.
     flags, config, files, world_size: what the run was started with: flags by name, the data's config as

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from imaging.files import (
     format_list,
     image_files,
 )
-from imaging.geometry import InputSpec, fit_size, to_model_input
+from imaging.geometry import InputSpec, ModelInput, fit_size, to_model_input
 from imaging.prompts import draw_prompt
 
 # --- Files of a dataset -----------------------------------------------------------------------
@@ -110,7 +110,7 @@ def index_datasets(configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PI
 
 
 def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
-    """Images (test, train) with the same pixels. Testing on them would measure memory."""
+    """Images (test, train) with the same pixels. Testing on them does not measure generalization."""
     seen = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
     digests = ((pair.image_path, test.infos[pair.image_path].digest) for pair in test.pairs)
     return [(path, seen[digest]) for path, digest in digests if digest in seen]
@@ -178,18 +178,12 @@ class SampleKey:
 # --- Datasets ---------------------------------------------------------------------------------
 
 
-class TrainSample(TypedDict):
-    """A sample, or a batch of them with a leading axis B.
+class TrainSample(ModelInput):
+    """A sample, or a batch of them with a leading axis B: the model's input and a prompt.
 
-    image: uint8 (S, S, 3), RGB, padded at the bottom and right.
-    size: int64 (2,), (h, w) of the image in it.
-    target: uint8 (1, grid, grid), 255 times the soft mask.
-    points, labels: float32 (N, 2) and int64 (N,), the prompt; see `sam.decoder.decode`.
+    points, labels: float32 (N, 2) and int64 (N,); see `sam.decoder.decode`.
     """
 
-    image: Tensor
-    size: Tensor
-    target: Tensor
     points: Tensor
     labels: Tensor
 
@@ -217,7 +211,7 @@ def with_retry(make: Callable[[Any], Sample], key: Hashable) -> Sample:
         raise UserError(f"{error}; the file was intact when the run began") from error
 
 
-def draw_sample(
+def make_sample(
     dataset: DatasetIndex,
     pair: int,
     size: tuple[int, int],
@@ -316,7 +310,7 @@ class TrainSet(Dataset[TrainSample]):
         dataset = self.datasets[key.dataset]
         rng = make_rng(self.seed, Purpose.TRAIN, key.created_epoch, key.index_in_epoch)
         canvas = fit_size(dataset.image_size(key.pair), self.spec.finest_side)
-        image, mask = draw_sample(dataset, key.pair, canvas, rng, self.read)
+        image, mask = make_sample(dataset, key.pair, canvas, rng, self.read)
         inputs = to_model_input(image, mask, self.spec)
         points, labels = self.draw_prompt(key, inputs["target"], inputs["size"])
         return {**inputs, "points": points, "labels": labels}
@@ -365,7 +359,7 @@ class TestSet(Dataset[TestSample]):
     def _make(self, index: int) -> TestSample:
         pair = int(self.pairs[index])
         rng = make_rng(self.seed, Purpose.TEST, index)
-        image, mask = draw_sample(self.dataset, pair, self.dataset.image_size(pair), rng)
+        image, mask = make_sample(self.dataset, pair, self.dataset.image_size(pair), rng)
         inputs = to_model_input(image, mask, self.spec)
         points, labels = prompt_tensors(self.prompt, inputs["target"], inputs["size"], self.spec, rng)
         return {
@@ -423,36 +417,36 @@ def train_loader(
     The workers start once, at the first batch, and work ahead. Raises UserError if a sample cannot be made
     or a worker dies.
     """
-    loader = DataLoader(
-        _ErrorsAsValues(train_set),
-        batch_sampler=key_groups,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        multiprocessing_context=WORKER_CONTEXT if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=runtime.init_data_worker,
-    )
-    return _iterate(loader)
+    batching = {"batch_sampler": key_groups, "collate_fn": _collate, "pin_memory": pin_memory}
+    return _iterate(_data_loader(_ErrorsAsValues(train_set), num_workers, **batching))
 
 
 def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: int) -> Iterator[TestSample]:
-    """The share of one process of the test samples, one by one since their sizes differ; raises as above."""
+    """The share of one process of the test samples, one by one since their sizes differ.
+
+    Raises UserError as `train_loader` does.
+    """
     share = Subset(_ErrorsAsValues(test_set), range(rank, len(test_set), world_size))
-    loader = DataLoader(
-        share,
-        batch_size=None,
-        collate_fn=_keep,
+    return _iterate(_data_loader(share, num_workers, batch_size=None, collate_fn=_keep))
+
+
+def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
+    return DataLoader(
+        samples,
         num_workers=num_workers,
+        multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         worker_init_fn=runtime.init_data_worker,
+        **batching,
     )
-    return _iterate(loader)
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     iterator = iter(loader)
-    runtime.watch_data_workers(set(multiprocessing.active_children()) - others)
+    workers = set(multiprocessing.active_children()) - others
+    runtime.watch_data_workers(workers)
     for batch in iterator:
         if isinstance(batch, SampleError):
             raise UserError(batch.message)
         yield batch
+    runtime.forget_data_workers(workers)

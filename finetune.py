@@ -6,8 +6,6 @@ The YAML file describes the data, the flags describe the training. See README.md
 """
 
 import json
-import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable
@@ -16,14 +14,13 @@ from pathlib import Path
 from signal import SIGINT
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
 import runtime
 from base.atomic import MIB, require_free_space
 from base.errors import UserError
-from checkpoint import MAY_CHANGE_ON_RESUME, ResumeState
+from checkpoint import ResumeState
 from config import Config, load_config
 from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
@@ -31,7 +28,7 @@ from evaluation import run_test, train_panels
 from imaging.files import format_list
 from imaging.geometry import InputSpec
 from inference import LoadedSam
-from losses import cldice_loss, dice_loss, focal_loss, iou_mse
+from losses import sum_losses
 from preview import write_preview
 from run_logger import RunLogger, Throughput, Timer, dataset_table, result_summary
 from sam.decoder import decode
@@ -49,7 +46,7 @@ from train_config import TrainConfig, parse_args
 from train_state import Schedule, TrainState, learning_rate
 
 RESUME_FILE = "resume.pth"
-NEEDS_LESS_MEMORY = (
+MEMORY_HINT = (
     "a smaller --batch_size (with a larger --virtual_batch_size), --amp bf16, a smaller --model_type, "
     "or --grad_checkpointing where the encoder trains, need less"
 )
@@ -67,6 +64,7 @@ class Experiment:
     test_set: TestSet | None
     net: LoadedSam
     initial_state_dict: dict[str, Tensor]
+    schedule: Schedule
     folder: Path
     resume_state: ResumeState | None
 
@@ -101,7 +99,8 @@ def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], Datase
     leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
     if leaks and runtime.is_main():
         warnings.warn(
-            f"test images are also training images, so the test measures memory:\n  {format_list(leaks)}",
+            "test images are also training images, so the test does not measure generalization:\n  "
+            f"{format_list(leaks)}",
             stacklevel=2,
         )
     return datasets, test
@@ -129,8 +128,14 @@ def prepare(config: TrainConfig) -> Experiment:
 
     net, initial_state_dict = build_net(config, device)
     train_set = make_train_set(config, train, net)
+    schedule = Schedule(
+        train_set.epoch_length,
+        config.batch_size * runtime.world_size(),
+        config.virtual_batch_size,
+        config.epoch_num,
+    )
     images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
-    if should_compile(config.compile, device, images_to_encode):
+    if runtime.should_compile(config.compile, device, images_to_encode):
         net = replace(
             net,
             compiled_decode=torch.compile(decode, dynamic=False),
@@ -142,6 +147,7 @@ def prepare(config: TrainConfig) -> Experiment:
         test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
         net=net,
         initial_state_dict=initial_state_dict,
+        schedule=schedule,
         folder=folder,
         resume_state=resume_state,
     )
@@ -200,24 +206,33 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
     return train_set
 
 
-# Images to encode above which --compile auto compiles. It was not measured on CUDA: a minute of compiling
-# pays if the encoder gets a quarter faster than 150 images per second.
-COMPILE_PAYS = 40_000
-
-
-def should_compile(choice: str, device: torch.device, images_to_encode: int) -> bool:
-    """What `--compile` says. Raises UserError if it is "on" and there is no C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
-    if choice == "on" and not compiler:
-        raise UserError("--compile on: needs a C++ compiler (g++ or clang++), and none is found")
-    is_long_on_cuda = device.type == "cuda" and images_to_encode >= COMPILE_PAYS and compiler is not None
-    return choice == "on" or (choice == "auto" and is_long_on_cuda)
-
-
 # --- Start and state ---------------------------------------------------------------------------
 
 
-def start(config: TrainConfig, experiment: Experiment) -> tuple[TrainState, Schedule, RunLogger]:
+@dataclass(frozen=True)
+class Run:
+    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
+
+    config: TrainConfig
+    experiment: Experiment
+    schedule: Schedule
+    state: TrainState
+    logger: RunLogger
+    stop: runtime.StopRequest
+    tests: list[EncodedTestSample]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current iteration is the last one."""
+        return self.state.iteration == self.schedule.iterations
+
+    @property
+    def is_test(self) -> bool:
+        """Whether the current iteration ends with a test."""
+        return self.is_last or self.state.iteration % self.config.test_interval == 0
+
+
+def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> Run:
     """Make trainable what trains, load the state to resume if there is one, and open the folder."""
     net, resume_state = experiment.net, experiment.resume_state
     torch.manual_seed(config.seed)
@@ -231,10 +246,6 @@ def start(config: TrainConfig, experiment: Experiment) -> tuple[TrainState, Sche
         lora_alpha=config.lora_alpha,
         grad_checkpointing=config.grad_checkpointing,
     )
-    batch_size = config.batch_size * runtime.world_size()
-    schedule = Schedule(
-        experiment.train_set.epoch_length, batch_size, config.virtual_batch_size, config.epoch_num
-    )
     state = TrainState(
         torch.optim.AdamW([dict(group) for group in groups], weight_decay=config.weight_decay),
         torch.amp.GradScaler(net.device.type, enabled=net.low_precision is torch.float16),
@@ -247,14 +258,15 @@ def start(config: TrainConfig, experiment: Experiment) -> tuple[TrainState, Sche
         state.load_state_dict(resume_state["train_state"])
     if net.compiled_decode:
         net.sam.image_encoder.compile(dynamic=False)
-    logger = open_logger(config, experiment, state, schedule)
+    logger = open_logger(config, experiment, state)
     runtime.barrier()
-    return state, schedule, logger
+    tests: list[EncodedTestSample] = []
+    if experiment.test_set:
+        tests = encode_test_set(experiment.test_set, net, num_workers=config.num_workers, stop=stop)
+    return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
 
 
-def open_logger(
-    config: TrainConfig, experiment: Experiment, state: TrainState, schedule: Schedule
-) -> RunLogger:
+def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
     """Make the folder, write the settings, and say what is about to run."""
     is_main, resumed = runtime.is_main(), experiment.resume_state is not None
     if is_main:
@@ -264,24 +276,23 @@ def open_logger(
             raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
     logger = RunLogger(
         experiment.folder,
-        iterations=schedule.iterations,
+        iterations=experiment.schedule.iterations,
         done=state.iteration,
         resumed=resumed,
         enabled=is_main,
     )
     flags = config.flags()
-    hidden = {*MAY_CHANGE_ON_RESUME, "exp_name", "checkpoint"} - {"config", "epoch_num", "grad_checkpointing"}
-    columns = [name for name in flags if name not in hidden]
-    logger.settings(flags, json.loads(experiment.data.model_dump_json()), columns, state.iteration)
-    logger.print(summary(config, experiment, schedule))
+    logger.settings(flags, json.loads(experiment.data.model_dump_json()), state.iteration)
+    logger.print(summary(config, experiment))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
     return logger
 
 
-def summary(config: TrainConfig, experiment: Experiment, schedule: Schedule) -> str:
+def summary(config: TrainConfig, experiment: Experiment) -> str:
     """What is about to run, in a few lines."""
     net, train_set, test_set = experiment.net, experiment.train_set, experiment.test_set
+    schedule = experiment.schedule
     trainable = sum(p.numel() for p in net.sam.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.sam.parameters()) - trainable
     precision = str(net.low_precision).removeprefix("torch.") if net.low_precision else "float32"
@@ -298,24 +309,25 @@ def summary(config: TrainConfig, experiment: Experiment, schedule: Schedule) -> 
     if train_set.n_cache_slots:
         size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
         lines.append(
-            f"embeddings  {size / MIB:.0f} MiB on disk until the end; composites are used in "
-            f"{config.embedding_reuse} epoch(s), unchanging photos in all"
+            f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
+            f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
         )
     return "\n".join(lines)
 
 
-def save_state(config: TrainConfig, experiment: Experiment, state: TrainState, schedule: Schedule) -> None:
+def save_state(run: Run) -> None:
     """Save what `--resume` needs. Every process must call this."""
-    sam = experiment.net.sam
-    unfinished = gradients(sam) if schedule.is_amid_step(state.iteration) else {}
+    sam, experiment = run.experiment.net.sam, run.experiment
+    unfinished = gradients(sam) if run.schedule.is_mid_step(run.state.iteration) else {}
     runtime.all_reduce_sum(unfinished.values())
     if not runtime.is_main():
         return
+    run.logger.flush()
     resume_state: ResumeState = {
-        "train_state": state.state_dict(),
+        "train_state": run.state.state_dict(),
         "weights": trained_weights(sam),
         "gradients": unfinished,
-        "flags": config.flags(),
+        "flags": run.config.flags(),
         "config": experiment.data.model_dump_json(),
         "files": file_digests(experiment.datasets),
         "world_size": runtime.world_size(),
@@ -332,44 +344,20 @@ def save_checkpoint(experiment: Experiment, name: str) -> None:
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
     """Remove the checkpoints of epochs except for the last `keep`."""
     if keep and runtime.is_main():
-        for path in sorted(folder.glob("epoch_*.pth"))[:-keep]:
+        by_epoch = sorted(folder.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
+        for path in by_epoch[:-keep]:
             path.unlink()
 
 
 # --- Training ---------------------------------------------------------------------------------
 
 
-def compute_losses(
-    config: TrainConfig, logits: Tensor, iou_pred: Tensor, batch: TrainBatch, spec: InputSpec
-) -> dict[str, Tensor]:
-    """Every loss, summed over samples, by name; in float32, on the grid of the targets, without padding."""
-    target, logits = batch["target"].float() / 255, logits.float()
-    if logits.shape != target.shape:
-        logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
-    valid = valid_pixels(batch["size"], spec.mask_grid, spec.mask_grid / spec.img_size)
-    losses = {
-        "focal": focal_loss(logits, target, valid, alpha=config.alpha, gamma=config.gamma).sum(),
-        "dice": dice_loss(logits, target, valid).sum(),
-        "iou_mse": iou_mse(iou_pred, logits, target, valid).sum(),
-    }
-    if config.cldice_weight:
-        losses["cldice"] = cldice_loss(logits, target, valid).sum()
-    return losses
-
-
-def train(
-    config: TrainConfig,
-    experiment: Experiment,
-    state: TrainState,
-    schedule: Schedule,
-    tests: list[EncodedTestSample],
-    logger: RunLogger,
-    stop: runtime.StopRequest,
-) -> None:
-    """The training loop. It ends early, with its state saved, once `stop` notes a signal."""
+def train(run: Run) -> None:
+    """The training loop. It ends early, with its state saved, once `run.stop` notes a signal."""
+    config, experiment, schedule, state = run.config, run.experiment, run.schedule, run.state
     net, train_set, parameters = experiment.net, experiment.train_set, state.parameters
-    optimizer, scaler, loss_weights = state.optimizer, state.scaler, config.loss_weights
-    first_iteration = state.iteration + 1
+    optimizer, scaler, loss_weights, logger = state.optimizer, state.scaler, config.loss_weights, run.logger
+    first_iteration, spec = state.iteration + 1, train_set.spec
     throughput, since_save = Throughput(), Timer()
     batches = training_batches(
         train_set,
@@ -381,7 +369,7 @@ def train(
         num_workers=config.num_workers,
     )
     for batch in batches:
-        epoch, batch_index = divmod(state.iteration, schedule.batches_per_epoch)
+        batch_index = state.iteration % schedule.batches_per_epoch
 
         # learning rates of this optimizer step
         for group in optimizer.param_groups:
@@ -395,11 +383,20 @@ def train(
 
         # forward
         logits, iou_pred = net.decode(batch["embedding"], batch["points"], batch["labels"])
-        losses = compute_losses(config, logits, iou_pred, batch, train_set.spec)
+        valid = valid_pixels(batch["size"], spec.mask_grid, spec.mask_grid / spec.img_size)
+        losses = sum_losses(
+            logits,
+            iou_pred,
+            batch["target"],
+            valid,
+            alpha=config.alpha,
+            gamma=config.gamma,
+            with_cldice="cldice" in loss_weights,
+        )
         total = torch.stack([loss_weights[name] * loss for name, loss in losses.items()]).sum()
 
         # backward; losses are sums over samples, so every sample of the step weighs the same
-        state.is_consistent = not schedule.is_amid_step(state.iteration)  # earlier gradients get mixed
+        state.is_consistent = not schedule.is_mid_step(state.iteration)  # if this fails
         scaler.scale(total / schedule.samples_in_step(batch_index)).backward()
         state.is_consistent = False
 
@@ -416,56 +413,64 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if not is_overflow:  # this step is repeated with the next samples and a lower scale
                 state.count_step(is_finite)
-            if state.bad_steps_in_a_row == config.max_bad_steps:
+            if state.bad_steps_in_a_row >= config.max_bad_steps:
                 raise UserError(bad_steps_message(state, experiment, batch))
 
         # count; log at intervals, because reading the losses waits for the device
-        state.iteration += 1
-        is_last = state.iteration == schedule.iterations
         samples = schedule.samples_in_batch(batch_index)
         losses = {name: loss.detach() for name, loss in losses.items()}
         runtime.all_reduce_sum(losses.values())
-        state.count_losses(losses, samples)
+        state.count_iteration(losses, samples)
         throughput.count(samples, batch["data_wait"])
         logger.bar.update()
-        if is_log := state.iteration % config.log_interval == 0 or is_last:
+        if is_log := state.iteration % config.log_interval == 0 or run.is_last:
             logger.training(training_scalars(state, loss_weights) | throughput.rates(), state.iteration)
         if is_log or state.iteration == first_iteration:  # the first iteration warms up: it is not timed
             throughput.restart()
 
         # test and save; this time is not part of images per second
         with throughput.paused():
-            is_test = state.iteration % config.test_interval == 0 or is_last
-            if is_test and experiment.test_set:
-                metrics = run_test(net, tests, config.batch_size, state.iteration, logger)
-                is_best = state.best is None or metrics["iou"] > state.best["iou"]
-                if is_best and are_finite(parameters):
-                    state.best = metrics
-                    logger.best(metrics, state.iteration)
-                    save_checkpoint(experiment, "best.pth")
-            ends_epoch = batch_index + 1 == schedule.batches_per_epoch
-            if is_save := ends_epoch and (epoch + 1) % config.save_interval == 0:
-                save_checkpoint(experiment, f"epoch_{epoch + 1:04d}.pth")
-                remove_old_checkpoints(experiment.checkpoints, config.keep_last)
-            if is_last:
-                save_checkpoint(experiment, "last.pth")
+            saves_weights = finish_iteration(run)
             is_due = since_save.seconds() >= 60 * config.resume_interval
-            signal, save_now = runtime.all_reduce_max([stop.signal or 0, int(is_due)])
-            if is_test or is_save or save_now or signal:
-                logger.flush()
-                save_state(config, experiment, state, schedule)
+            signal, save_now = runtime.all_reduce_max([run.stop.signal or 0, int(is_due)])
+            if saves_weights or save_now or signal:
+                save_state(run)
                 since_save.restart()
-            state.is_consistent = True
-            if is_test and logger.enabled:  # reads files again, so the state is saved first
+            if run.is_test and logger.enabled:  # reads files again, so the state is saved first
                 logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
         if signal:
-            stop.signal = signal
+            run.stop.signal = signal
             return
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all their numbers are finite. This waits for the device once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
+def finish_iteration(run: Run) -> bool:
+    """Test after the current iteration and save checkpoints, where they are due; returns whether any was.
+
+    A run that stops in here finishes the iteration when it is resumed.
+    """
+    config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
+    if run.is_test and experiment.test_set and state.last_test != state.iteration:
+        metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
+        state.last_test = state.iteration
+        is_best = state.best is None or metrics["iou"] > state.best["iou"]
+        if is_best and are_finite(state.parameters):
+            state.best = metrics
+            logger.best(metrics, state.iteration)
+            save_checkpoint(experiment, "best.pth")
+    epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
+    is_save = batch_index == 0 and epoch % config.save_interval == 0
+    if is_save:
+        save_checkpoint(experiment, f"epoch_{epoch:04d}.pth")
+        remove_old_checkpoints(experiment.checkpoints, config.keep_last)
+    if run.is_last:
+        save_checkpoint(experiment, "last.pth")
+    state.is_finished = True
+    return run.is_test or is_save
 
 
 def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[str, float]:
@@ -490,32 +495,41 @@ def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBat
         f"iteration {state.iteration + 1}: the loss or its gradient was not finite in "
         f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); "
         f"the last batch holds {', '.join(names)}; "
-        f"the last good weights are {best if state.best else 'not saved'}; a lower --lr may help"
+        f"the best weights so far are {f'in {best}' if state.best else 'not saved'}; a lower --lr may help"
     )
 
 
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
-    """Train, and save the state of the last iteration whatever ends it. Raises what ended it."""
-    state, schedule, logger = start(config, experiment)
-    tests: list[EncodedTestSample] = []
-    if experiment.test_set:
-        tests = encode_test_set(experiment.test_set, experiment.net, num_workers=config.num_workers)
-        if not experiment.resume_state:
-            state.baseline = run_test(experiment.net, tests, config.batch_size, 0, logger)
+    """Train. If an error ends the training, save the state of the last iteration and raise the error.
+
+    Nothing is saved with several processes, or after an error amid an optimizer step.
+    """
+    run = start(config, experiment, stop)
+    state, logger = run.state, run.logger
     try:
-        train(config, experiment, state, schedule, tests, logger, stop)
+        if experiment.test_set and not state.iteration and state.baseline is None:
+            state.baseline = run_test(experiment.net, run.tests, config.batch_size, 0, logger, stop)
+        if not state.is_finished:
+            finish_iteration(run)
+        train(run)
     except Exception:
-        # Several processes do not fail in the same iteration, and saving needs all of them.
-        if state.is_consistent and runtime.world_size() == 1:
-            try:
-                save_state(config, experiment, state, schedule)
-            except UserError as error:  # a full disk, for example; what ended the run is raised all the same
-                print(f"error: {error}", file=sys.stderr)
+        save_last_state(run)
         raise
     finally:
         logger.bar.close()
     logger.print(result_summary(state.baseline, state.best, experiment.checkpoints))
     logger.close()
+
+
+def save_last_state(run: Run) -> None:
+    """Save the state of the last iteration, if it is whole, before an error is raised further."""
+    # Several processes do not fail in the same iteration, and saving needs all of them.
+    if not run.state.iteration or not run.state.is_consistent or runtime.world_size() > 1:
+        return
+    try:
+        save_state(run)
+    except UserError as error:  # the disk is full, for example
+        print(f"error: {error}", file=sys.stderr)
 
 
 # --- Command ----------------------------------------------------------------------------------
@@ -535,16 +549,20 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment = prepare(config)
         runtime.barrier()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = runtime.user_message(error, MEMORY_HINT)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     code = 1
     try:
         code = train_to_exit_code(config, experiment)
     finally:
+        runtime.end_data_workers()
         runtime.leave_process_group()
         if code:
-            print_way_on(config)
+            print_resume_hint(config)
     return code
 
 
@@ -554,10 +572,13 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     try:
         with stop:
             run_training(config, experiment, stop)
-    except KeyboardInterrupt:  # the second signal ends the run at once
+    except (
+        runtime.Stopped,
+        KeyboardInterrupt,
+    ):  # the latter after a second signal, which ends the run at once
         stop.signal = stop.signal or SIGINT
     except Exception as error:
-        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -565,7 +586,7 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     return 128 + stop.signal if stop.signal else 0
 
 
-def print_way_on(config: TrainConfig) -> None:
+def print_resume_hint(config: TrainConfig) -> None:
     """Say how an interrupted run continues."""
     state = config.folder / RESUME_FILE
     if runtime.is_main() and state.exists():

@@ -33,7 +33,7 @@ from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_
 from imaging.prompts import NO_PROMPT, Prompt
 from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
 
-NEEDS_LESS_MEMORY = "a smaller --batch_size and --amp bf16 need less"
+MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
 tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
 SCORE_NAMES = [field.name for field in fields(Scores)]
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             report_scores(args.output, stats)
             write_worst(args.output, stats, {path.stem: path for path in paths}, mask_paths)
     except Exception as error:
-        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

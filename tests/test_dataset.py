@@ -72,7 +72,7 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
 
 def test_photos_are_used_as_they_are_without_backgrounds(data):
     cables = dataset_index(data, backgrounds=False)
-    image, mask = dataset.draw_sample(cables, 1, (48, 64), rng())
+    image, mask = dataset.make_sample(cables, 1, (48, 64), rng())
     assert (image == files.read_image(cables.pairs[1].image_path)).all()
     assert (mask == files.read_mask(cables.pairs[1].mask_path)).all()
 

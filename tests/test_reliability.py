@@ -20,6 +20,7 @@ from PIL import Image
 
 import checkpoint
 import dataset
+import evaluation
 import finetune
 from imaging import compositing, files, geometry
 
@@ -82,19 +83,48 @@ def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weight
     assert not list(Path("exp/run").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_iteration(
-    config, tiny_weights, uninterrupted, at_iteration, capsys, number, code
+    config, tiny_weights, uninterrupted, at_iteration, capsys, number
 ):
     handler = signal.getsignal(number)  # which a shell may have set to "ignore"
     at_iteration(8, lambda batch, net: os.kill(os.getpid(), number))  # amid an optimizer step
-    assert run_tiny(config, tiny_weights, *FLAGS) == code
+    assert run_tiny(config, tiny_weights, *FLAGS) == 128 + number
     assert "--exp_name run --resume" in capsys.readouterr().err
     assert not Path("exp/run/checkpoints/last.pth").exists()
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
     assert_same_results(results(), uninterrupted)
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, uninterrupted, capsys):
+    process = run_apart(config, tiny_weights, "--num_workers", 2, GROUP_IN=8)
+    assert process.returncode == 143, process.stderr
+    assert "--exp_name run --resume" in process.stderr and "Traceback" not in process.stderr
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     after iteration 8" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
+
+
+def test_a_signal_during_a_test_ends_the_run_within_an_image(
+    config, tiny_weights, uninterrupted, monkeypatch, capsys
+):
+    compute_stats, calls = evaluation.compute_stats, []
+
+    def signal_in_second_test(logits, ground_truth):
+        calls.append(1)
+        if len(calls) == 5:  # 3 images in the first test
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_stats(logits, ground_truth)
+
+    monkeypatch.setattr(evaluation, "compute_stats", signal_in_second_test)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 143
+    assert len(calls) == 5
+    assert len(Path("exp/run/metrics.jsonl").read_text().splitlines()) == 1
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     after iteration 6" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
 
 
 def test_only_the_last_epochs_are_kept(config, tiny_weights):
@@ -311,9 +341,9 @@ def test_a_data_worker_that_dies_is_reported(config, tiny_weights, at_iteration,
 def test_a_photo_in_training_and_test_is_named(config, tiny_weights, data, capsys):
     leaked = data / "test/imgs/1.png"
     assert run_tiny(config, tiny_weights, "-e", 1) == 0
-    assert "measures memory" not in capsys.readouterr().err
+    assert "does not measure generalization" not in capsys.readouterr().err
     Image.open(data / "cables/imgs/4.png").save(leaked, compress_level=1)  # other bytes, the same pixels
-    with pytest.warns(UserWarning, match="measures memory") as warned:
+    with pytest.warns(UserWarning, match="does not measure generalization") as warned:
         assert run_tiny(config, tiny_weights, "-e", 1, "-n", "leaky") == 0
     message = str(warned[0].message)
     assert message.endswith(f":\n  {leaked} = {data / 'cables/imgs/4.png'}")
