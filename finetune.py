@@ -8,7 +8,6 @@ The YAML file describes the data, the flags describe the training. See README.md
 import json
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT
@@ -443,11 +442,6 @@ def train(run: Run) -> None:
             return
 
 
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all their numbers are finite. This waits for the device once."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
-
 def finish_iteration(run: Run) -> bool:
     """Test after the current iteration and save checkpoints, where they are due; returns whether any was.
 
@@ -458,7 +452,7 @@ def finish_iteration(run: Run) -> bool:
         metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
-        if is_best and are_finite(state.parameters):
+        if is_best and state.has_finite_weights():
             state.best = metrics
             logger.best(metrics, state.iteration)
             save_checkpoint(experiment, "best.pth")

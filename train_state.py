@@ -110,6 +110,10 @@ class TrainState:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    def has_finite_weights(self) -> bool:
+        """Whether all weights that train are finite. This waits for the device once."""
+        return bool(torch.stack([weight.isfinite().all() for weight in self.parameters]).all())
+
     def can_lower_scale(self) -> bool:
         """Whether gradients that are not finite may come from a scale that is too high (float16 only).
 
