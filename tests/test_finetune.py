@@ -18,11 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
+import experiment
 import finetune
 import inference
 import losses
 import runtime
 from base.errors import UserError
+from config import load_config
 from embeddings import encode_test_set
 from evaluation import evaluate
 from imaging.metrics import compute_stats
@@ -93,7 +95,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     assert args["lr"] == 5e-3 and args["prompt"] == "none" and args["config"] == str(config)
     again = yaml.safe_load((folder / "config.yaml").read_text())
     assert again["dataset"]["train"][0]["data_dir"] == str(data / "cables")
-    finetune.load_config(folder / "config.yaml")
+    load_config(folder / "config.yaml")
 
     output = capsys.readouterr().out
     assert "8 epochs of 48 samples: 48 iterations, 48 optimizer steps" in output
@@ -314,10 +316,10 @@ def test_a_full_disk_refuses_reuse_before_anything_is_written(tiny_weights, conf
 
 def test_the_check_of_disk_space_counts_the_pools_of_all_processes(tiny_weights, config_file, monkeypatch):
     needed = []
-    monkeypatch.setattr(finetune, "require_free_space", lambda folder, size, purpose: needed.append(size))
+    monkeypatch.setattr(experiment, "require_free_space", lambda folder, size, purpose: needed.append(size))
     for processes in (1, 3):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        finetune.prepare(tiny_config(config_file(), tiny_weights, "--embedding_reuse", 2))
+        experiment.prepare(tiny_config(config_file(), tiny_weights, "--embedding_reuse", 2))
     assert needed[1] == 3 * needed[0] > 0
 
 
