@@ -20,10 +20,10 @@ def move_to_device(
     train is "encoder", its weights also become `low_precision`, which halves their memory. All parameters
     that train stay float32. Export takes the frozen weights from the loaded file, not from this model.
     """
-    sam.to(device)
     accelerate(sam.image_encoder, fold=train != "encoder")
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
     sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
+    sam.to(device)  # last, so that the device never holds float32 weights of a frozen encoder
 
 
 def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:

@@ -241,28 +241,6 @@ def test_many_such_steps_end_the_run(config, tiny_weights, at_iteration, capsys)
     assert re.search(r"the last batch holds \S+/cables/imgs/\d\.png", error)
 
 
-FP16 = ("--amp", "fp16", "-b", 1, "-e", 3, "--log_interval", 1)
-
-
-def test_fp16_repeats_a_step_with_a_lower_scale(config, tiny_weights, at_iteration):
-    at_iteration(range(1, 4), spoil)
-    assert run_tiny(config, tiny_weights, *FP16, "--max_bad_steps", 2, "--warmup_steps", 5, "--lr", 1e-3) == 0
-    curves = scalars("exp/run")
-    assert [value for _, value in curves["train/bad_steps"]] == [0] * 27
-    rates = [rate for _, rate in curves["train/lr"][:6]]  # the warm-up begins with the first good step
-    assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 2e-4, 4e-4, 6e-4])
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]
-    assert state["scaler"]["scale"] == 2**13  # from 2^16
-    assert state["counters"]["step"] == 24
-
-
-def test_fp16_counts_bad_steps_once_its_scale_is_1(config, tiny_weights, at_iteration, capsys):
-    at_iteration(range(1, 99), spoil)
-    assert run_tiny(config, tiny_weights, *FP16, "--max_bad_steps", 3) == 1
-    error = capsys.readouterr().err
-    assert "iteration 19: the loss or its gradient was not finite in 3 steps in a row" in error
-
-
 def test_weights_that_are_not_finite_are_never_the_best(config, tiny_weights, at_iteration):
     def spoil_weights(batch, net):
         net.sam.mask_decoder.iou_token.weight.data.fill_(float("nan"))
