@@ -24,7 +24,7 @@ import runtime
 from base.errors import UserError
 from sam import decoder, encoder
 
-NEEDS_LESS_MEMORY = "a machine with more memory, or a smaller --model_type in training, helps"
+MEMORY_HINT = "export on a machine with more memory"
 ONNX_OPSET = 18
 ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except Exception as error:
-        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -36,8 +36,8 @@ PredictLogits = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np
 class LoadedSam:
     """A SAM on its device, and how it computes.
 
-    low_precision: dtype of the decoder's products; None for float32. A frozen encoder has its weights in
-        its compute dtype.
+    low_precision: dtype for autocast in the decoder; None means float32. The weights of a frozen encoder are
+        stored in its compute dtype.
     encoder_trains: whether the encoder has float32 weights and computes under autocast.
     compiled_decode, compiled_batch_size: the decoder compiled for whole batches of that size, or None.
     """
@@ -65,7 +65,7 @@ class LoadedSam:
                 images.to(self.device),
                 sizes.to(self.device),
                 self.model_type,
-                eager=self._is_partial(images) and self.device.type != "cpu",  # which encodes one by one
+                eager=self._is_partial(images) and self.device.type != "cpu",  # encodes images one by one
             )
 
     def decode(self, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +119,8 @@ def predict_logits(
 
     Args:
         images: RGB uint8 (H, W, 3), of any sizes.
-        prompts: of each image at least one. An image is encoded once and decoded with each of its prompts;
-            of their logits the largest counts.
+        prompts: at least one for each image. An image is encoded once and decoded with each of its prompts;
+            the result is the pixel-wise maximum.
         prompt_batch_size: how many prompts are decoded together; None decodes all.
     """
     if not images:

@@ -34,7 +34,7 @@ from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, Out
 from imaging.prompts import NO_PROMPT, Prompt
 from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
 
-NEEDS_LESS_MEMORY = "a smaller --batch_size and --amp bf16 need less"
+MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
 tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
 finite = number(float, math.isfinite, "a finite number")
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {lists}", file=sys.stderr)
         return 130
     except Exception as error:
-        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
