@@ -398,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment = prepare(config)
         runtime.barrier()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was trained", file=sys.stderr)
+        return 128 + SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -421,10 +424,7 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     try:
         with stop:
             run_training(config, experiment, stop)
-    except (
-        runtime.Stopped,
-        KeyboardInterrupt,
-    ):  # the latter after a second signal, which ends the run at once
+    except (runtime.Stopped, KeyboardInterrupt):  # the latter after a second signal
         stop.signal = stop.signal or SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
@@ -437,13 +437,14 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
 
 def print_resume_hint(config: TrainConfig) -> None:
     """Say how an interrupted run continues."""
+    if not runtime.is_main():
+        return
     state = config.folder / RESUME_FILE
-    if runtime.is_main() and state.exists():
-        print(
-            f"the last state is in {state}; to continue from it, run the same command with "
-            f"--exp_name {config.exp_name} --resume",
-            file=sys.stderr,
-        )
+    where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
+    print(
+        f"{where}; to continue, run the same command with --exp_name {config.exp_name} --resume",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, a
 
 def test_a_resumed_run_takes_no_other_settings(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "--resume") == 2
-    assert "exp/run/resume.pth" in capsys.readouterr().err and not Path("exp").exists()
+    assert "exp/run: there is no such run" in capsys.readouterr().err and not Path("exp").exists()
     assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
     assert run_tiny(config_file(percentage=0.5), tiny_weights, "-e", 2, "--lr", 7, "--resume") == 2
