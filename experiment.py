@@ -207,9 +207,8 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
 
     train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
     try:
-        require_free_space(
-            config.folder, pool_spec(train_set.n_cache_slots, net).size, "keeping the embeddings"
-        )
+        size_of_pools = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
+        require_free_space(config.folder, size_of_pools, "keeping the embeddings")
     except UserError as error:
         if config.embedding_reuse > 1:
             raise

@@ -149,7 +149,7 @@ def summary(config: TrainConfig, experiment: Experiment) -> str:
         f"results     {experiment.folder}",
     ]
     if train_set.n_cache_slots:
-        size = pool_spec(train_set.n_cache_slots, net).size
+        size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
         lines.append(
             f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
             f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
@@ -250,11 +250,13 @@ def train(run: Run) -> None:
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             is_finite = bool(norm.isfinite())
+            is_overflow = not is_finite and state.can_lower_scale()
             if is_finite:
-                scaler.step(optimizer)
+                optimizer.step()  # `scaler.step` would look for numbers that are not finite once more
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state.count_step(is_finite)
+            if not is_overflow:  # this step is repeated with the next samples and a lower scale
+                state.count_step(is_finite)
             if state.bad_steps_in_a_row >= config.max_bad_steps:
                 raise UserError(bad_steps_message(state, experiment, batch))
 
@@ -295,7 +297,7 @@ def finish_iteration(run: Run) -> bool:
         metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
-        if is_best and all(parameter.isfinite().all() for parameter in state.parameters):
+        if is_best and state.has_finite_weights():
             state.best = metrics
             logger.best(metrics, state.iteration)
             save_checkpoint(experiment, "best.pth")
