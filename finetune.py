@@ -240,7 +240,7 @@ def train(run: Run) -> None:
         total = torch.stack([loss_weights[name] * loss for name, loss in losses.items()]).sum()
 
         # backward; losses are sums over samples, so every sample of the step weighs the same
-        state.is_consistent = not schedule.is_mid_step(state.iteration)  # if this fails
+        state.is_consistent = not schedule.is_mid_step(state.iteration)  # a failure would mix gradients
         scaler.scale(total / schedule.samples_in_step(batch_index)).backward()
         state.is_consistent = False
 
