@@ -123,7 +123,7 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for command in filter(runs_here, COMMANDS):
         _, script, *argv = command
-        for name in ("found", "found_test"):  # two documents show the same command
+        for name in ("predictions", "predictions_test"):  # two documents show the same command
             shutil.rmtree(name, ignore_errors=True)
         assert run(script, argv, tiny_weights) == 0, shlex.join(command)
         if script == "predict.py":

@@ -285,17 +285,17 @@ def test_nothing_kept_changes_what_is_learned(tiny_weights, config_file, data, k
 
 @pytest.mark.parametrize(("reuse", "encoded"), [(1, 6 * 8), (4, 6 + 6 * 7 / 4)])
 def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, reuse, encoded):
-    pictures = []
+    image_counts = []
     encode = inference.encode
 
     def counted(sam, images, *args, **options):
-        pictures.append(len(images))
+        image_counts.append(len(images))
         return encode(sam, images, *args, **options)
 
     monkeypatch.setattr(inference, "encode", counted)
     config = config_file(with_test=False)
     assert run_tiny(config, tiny_weights, "-e", 8, "-b", 2, "--embedding_reuse", reuse) == 0
-    assert abs(sum(pictures) - encoded) < 2
+    assert abs(sum(image_counts) - encoded) < 2
     assert ("MiB on disk until the end" in capsys.readouterr().out) == (reuse > 1)
     assert {path.name for path in Path("exp/run").iterdir() if "tfevents" not in path.name} == {
         "args.yaml", "config.yaml", "checkpoints", "resume.pth",
@@ -448,7 +448,7 @@ def spoil(data, weights, fault):
         shutil.copy(cables / "imgs" / "0.png", cables / "imgs" / "0.jpg")
         return "has the same stem"
     if fault == "undecodable":
-        (cables / "imgs" / "0.png").write_bytes(b"not a picture")
+        (cables / "imgs" / "0.png").write_bytes(b"not an image")
         return "0.png: cannot be decoded"
     if fault == "mismatch":
         Image.fromarray(np.zeros((9, 9), np.uint8)).save(cables / "masks" / "0.png")
