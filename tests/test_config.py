@@ -137,6 +137,8 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: 2001-99-99", "not valid YAML"),
         ("dataset: &a [*a]", "not valid YAML"),
         ("dataset: {train: &a [*a]}", "not valid YAML"),
+        ("dataset: \0", "not valid YAML"),
+        ("[" * 1_000_001, "is larger than 1000000 bytes"),
         (f"dataset: {{train: [{{data_dir: {'x' * 300}}}]}}", "dataset.train[0].data_dir: no such folder"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import write_backgrounds, write_dataset
 
+import checkpoint
 import export
 import finetune
 import predict
@@ -176,6 +177,12 @@ def test_every_flag_is_in_its_document(script, document, capsys):
     text = (ROOT / "docs" / document).read_text()
     assert len(flags) > 2
     assert [flag for flag in sorted(flags) if not re.search(rf"{flag}\b", text)] == []
+
+
+def test_the_flags_that_may_change_on_resume_are_listed():
+    text = PROSE[ROOT / "docs/configuration.md"]
+    (paragraph,) = [p for p in text.split("\n\n") if p.startswith("These flags may change on resume:")]
+    assert re.findall(r"`--(\w+)`", paragraph) == list(checkpoint.MAY_CHANGE_ON_RESUME)
 
 
 def heading_anchors(path: Path) -> set[str]:

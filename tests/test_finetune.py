@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NOT_REPEATABLE, build_tiny, run_finetune, run_tiny, scalars, tiny_config, write_dataset
+from conftest import NOT_REPEATABLE, build_tiny, run_finetune, run_tiny, scalars, tiny_config
 from PIL import Image
 from segment_anything import SamPredictor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -471,12 +471,6 @@ def spoil(data, weights, fault):
     if fault == "broken test set":
         (data / "test" / "imgs" / "0.png").write_bytes(b"")
         return "0.png: cannot be decoded"
-    if fault == "truncated checkpoint":
-        weights.write_bytes(weights.read_bytes()[:5000])
-        return "tiny.pth"
-    if fault == "hostile checkpoint":
-        torch.save(write_dataset, weights)
-        return "tiny.pth is refused"
     if fault == "checkpoint of another variant":
         torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)}, weights)
         return "holds weights of vit_b, not of tiny"
@@ -487,8 +481,7 @@ def spoil(data, weights, fault):
 @pytest.mark.parametrize(
     "fault",
     ["unmatched", "duplicate", "undecodable", "mismatch", "not binary", "no masks folder", "empty folder",
-     "empty backgrounds", "broken test set", "truncated checkpoint", "hostile checkpoint",
-     "checkpoint of another variant", "no checkpoint"],
+     "empty backgrounds", "broken test set", "checkpoint of another variant", "no checkpoint"],
 )  # fmt: skip
 def test_broken_files_end_with_a_message(tiny_weights, config_file, data, capsys, fault):
     expected = spoil(data, tiny_weights, fault)
@@ -502,19 +495,19 @@ def test_broken_files_end_with_a_message(tiny_weights, config_file, data, capsys
     ("document", "expected"),
     [
         ("dataset: {train: [", "line 1"),
-        ("dataset: {train: [{data_dir: cables, percentage: 0}]}", "dataset.train[0].percentage"),
         ("dataset: {train: [{data_dir: nowhere}]}", "dataset.train[0].data_dir: no such folder"),
         ("dataset: {train: [{data_dir: cables, lr: 1}]}", "dataset.train[0].lr: unknown key"),
-        ("dataset: {train: [{w_aug: true}]}", "dataset.train[0].data_dir: required key is missing"),
-        ("dataset: {train: [{data_dir: cables, w_aug: 7}]}", "dataset.train[0].w_aug"),
-        ("dataset: {train: [{data_dir: cables, bg_paths: [backgrounds], aug_details: []}]}", "contra|lacks"),
+        (
+            "dataset: {train: [{data_dir: cables, bg_paths: [backgrounds], aug_details: []}]}",
+            "aug_details lacks crop_foreground",
+        ),
     ],
 )
 def test_bad_configs_end_with_a_message(tiny_weights, data, capsys, document, expected):
     (data / "bad.yaml").write_text(document)
     assert run_tiny(data / "bad.yaml", tiny_weights) == 2
     error = capsys.readouterr().err
-    assert any(part in error for part in expected.split("|")) and "bad.yaml" in error
+    assert expected in error and "bad.yaml" in error
     assert not Path("exp").exists()
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
@@ -418,11 +417,7 @@ def test_strange_names_are_names(config_file, tiny_weights, data, name):
         ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
             f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in pairwise("abcdefgh")
         ), "a: unknown key"),
-        ("dataset: &a [*a]", "is not valid YAML"),
-        ("[" * 10_000_000, "is larger than 1000000 bytes"),
         ("[" * 900_000, "cannot read"),
-        ("dataset: \0", "is not valid YAML"),
-        ("dataset: {train: [{data_dir: [cables]}]}", "dataset.train[0].data_dir: expected the path"),
     ],
 )  # fmt: skip
 def test_hostile_yaml(config, tiny_weights, capsys, text, expected):
@@ -447,30 +442,19 @@ class Hostile:
 
 
 def spoil_weights(path, kind):
-    weights = checkpoint.load_weights(path)
     if kind == "code":
         torch.save({"model": Hostile()}, path)
-        return "is refused"
-    if kind == "bare pickle with code":
-        path.write_bytes(pickle.dumps(Hostile()))
         return "is refused"
     if kind == "cut off":
         path.write_bytes(path.read_bytes()[:-5000])
         return "is it truncated?"
-    if kind == "another shape":
-        weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
-        checkpoint.save_weights(weights, path)
-        return "does not hold the weights of tiny"
-    if kind == "nested":
-        torch.save({"state_dict": weights}, path)
-        return "is not a plain state_dict"
-    path.write_bytes(b"")
-    return "tiny.pth"
+    weights = checkpoint.load_weights(path)
+    weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
+    checkpoint.save_weights(weights, path)
+    return "does not hold the weights of tiny"
 
 
-@pytest.mark.parametrize(
-    "kind", ["code", "bare pickle with code", "cut off", "another shape", "nested", "empty"]
-)
+@pytest.mark.parametrize("kind", ["code", "cut off", "another shape"])
 def test_hostile_checkpoints_run_no_code(config, tiny_weights, capsys, kind):
     expected = spoil_weights(tiny_weights, kind)
     assert run_tiny(config, tiny_weights) == 2
