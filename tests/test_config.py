@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base.errors import UserError
@@ -208,6 +208,8 @@ configs = documents | st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=300)
 @given(document=configs)
+@example(document={"dataset": {"train": [{"data_dir": "cables", "w_aug": True, "percentage": 0.5}]}})
+@example(document={"dataset": {"train": [{"data_dir": "cables", "w_aug": 7}]}})
 def test_whatever_the_yaml_holds_it_fits_or_the_message_names_the_file(tmp_path_factory, document):
     folder = tmp_path_factory.getbasetemp()
     (folder / "cables").mkdir(exist_ok=True)

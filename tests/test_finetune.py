@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NOT_REPEATABLE, build_tiny, run_finetune, run_tiny, scalars, tiny_config
+from conftest import NOT_REPEATABLE, TINY, TINY_DIM, build_tiny, run_finetune, run_tiny, scalars, tiny_config
 from PIL import Image
 from segment_anything import SamPredictor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,33 +119,21 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
         assert (official[0] == mask).all()
 
 
+@pytest.mark.parametrize("train", ["decoder", "lora", "encoder"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_frozen_parameters_stay_bit_identical(tiny_weights, config_file, amp):
-    assert (
-        run_tiny(config_file(), tiny_weights, "-e", 2, "--lr", 1e-2, "--prompt", "mixed", "--amp", amp) == 0
-    )
-    before = checkpoint.load_weights(tiny_weights)
-    for name in ("last", "best"):
-        after = checkpoint.load_weights(Path(f"exp/run/checkpoints/{name}.pth"))
-        assert before.keys() == after.keys()
-        changed = {key for key in before if not torch.equal(before[key], after[key])}
-        assert changed and all(key.startswith("mask_decoder.") for key in changed)
-        assert all(after[key].dtype == before[key].dtype for key in before)
-
-
-@pytest.mark.parametrize("train", ["lora", "encoder"])
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_trained_encoder_is_saved_under_the_official_keys(tiny_weights, config_file, train, amp):
+def test_what_trains_is_saved_under_the_official_keys(tiny_weights, config_file, train, amp):
     options = ("-e", 3, "--lr", 1e-2, "--train", train, "--amp", amp, "--prompt", "mixed")
     assert run_tiny(config_file(), tiny_weights, *options) == 0
     before = checkpoint.load_weights(tiny_weights)
     after = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
     build_tiny().load_state_dict(after, strict=True)
+    assert all(after[key].dtype == before[key].dtype for key in before)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     encoder_keys = {key for key in before if key.startswith("image_encoder.")}
     projections = {key for key in encoder_keys if re.search(r"(attn\.(qkv|proj)|mlp\.lin[12])\.weight$", key)}
     assert len(projections) == 8
-    assert changed & encoder_keys == (projections if train == "lora" else encoder_keys)
+    expected = {"decoder": set(), "lora": projections, "encoder": encoder_keys}
+    assert changed & encoder_keys == expected[train]
     assert any(key.startswith("mask_decoder.") for key in changed)
     assert not any(key.startswith("prompt_encoder.") for key in changed)
 
@@ -168,14 +157,46 @@ def test_a_trained_encoder_is_tested_as_it_is(tiny_weights, config_file, train):
     assert scalars("exp/again")["test/iou"][0] == (0, pytest.approx(in_the_run, abs=0.01))
 
 
-def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
-    config = tiny_config(config_file(), tiny_weights, "-e", 2)
+def tensors_in_memory(sam):
+    """Every parameter and buffer of the model by its name, without the adapters of --train lora."""
+    tensors = dict([*sam.named_parameters(), *sam.named_buffers()])
+    return {name.replace(".base_layer", ""): value for name, value in tensors.items() if ".lora_" not in name}
+
+
+def train_in_memory(config):
+    """Train, and return the names of what trains, of what changed, and of everything."""
     experiment = finetune.prepare(config)
-    parts = (experiment.net.sam.image_encoder, experiment.net.sam.prompt_encoder)
-    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    sam = experiment.net.sam
+    before = {name: tensor.detach().clone() for name, tensor in tensors_in_memory(sam).items()}
     finetune.run_training(config, experiment, runtime.StopRequest())
-    for part, old in zip(parts, before, strict=True):
-        assert all(torch.equal(old[key], value) for key, value in part.state_dict().items())
+    after = tensors_in_memory(sam)
+    assert after.keys() == before.keys()
+    assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+    trains = {name for name, tensor in after.items() if tensor.requires_grad}
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    return trains, changed, set(before)
+
+
+def build_tiny_with_batch_norm():
+    sam = build_tiny()
+    sam.image_encoder.neck.append(torch.nn.BatchNorm2d(TINY_DIM))
+    return sam.eval()
+
+
+@pytest.mark.parametrize("train", ["decoder", "lora", "encoder"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file, monkeypatch, train, amp):
+    monkeypatch.setitem(variants.VARIANTS, "tiny", replace(TINY, build=build_tiny_with_batch_norm))
+    checkpoint.save_weights(build_tiny_with_batch_norm().state_dict(), tiny_weights)
+    flags = ("-e", 3, "--lr", 1e-2, "--train", train, "--amp", amp, "--prompt", "mixed")
+    trains, changed, names = train_in_memory(tiny_config(config_file(), tiny_weights, *flags))
+    frozen = re.compile(
+        r"mask_decoder\.output_hypernetworks_mlps\.[123]\.|image_encoder\.neck\.4\.(running|num)"
+    )
+    part = ("mask_decoder.", "image_encoder.") if train == "encoder" else ("mask_decoder.",)
+    assert trains == {name for name in names if name.startswith(part) and not frozen.match(name)}
+    assert changed <= trains and len(changed) > 0.9 * len(trains)
+    assert sum(bool(frozen.match(name)) for name in names) == 3 * 6 + 3  # 3 layers a head; the statistics
 
 
 def test_accumulation_equals_one_big_batch(tiny_weights, config_file, monkeypatch):
