@@ -384,10 +384,10 @@ class SampleError:
     message: str
 
 
-class _ErrorsAsValues(Dataset):
+class _ErrorsAsValues(Dataset[Any]):
     """The same samples; a UserError becomes a `SampleError`."""
 
-    def __init__(self, samples: Dataset) -> None:
+    def __init__(self, samples: Dataset[Any]) -> None:
         self.samples = samples
 
     def __getitem__(self, key: Any) -> Any:
@@ -430,7 +430,7 @@ def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: i
     return _iterate(_data_loader(share, num_workers, batch_size=None, collate_fn=_keep))
 
 
-def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
+def _data_loader(samples: Dataset[Any], num_workers: int, **batching: Any) -> DataLoader[Any]:
     return DataLoader(
         samples,
         num_workers=num_workers,
@@ -440,7 +440,7 @@ def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoa
     )
 
 
-def _iterate(loader: DataLoader) -> Iterator[Any]:
+def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - others

@@ -182,7 +182,7 @@ def _join(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return np.concatenate([outline[: i + 1], around_hole, outline[i:]])
 
 
-def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list]:
+def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list[Any]]:
     """Build a COCO document from the file name, the size (h, w) and the `polygons` of each image."""
     image_entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
