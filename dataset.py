@@ -6,6 +6,7 @@ index in the epoch) or (seed, index), never from global state.
 """
 
 import multiprocessing
+import shutil
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -45,7 +46,9 @@ from imaging.files import (
     image_files,
 )
 from imaging.geometry import InputSpec, ModelInput, fit_size, to_model_input
+from imaging.metrics import GroundTruth
 from imaging.prompts import draw_prompt
+from imaging.visualize import shrink
 
 # --- Files of a dataset -----------------------------------------------------------------------
 
@@ -189,12 +192,16 @@ class TrainSample(ModelInput):
 
 
 class TestSample(TrainSample):
-    """`original_image` uint8 (H, W, 3) and `mask` bool (H, W) have the resolution of the image."""
+    """One test sample, with what the test needs of the image at its own resolution.
 
-    original_image: Tensor
-    mask: Tensor
+    thumbnail: RGB uint8, at most SHOWN_SIDE pixels a side.
+    """
+
+    ground_truth: GroundTruth
+    thumbnail: np.ndarray
 
 
+SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
 RETRY_AFTER = 1.0  # seconds, long enough for a network disk to recover
 Sample = TypeVar("Sample")
 
@@ -366,8 +373,8 @@ class TestSet(Dataset[TestSample]):
             **inputs,
             "points": points,
             "labels": labels,
-            "original_image": torch.tensor(image),
-            "mask": torch.from_numpy(mask > 0.5),
+            "ground_truth": GroundTruth.from_mask(mask > 0.5),
+            "thumbnail": shrink(image, SHOWN_SIDE),
         }
 
 
@@ -375,6 +382,13 @@ class TestSet(Dataset[TestSample]):
 
 # Workers that are forked share the memory of decoded files; those that are spawned do not.
 WORKER_CONTEXT = "fork" if sys.platform == "linux" else None
+
+
+WORKER_TIMEOUT = 600  # seconds for one batch; a slow disk needs less
+SHARED_MEMORY = Path("/dev/shm")  # Linux; a container has 64 MB of it by default
+SHARED_MEMORY_HINT = (
+    "in a container, give more shared memory with --shm-size or --ipc=host; or use --num_workers 0"
+)
 
 
 @dataclass(frozen=True)
@@ -417,8 +431,10 @@ def train_loader(
     The workers start once, at the first batch, and work ahead. Raises UserError if a sample cannot be made
     or a worker dies.
     """
+    sample_bytes = 3 * train_set.spec.img_size**2 + train_set.spec.mask_grid**2
     batching = {"batch_sampler": key_groups, "collate_fn": _collate, "pin_memory": pin_memory}
-    return _iterate(_data_loader(_ErrorsAsValues(train_set), num_workers, **batching))
+    loader = _data_loader(_ErrorsAsValues(train_set), num_workers, **batching)
+    return _iterate(loader, sample_bytes)
 
 
 def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: int) -> Iterator[TestSample]:
@@ -427,7 +443,8 @@ def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: i
     Raises UserError as `train_loader` does.
     """
     share = Subset(_ErrorsAsValues(test_set), range(rank, len(test_set), world_size))
-    return _iterate(_data_loader(share, num_workers, batch_size=None, collate_fn=_keep))
+    loader = _data_loader(share, num_workers, batch_size=None, collate_fn=_keep)
+    return _iterate(loader, 3 * test_set.spec.img_size**2)
 
 
 def _data_loader(samples: Dataset[Any], num_workers: int, **batching: Any) -> DataLoader[Any]:
@@ -436,17 +453,40 @@ def _data_loader(samples: Dataset[Any], num_workers: int, **batching: Any) -> Da
         num_workers=num_workers,
         multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         worker_init_fn=runtime.init_data_worker,
+        timeout=WORKER_TIMEOUT if num_workers else 0,
         **batching,
     )
 
 
-def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+def _iterate(loader: DataLoader[Any], sample_bytes: int) -> Iterator[Any]:
+    """The batches of a loader. A worker that does not answer, or cannot, ends with UserError."""
+    if loader.num_workers:
+        _require_shared_memory(sample_bytes)
     others = set(multiprocessing.active_children())
     iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - others
     runtime.watch_data_workers(workers)
-    for batch in iterator:
+    while True:
+        asked = time.monotonic()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except RuntimeError as error:
+            if loader.num_workers and time.monotonic() - asked >= WORKER_TIMEOUT:
+                raise UserError(
+                    f"no data came from the data workers for {WORKER_TIMEOUT} s ({SHARED_MEMORY_HINT})"
+                ) from error
+            raise
         if isinstance(batch, SampleError):
             raise UserError(batch.message)
         yield batch
     runtime.forget_data_workers(workers)
+
+
+def _require_shared_memory(sample_bytes: int) -> None:
+    """Raise UserError if not even a few samples fit into the memory through which workers pass them."""
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < 4 * sample_bytes:
+            raise UserError(f"{SHARED_MEMORY} has only {free >> 20} MiB left ({SHARED_MEMORY_HINT})")

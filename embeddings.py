@@ -26,7 +26,6 @@ from base.errors import UserError
 from dataset import SampleKey, TestSet, TrainSample, TrainSet, test_loader, train_loader
 from imaging.metrics import GroundTruth
 from imaging.prompts import PROMPT_TOKENS
-from imaging.visualize import shrink
 from inference import LoadedSam
 
 # --- The plan ---------------------------------------------------------------------------------
@@ -295,8 +294,6 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 # --- The test set -----------------------------------------------------------------------------
 
-SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
-
 
 @dataclass(frozen=True)
 class EncodedTestSample:
@@ -340,8 +337,8 @@ def encode_test_set(
                 points=sample["points"][None],
                 labels=sample["labels"][None],
                 size=(int(size[0]), int(size[1])),
-                ground_truth=GroundTruth.from_mask(sample["mask"].numpy()),
-                thumbnail=shrink(sample["original_image"].numpy(), SHOWN_SIDE),
+                ground_truth=sample["ground_truth"],
+                thumbnail=sample["thumbnail"],
             )
         )
     return encoded

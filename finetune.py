@@ -7,31 +7,25 @@ The YAML file describes the data, the flags describe the training. See README.md
 
 import json
 import sys
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
 import runtime
-from base.atomic import MIB, require_free_space
+from base.atomic import MIB
 from base.errors import UserError
-from checkpoint import ResumeState
-from config import Config, load_config
-from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
+from checkpoint import RESUME_FILE, ResumeState
+from dataset import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
 from evaluation import run_test, train_panels
-from imaging.files import format_list
-from imaging.geometry import InputSpec
-from inference import LoadedSam
+from experiment import Experiment, prepare, preview
 from losses import sum_losses
-from preview import write_preview
-from run_logger import RunLogger, Throughput, Timer, dataset_table, result_summary
-from sam.decoder import decode
-from sam.encoder import move_to_device, valid_pixels
+from run_logger import RunLogger, Throughput, Timer, dataset_table, remove_logs, result_summary
+from sam.encoder import valid_pixels
 from sam.trainable import (
     export_state_dict,
     gradients,
@@ -40,171 +34,13 @@ from sam.trainable import (
     prepare_training,
     trained_weights,
 )
-from sam.variants import VARIANTS, load_state_dict, pretrained_path
 from train_config import TrainConfig, parse_args
 from train_state import Schedule, TrainState, learning_rate
 
-RESUME_FILE = "resume.pth"
 MEMORY_HINT = (
     "a smaller --batch_size (with a larger --virtual_batch_size), --amp bf16, a smaller --model_type, "
     "or --grad_checkpointing where the encoder trains, need less"
 )
-FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
-
-# --- Preparation ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Data, model and folder of a run, all checked. Nothing is written before this exists."""
-
-    data: Config
-    train_set: TrainSet
-    test_set: TestSet | None
-    net: LoadedSam
-    initial_state_dict: dict[str, Tensor]
-    schedule: Schedule
-    folder: Path
-    resume_state: ResumeState | None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def datasets(self) -> list[DatasetIndex]:
-        return [*self.train_set.datasets, *([self.test_set.dataset] if self.test_set else [])]
-
-
-def preview(config: TrainConfig) -> None:
-    """What `--preview` does, without weights. Raises UserError as `prepare` does."""
-    train, test = find_data(load_config(config.config), config.max_pixels)
-    variant = VARIANTS[config.model_type]
-    write_preview(
-        train,
-        test,
-        spec=InputSpec(variant.img_size, variant.mask_grid),
-        prompt=config.prompt,
-        seed=config.seed,
-        folder=config.folder / "preview",
-    )
-
-
-def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
-    """The datasets to train on and the one to test on, all checked. Warns of images that are in both."""
-    configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
-    datasets = index_datasets(configs, max_pixels=max_pixels)
-    test = datasets.pop() if data.dataset.test else None
-    leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
-    if leaks and runtime.is_main():
-        warnings.warn(
-            "test images are also training images, so the test does not measure generalization:\n  "
-            f"{format_list(leaks)}",
-            stacklevel=2,
-        )
-    return datasets, test
-
-
-def prepare(config: TrainConfig) -> Experiment:
-    """Check every input and build the model. Raises UserError for what the user can mend."""
-    folder = config.folder
-    if not config.resume:
-        require_unused(folder)
-    device = runtime.join_process_group(runtime.pick_device(config.device))
-    data = load_config(config.config)
-    resume_state = checkpoint.load_resume_state(folder / RESUME_FILE) if config.resume else None
-    if resume_state:
-        checkpoint.check_same_settings(
-            resume_state,
-            flags=config.flags(),
-            config=data.model_dump_json(),
-            world_size=runtime.world_size(),
-            folder=folder,
-        )
-    train, test = find_data(data, config.max_pixels)
-    if resume_state:
-        checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
-
-    net, initial_state_dict = build_net(config, device)
-    train_set = make_train_set(config, train, net)
-    schedule = Schedule(
-        train_set.epoch_length,
-        config.batch_size * runtime.world_size(),
-        config.virtual_batch_size,
-        config.epoch_num,
-    )
-    images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
-    if runtime.should_compile(config.compile, device, images_to_encode):
-        net = replace(
-            net,
-            compiled_decode=torch.compile(decode, dynamic=False),
-            compiled_batch_size=config.batch_size,
-        )
-    return Experiment(
-        data=data,
-        train_set=train_set,
-        test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
-        net=net,
-        initial_state_dict=initial_state_dict,
-        schedule=schedule,
-        folder=folder,
-        resume_state=resume_state,
-    )
-
-
-def require_unused(folder: Path) -> None:
-    """Raise UserError if the folder of a new run holds more than what `--preview` wrote."""
-    try:
-        is_used = folder.exists() and any(path.name != "preview" for path in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot hold a run ({error}); choose another --exp_name") from error
-    if is_used:
-        raise UserError(
-            f"{folder} already holds a run; choose another --exp_name, remove the folder, or add --resume"
-        )
-
-
-def build_net(config: TrainConfig, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
-    """The model that the flags name, on the device; and the weights as they were loaded."""
-    path = config.checkpoint or pretrained_path(config.model_type)
-    initial_state_dict = checkpoint.load_weights(path)
-    sam = VARIANTS[config.model_type].build()
-    load_state_dict(sam, initial_state_dict, config.model_type, path)
-    low_precision = runtime.amp_dtype(config.amp, device)
-    move_to_device(sam, device, low_precision, train=config.train)
-    net = LoadedSam(sam, config.model_type, low_precision, encoder_trains=config.train == "encoder")
-    return net, initial_state_dict
-
-
-def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
-    """The training samples. Raises UserError if --embedding_reuse needs more disk space than there is."""
-    spec = net.spec
-    if config.train != "decoder":
-        spec = replace(spec, mask_grid=FINER_LOSS_GRID * spec.mask_grid)
-
-    def make(keep_photos: bool) -> TrainSet:
-        return TrainSet(
-            datasets,
-            spec=spec,
-            prompt=config.prompt,
-            seed=config.seed,
-            reuse=config.embedding_reuse,
-            keep_photos=keep_photos,
-            cache_bytes=config.cache_mb * MIB,
-        )
-
-    train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
-    try:
-        require_free_space(
-            config.folder, pool_spec(train_set.n_cache_slots, net).size, "keeping the embeddings"
-        )
-    except UserError as error:
-        if config.embedding_reuse > 1:
-            raise
-        warnings.warn(f"{error}: photos are encoded again in every epoch", stacklevel=2)
-        return make(keep_photos=False)
-    return train_set
-
 
 # --- Start and state ---------------------------------------------------------------------------
 
@@ -252,6 +88,13 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
         {name: torch.zeros((), device=net.device) for name in config.loss_weights},
     )
     if resume_state:
+        checkpoint.check_same_weights(
+            resume_state,
+            initial_weights=experiment.initial_weights,
+            precision=str(net.low_precision),
+            trained=trained_weights(net.sam),
+            path=config.checkpoint or Path("the published weights"),
+        )
         load_trained_weights(net.sam, resume_state["weights"])
         if runtime.is_main():  # the sum over all processes
             load_gradients(net.sam, resume_state["gradients"])
@@ -267,13 +110,10 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
 
 
 def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
-    """Make the folder, write the settings, and say what is about to run."""
+    """Open the logs, write the settings, and say what is about to run."""
     is_main, resumed = runtime.is_main(), experiment.resume_state is not None
-    if is_main:
-        try:
-            experiment.checkpoints.mkdir(parents=True, exist_ok=resumed)
-        except OSError as error:
-            raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
+    if is_main and not resumed:
+        remove_logs(experiment.folder)  # of a run that died before its first state
     logger = RunLogger(
         experiment.folder,
         iterations=experiment.schedule.iterations,
@@ -286,6 +126,8 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
     logger.print(summary(config, experiment))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
+    elif config.resume:
+        logger.print("resumed     from the start: the run had saved no state")
     return logger
 
 
@@ -330,6 +172,8 @@ def save_state(run: Run) -> None:
         "flags": run.config.flags(),
         "config": experiment.data.model_dump_json(),
         "files": file_digests(experiment.datasets),
+        "initial_weights": experiment.initial_weights,
+        "precision": str(experiment.net.low_precision),
         "world_size": runtime.world_size(),
     }
     checkpoint.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
@@ -493,6 +337,18 @@ def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBat
 
 
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
+    """Train in the folder of the run, which no other process may use meanwhile."""
+    if not runtime.is_main():
+        return train_to_the_end(config, experiment, stop)
+    try:
+        experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
+    except OSError as error:
+        raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
+    with checkpoint.locked(experiment.folder):
+        return train_to_the_end(config, experiment, stop)
+
+
+def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
     """Train. If an error ends the training, save the state of the last iteration and raise the error.
 
     Nothing is saved with several processes, or after an error amid an optimizer step.

@@ -18,8 +18,11 @@ def focal_loss(logits: Tensor, target: Tensor, valid: Tensor, *, alpha: float, g
     background. A soft target is read as the probability of foreground: the loss is its expectation.
     """
     probs = torch.sigmoid(logits)
-    foreground = -alpha * (1 - probs) ** gamma * F.logsigmoid(logits)
-    background = -(1 - alpha) * probs**gamma * F.logsigmoid(-logits)
+    away_from_1, away_from_0 = 1 - probs, probs
+    if gamma < 1:  # the slope of x ** gamma is infinite at 0
+        away_from_1, away_from_0 = away_from_1.clamp(min=1e-6), away_from_0.clamp(min=1e-6)
+    foreground = -alpha * away_from_1**gamma * F.logsigmoid(logits)
+    background = -(1 - alpha) * away_from_0**gamma * F.logsigmoid(-logits)
     per_pixel = target * foreground + (1 - target) * background
     return _sum_pixels(per_pixel * valid) / _sum_pixels(valid.to(logits.dtype))
 

@@ -158,6 +158,12 @@ class RunLogger:
                 self.writer.close()
 
 
+def remove_logs(folder: Path) -> None:
+    """Remove the logs in the folder of a run."""
+    for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE]:
+        path.unlink(missing_ok=True)
+
+
 def _drop_later_lines(path: Path, iteration: int) -> None:
     """Keep the metrics up to an iteration. What came later is measured again; a partial line is dropped."""
     if path.exists():

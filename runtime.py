@@ -127,6 +127,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_on_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def join_process_group(device: torch.device) -> torch.device:
     """Connect to the other processes, if there are any; returns the device of this process."""
     if device.type == "cuda" and world_size() > 1:

@@ -24,6 +24,7 @@ import inference
 import losses
 import runtime
 from base.errors import UserError
+from config import load_config
 from embeddings import encode_test_set
 from evaluation import evaluate
 from imaging.metrics import compute_stats
@@ -94,7 +95,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     assert args["lr"] == 5e-3 and args["prompt"] == "none" and args["config"] == str(config)
     again = yaml.safe_load((folder / "config.yaml").read_text())
     assert again["dataset"]["train"][0]["data_dir"] == str(data / "cables")
-    finetune.load_config(folder / "config.yaml")
+    load_config(folder / "config.yaml")
 
     output = capsys.readouterr().out
     assert "8 epochs of 48 samples: 48 iterations, 48 optimizer steps" in output

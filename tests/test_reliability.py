@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
+import time
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,10 @@ from PIL import Image
 import checkpoint
 import dataset
 import evaluation
+import experiment
 import finetune
+import runtime
+from config import load_config
 from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
@@ -266,21 +271,21 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
 
 
 def test_a_test_image_that_vanishes_after_the_check_is_named(config, tiny_weights, data, monkeypatch, capsys):
-    index_datasets = finetune.index_datasets
+    index_datasets = experiment.index_datasets
 
     def index_then_remove(*args, **kwargs):
         datasets = index_datasets(*args, **kwargs)
         (data / "test/imgs/1.png").unlink()
         return datasets
 
-    monkeypatch.setattr(finetune, "index_datasets", index_then_remove)
+    monkeypatch.setattr(experiment, "index_datasets", index_then_remove)
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
     error = capsys.readouterr().err
     assert "test/imgs/1.png: cannot be decoded" in error and "Traceback" not in error
 
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
-    config = finetune.load_config(config)
+    config = load_config(config)
     datasets = dataset.index_datasets(list(config.dataset.train))
     train_set = dataset.TrainSet(datasets, spec=geometry.InputSpec(64, 32), prompt="none", seed=0)
     key = train_set.epoch(0)[0]
@@ -461,3 +466,103 @@ def test_hostile_checkpoints_run_no_code(config, tiny_weights, capsys, kind):
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
     assert not Path("pwned").exists() and not Path("exp").exists()
+
+
+# --- what a resumed run rests on ---
+
+
+def test_other_weights_under_the_same_path_are_refused(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    weights = checkpoint.load_weights(tiny_weights)
+    weights["image_encoder.pos_embed"] += 1
+    checkpoint.save_weights(weights, tiny_weights)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 1
+    assert "is not the weights file that the run started from" in capsys.readouterr().err
+
+
+def test_another_precision_of_auto_is_refused(config, tiny_weights, monkeypatch, capsys):
+    auto = (*FLAGS, "--amp", "auto")
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: torch.bfloat16)
+    assert run_tiny(config, tiny_weights, *auto, "-e", 1) == 0
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: None)
+    assert run_tiny(config, tiny_weights, *auto, "-e", 2, "--resume") == 1
+    assert "add --amp bf16" in capsys.readouterr().err
+
+
+def test_a_run_that_died_before_its_first_state_starts_again(config, tiny_weights, uninterrupted, capsys):
+    process = run_apart(config, tiny_weights, KILL_IN=3)
+    assert process.returncode == -signal.SIGKILL and not Path("exp/run/resume.pth").exists()
+    assert run_tiny(config, tiny_weights, *FLAGS) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     from the start" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
+
+
+def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2) == 0
+    for epochs in (1, 2):
+        assert run_tiny(config, tiny_weights, *FLAGS, "-e", epochs, "--resume") == 2
+        assert "give a larger --epoch_num" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3, "--resume") == 0
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    with checkpoint.locked(Path("exp/run")):
+        process = run_apart(config, tiny_weights, "-e", 2, "--resume")
+    assert process.returncode == 1
+    assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 0
+    assert not Path("exp/run/.lock").exists()
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "none", "shape"])
+def test_a_spoilt_state_is_refused(config, tiny_weights, capsys, spoil):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    path = Path("exp/run/resume.pth")
+    state = torch.load(path, weights_only=True)
+    state["weights"]["mask_decoder.iou_token.weight"] = torch.zeros(3, 3)
+    torch.save({"nothing": {}, "none": None, "shape": state}[spoil], path)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == (1 if spoil == "shape" else 2)
+    assert "start the run again" in capsys.readouterr().err
+
+
+def test_too_many_bad_steps_end_a_run_whose_limit_was_lowered(config, tiny_weights, at_iteration, capsys):
+    at_iteration(range(1, 99), spoil)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--max_bad_steps", 99, "-e", 1) == 0
+    at_iteration(range(1, 99), spoil)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--max_bad_steps", 2, "--resume") == 1
+    assert "not finite in 4 steps in a row" in capsys.readouterr().err
+
+
+# --- data workers ---
+
+
+def test_data_workers_that_do_not_answer_end_the_run(config, tiny_weights, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(dataset.TrainSet, "_make", lambda self, key: time.sleep(60))
+    assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1) == 1
+    error = capsys.readouterr().err
+    assert "no data came from the data workers for 1 s" in error and "--num_workers 0" in error
+
+
+def test_too_little_shared_memory_is_named(config, tiny_weights, monkeypatch, capsys):
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: (
+            disk_usage(path)._replace(free=100) if path == dataset.SHARED_MEMORY else disk_usage(path)
+        ),
+    )
+    assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1) == 1
+    assert "--shm-size" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "other", "--num_workers", 0, "-e", 1) == 0
+
+
+def test_the_newest_checkpoints_are_those_of_the_largest_epochs(tmp_path):
+    for epoch in (9998, 9999, 10000, 10001):
+        (tmp_path / f"epoch_{epoch:04d}.pth").touch()
+    finetune.remove_old_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_10000.pth", "epoch_10001.pth"}
