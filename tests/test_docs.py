@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import fake_cuda_check
 import pytest
 import segment_anything
 import torch
@@ -28,6 +29,7 @@ SCRIPTS = {
     "tools/bench.py": bench,
     "tools/results.py": results,
     "tools/soak.py": soak,
+    "tests/fake_cuda_check.py": fake_cuda_check,
 }
 RUN_HERE = ("finetune.py", "predict.py", "export.py", "tools/plot_curves.py")
 
@@ -53,6 +55,9 @@ RUN_ELSEWHERE = {
         ".ci/run",
         "tools/bench.py --model_type lite_medsam --batch_size 1 --seconds 0 --train lora --parts step",
     ),
+    "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
+    "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
+    "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
     "python tools/results.py --data data": (".ci/run", "tools/results.py --data data"),
     "python tools/soak.py --iterations 3000": (".ci/run", "tools/soak.py --iterations 60"),
 }
