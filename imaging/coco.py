@@ -228,7 +228,7 @@ def _shortest_slits(corners: np.ndarray, ring_of: np.ndarray) -> list[tuple[int,
     return [(int(a), int(b)) for a, b in edges[tree.data.astype(int) - 1]]
 
 
-def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list]:
+def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list[Any]]:
     """Build a COCO document from the file name, the size (h, w) and the `polygons` of each image."""
     image_entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

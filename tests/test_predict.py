@@ -132,15 +132,28 @@ def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
     assert (with_box != without).any()
 
 
-def test_tiles_see_more_of_a_large_image(trained, data, tmp_path):
+def test_a_tile_is_predicted_like_an_image_of_its_own(trained, data, tmp_path):
     photo = cv2.resize(read_image(data / "test/imgs/1.png"), (320, 240), interpolation=cv2.INTER_NEAREST)
-    Image.fromarray(photo).save(tmp_path / "large.png")
-    assert run(trained, tmp_path / "large.png", tmp_path / "out", "--tiles", 64, "--batch_size", 3) == 0
-    assert run(trained, tmp_path / "large.png", tmp_path / "whole") == 0
-    tiled, whole = (read_mask(tmp_path / f"{name}/masks/large.png") for name in ("out", "whole"))
-    assert tiled.shape == whole.shape == (240, 320) and (tiled != whole).any()
+    large, corner = tmp_path / "large.png", tmp_path / "corner.png"
+    Image.fromarray(photo).save(large)
+    Image.fromarray(photo[-64:, :64]).save(corner)
+    runs = {
+        "tiles": (large, "--tiles", 64, "--batch_size", 3),
+        "one tile": (large, "--tiles", 320),
+        "whole": (large,),
+        "corner": (corner,),
+    }
+    masks = {}
+    for name, (path, *flags) in runs.items():
+        assert run(trained, path, tmp_path / name, *flags) == 0
+        masks[name] = read_mask(tmp_path / name / "masks" / f"{path.stem}.png")
+    assert (masks["one tile"] == masks["whole"]).all()
+    assert masks["tiles"].shape == (240, 320) and (masks["tiles"] != masks["whole"]).any()
+    # The neighboring tiles begin 43 columns to the right and 44 rows higher, so only one tile counts here.
+    ours, expected = masks["tiles"][-40:, :40], masks["corner"][-40:, :40]
+    assert (ours == expected).all() and 0 < expected.mean() < 1
     with pytest.raises(SystemExit):
-        run(trained, tmp_path / "large.png", tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
+        run(trained, large, tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
