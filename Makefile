@@ -17,7 +17,7 @@ lint: .venv/installed
 
 # Writes the versions with which the tests have just passed. For the newest versions, remove .venv first.
 lock: test
-	echo "# Versions with which the tests passed, on $$(uname -s) with $$($(BIN)/python --version). See: make lock" > constraints.txt
+	echo "# Versions with which the tests passed, on $$(uname -s) with $$($(BIN)/python --version). They need Python 3.11 or newer. See: make lock" > constraints.txt
 	$(BIN)/pip list --format=freeze --exclude pip >> constraints.txt
 
 .venv/installed: requirements.txt requirements-dev.txt

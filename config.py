@@ -42,7 +42,7 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     raise ValueError(f"no such folder (tried {tried})")
 
 
-def _as_tuple(value: Any) -> tuple:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     """Return a YAML list as a tuple, and null as an empty tuple."""
     if value is None:
         return ()
@@ -56,7 +56,7 @@ def _accept_empty(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     return None if value is None else validate(value)
 
 
-def _drop_empty(items: tuple) -> tuple:
+def _drop_empty(items: tuple[Any, ...]) -> tuple[Any, ...]:
     """Drop the empty items; this runs last, so that errors count items as the YAML file does."""
     return tuple(item for item in items if item is not None)
 
@@ -131,7 +131,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a duplicate key. PyYAML itself keeps the last value without a warning."""
 
 
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
         key = key_node.value

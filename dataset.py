@@ -398,10 +398,10 @@ class SampleError:
     message: str
 
 
-class _ErrorsAsValues(Dataset):
+class _ErrorsAsValues(Dataset[Any]):
     """The same samples; a UserError becomes a `SampleError`."""
 
-    def __init__(self, samples: Dataset) -> None:
+    def __init__(self, samples: Dataset[Any]) -> None:
         self.samples = samples
 
     def __getitem__(self, key: Any) -> Any:
@@ -447,7 +447,7 @@ def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: i
     return _iterate(loader, 3 * test_set.spec.img_size**2)
 
 
-def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
+def _data_loader(samples: Dataset[Any], num_workers: int, **batching: Any) -> DataLoader[Any]:
     return DataLoader(
         samples,
         num_workers=num_workers,
@@ -458,7 +458,7 @@ def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoa
     )
 
 
-def _iterate(loader: DataLoader, sample_bytes: int) -> Iterator[Any]:
+def _iterate(loader: DataLoader[Any], sample_bytes: int) -> Iterator[Any]:
     """The batches of a loader. A worker that does not answer, or cannot, ends with UserError."""
     if loader.num_workers:
         _require_shared_memory(sample_bytes)

@@ -134,8 +134,10 @@ def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
 
 def load_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
     weights = folder.glob("checkpoints/*.pth")
-    if folder.is_dir() and not (folder / RESUME_FILE).exists() and not any(weights):
+    if not (folder / RESUME_FILE).exists() and not any(weights):
         return None
     return checkpoint.load_resume_state(folder / RESUME_FILE)
 

@@ -240,7 +240,7 @@ def train(run: Run) -> None:
         total = torch.stack([loss_weights[name] * loss for name, loss in losses.items()]).sum()
 
         # backward; losses are sums over samples, so every sample of the step weighs the same
-        state.is_consistent = not schedule.is_mid_step(state.iteration)  # if this fails
+        state.is_consistent = not schedule.is_mid_step(state.iteration)  # a failure would mix gradients
         scaler.scale(total / schedule.samples_in_step(batch_index)).backward()
         state.is_consistent = False
 
@@ -400,6 +400,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment = prepare(config)
         runtime.barrier()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was trained", file=sys.stderr)
+        return 128 + SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -423,10 +426,7 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     try:
         with stop:
             run_training(config, experiment, stop)
-    except (
-        runtime.Stopped,
-        KeyboardInterrupt,
-    ):  # the latter after a second signal, which ends the run at once
+    except (runtime.Stopped, KeyboardInterrupt):  # the latter after a second signal
         stop.signal = stop.signal or SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
@@ -439,13 +439,14 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
 
 def print_resume_hint(config: TrainConfig) -> None:
     """Say how an interrupted run continues."""
+    if not runtime.is_main():
+        return
     state = config.folder / RESUME_FILE
-    if runtime.is_main() and state.exists():
-        print(
-            f"the last state is in {state}; to continue from it, run the same command with "
-            f"--exp_name {config.exp_name} --resume",
-            file=sys.stderr,
-        )
+    where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
+    print(
+        f"{where}; to continue, run the same command with --exp_name {config.exp_name} --resume",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def preview_dataset(
 ) -> None:
     """Write the contact sheet of a dataset and print its statistics; `role` names both."""
     sheet_path = folder / f"{role.replace(' ', '_')}.jpg"
-    write_image(sheet_path, contact_sheet([draw_sample(sample) for sample in samples]))
+    write_image(sheet_path, contact_sheet([render_sample(sample) for sample in samples]))
     chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
     stats = measure_masks([index.pairs[number].mask_path for number in chosen], spec.mask_grid)
     sizes = sorted({index.infos[pair.image_path].size for pair in index.pairs})
@@ -88,7 +88,7 @@ def with_all_pairs(index: DatasetIndex) -> DatasetIndex:
     return replace(index, config=index.config.model_copy(update={"percentage": 1.0}))
 
 
-def draw_sample(sample: Mapping[str, Any]) -> np.ndarray:
+def render_sample(sample: Mapping[str, Any]) -> np.ndarray:
     """Draw the outline of the target and the prompt on the image of a sample: RGB uint8 (h, w, 3).
 
     The image is enlarged first: otherwise the outline would cover thin cables.

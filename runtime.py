@@ -89,7 +89,7 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
-def autocast(device: torch.device, low_precision: torch.dtype | None) -> AbstractContextManager:
+def autocast(device: torch.device, low_precision: torch.dtype | None) -> AbstractContextManager[Any]:
     """A context that computes in `low_precision`, or in float32 if that is None."""
     return torch.autocast(device.type, low_precision) if low_precision else nullcontext()
 

@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _argument(f: Field) -> dict[str, Any]:
+def _argument(f: Field[Any]) -> dict[str, Any]:
     """What argparse takes for one flag."""
     parse, text, metavar = f.metadata["parse"], f.metadata["help"], f.metadata["metavar"]
     if parse is bool:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def number(parse: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str) -> Callable:
+def number(
+    parse: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str
+) -> Callable[[str], Any]:
     """An argparse type for numbers that satisfy `is_valid`."""
 
     def convert(text: str) -> Any:

@@ -4,6 +4,7 @@ import mmap
 import multiprocessing
 from collections.abc import Callable, Hashable, Mapping
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class DecodedCache:
         self._memory = np.frombuffer(mmap.mmap(-1, max(end, 1)), np.uint8)
         self._lock = multiprocessing.Lock()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return DecodedCache, ({}, 0)
 
     def __call__(self, make: Callable[..., np.ndarray], item: Hashable, longest: int) -> np.ndarray:

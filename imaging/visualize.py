@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from sam.point_labels import BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT
+from sam.point_labels import BOX_CORNERS, FOREGROUND_POINT
 
 GROUND_TRUTH_COLOR = (0, 220, 0)
 PREDICTION_COLOR = (255, 0, 200)
@@ -30,7 +30,7 @@ def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np
     radius = max(2, max(image.shape[:2]) // 80)
     for point in np.rint(points[labels == FOREGROUND_POINT]).astype(int):
         cv2.circle(drawn, point.tolist(), radius, PROMPT_COLOR, -1)
-    corners = np.rint(points[np.isin(labels, (BOX_CORNER_1, BOX_CORNER_2))]).astype(int)
+    corners = np.rint(points[np.isin(labels, BOX_CORNERS)]).astype(int)
     if len(corners) == 2:
         cv2.rectangle(drawn, corners[0].tolist(), corners[1].tolist(), PROMPT_COLOR, radius // 2)
     return drawn

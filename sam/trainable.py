@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ParameterGroup(TypedDict):
-    """A parameter group for a torch optimizer, with its maximum learning rate."""
+    """A parameter group for a torch optimizer, with its peak learning rate."""
 
     params: list[nn.Parameter]
     peak_lr: float
@@ -58,10 +58,8 @@ def prepare_training(
     Returns:
         Parameter groups; together they hold all parameters that train.
     """
-    # Weight decay applies to norms and biases too (timm's param_groups_weight_decay would exempt them).
-    # AdamW multiplies a weight by 1 - lr * decay in each step. With --weight_decay 0.01 and a rate that
-    # falls linearly from 1e-3 to 0, the product over 1300 steps is exp(-1300 * 0.5e-3 * 0.01) = 0.9935.
-    # Less than 1 % is no measurable difference, but it would change the weights of resumed runs.
+    # Norms and biases decay too: over 1300 steps, weight decay changes a weight by less than 1 % (about
+    # 0.5 * 1e-3 * 0.01 per step), and exempting them would change resumed runs.
     groups: list[ParameterGroup] = [{"params": freeze(sam), "peak_lr": lr}]
     encoder = sam.image_encoder
     if train == "lora":

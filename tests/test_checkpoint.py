@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import checkpoint
-from base import atomic
 from base.errors import UserError
 
 
@@ -15,20 +14,6 @@ def test_round_trip(tmp_path):
     loaded = checkpoint.load_weights(tmp_path / "w.pth")
     assert loaded.keys() == state_dict.keys()
     assert all(torch.equal(loaded[name], state_dict[name]) for name in state_dict)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "w.pth"
-    path.write_bytes(b"old")
-
-    def fill_the_disk(file):
-        file.write(b"half of the n")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left"):
-        atomic.write_atomically(path, fill_the_disk)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["w.pth"]
 
 
 class Hostile:

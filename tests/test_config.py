@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base.errors import UserError
@@ -137,6 +137,8 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: 2001-99-99", "not valid YAML"),
         ("dataset: &a [*a]", "not valid YAML"),
         ("dataset: {train: &a [*a]}", "not valid YAML"),
+        ("dataset: \0", "not valid YAML"),
+        ("[" * 1_000_001, "is larger than 1000000 bytes"),
         (f"dataset: {{train: [{{data_dir: {'x' * 300}}}]}}", "dataset.train[0].data_dir: no such folder"),
     ],
 )
@@ -206,6 +208,8 @@ configs = documents | st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=300)
 @given(document=configs)
+@example(document={"dataset": {"train": [{"data_dir": "cables", "w_aug": True, "percentage": 0.5}]}})
+@example(document={"dataset": {"train": [{"data_dir": "cables", "w_aug": 7}]}})
 def test_whatever_the_yaml_holds_it_fits_or_the_message_names_the_file(tmp_path_factory, document):
     folder = tmp_path_factory.getbasetemp()
     (folder / "cables").mkdir(exist_ok=True)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import fake_cuda_check
 import pytest
-from conftest import write_backgrounds, write_dataset
+import segment_anything
+import torch
+from conftest import TINY, write_backgrounds, write_dataset
 
+import checkpoint
 import export
 import finetune
 import predict
+from imaging.files import read_image
 from tools import bench, plot_curves, results, soak
 
 ROOT = Path(__file__).parent.parent
@@ -29,24 +33,33 @@ SCRIPTS = {
 }
 RUN_HERE = ("finetune.py", "predict.py", "export.py", "tools/plot_curves.py")
 
-# The other commands, and who runs them.
+# The other commands. Each has the file that runs it, perhaps in a shorter form, and the text there that does.
 RUN_ELSEWHERE = {
-    "make demo": ".ci/run, with fewer epochs",
-    "python3 -m venv .venv": "`make test` in .ci/run",
-    ".venv/bin/pip install -r requirements.txt": "`make test` in .ci/run, with requirements-dev.txt",
+    "make demo": (".ci/run", "make demo"),
+    "python3 -m venv .venv": ("Makefile", "$(PYTHON) -m venv .venv"),
+    ".venv/bin/pip install -r requirements.txt": ("requirements-dev.txt", "-r requirements.txt"),
     ".venv/bin/python finetune.py --config configs/demo.yaml --model_type lite_medsam --batch_size 2 "
-    "--epoch_num 14 --test_interval 56 --exp_name demo": "`make demo` in .ci/run, with fewer epochs",
+    "--epoch_num 14 --test_interval 56 --exp_name demo": (
+        "Makefile",
+        "finetune.py --config configs/demo.yaml --model_type lite_medsam --batch_size 2 --epoch_num 14",
+    ),
     "torchrun --nproc_per_node=2 finetune.py --config my_data.yaml --exp_name my_cables_2 "
-    "--model_type vit_b": "test_distributed.py, with the tiny SAM",
-    "tensorboard --logdir exp": ".ci/run, for some seconds",
-    "python tools/bench.py --model_type lite_medsam --seconds 15": ".ci/run, with fewer seconds",
+    "--model_type vit_b": ("tests/test_distributed.py", '"-m", "torch.distributed.run"'),
+    "tensorboard --logdir exp": (".ci/run", "tensorboard --logdir exp"),
+    "python tools/bench.py --model_type lite_medsam --seconds 15": (
+        ".ci/run",
+        "tools/bench.py --model_type lite_medsam --batch_size 2",
+    ),
     "python tools/bench.py --model_type vit_b --train lora --parts step --batch_size 4 --seconds 0 "
-    "--without_baseline": ".ci/run, with lite_medsam",
-    "python tests/fake_cuda_check.py --sm 75": ".ci/run",
+    "--without_baseline": (
+        ".ci/run",
+        "tools/bench.py --model_type lite_medsam --batch_size 1 --seconds 0 --train lora --parts step",
+    ),
+    "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
-    "--train lora --batch_size 4'": "test_cuda_stand_in.py, with the tiny SAM",
-    "python tools/results.py --data data": ".ci/run, with fewer rows and epochs",
-    "python tools/soak.py --iterations 3000": ".ci/run, with fewer iterations",
+    "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
+    "python tools/results.py --data data": (".ci/run", "tools/results.py --data data"),
+    "python tools/soak.py --iterations 3000": (".ci/run", "tools/soak.py --iterations 60"),
 }
 
 
@@ -104,7 +117,6 @@ def arrange_data(folder: Path) -> None:
     for name in ("my_backgrounds", "data/backgrounds"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
-    (folder / "demo").mkdir()
 
 
 def run(script: str, argv: list[str], tiny_weights: Path) -> int:
@@ -128,7 +140,7 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for command in filter(runs_here, COMMANDS):
         _, script, *argv = command
-        for name in ("found", "found_test"):  # two documents show the same command
+        for name in ("predictions", "predictions_test"):  # two documents show the same command
             shutil.rmtree(name, ignore_errors=True)
         assert run(script, argv, tiny_weights) == 0, shlex.join(command)
         if script == "predict.py":
@@ -140,12 +152,23 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
     )  # baseline, run, resumed run
     assert Path("exp/my_cables_vit_b/checkpoints/best.pth").exists()
     assert Path("exported/config.json").exists() and Path("cables.onnx").exists()
-    assert Path("demo/precision_and_reuse.png").exists()
+    assert Path("curves.png").exists()
 
 
 def test_every_other_command_is_listed_with_who_runs_it():
     others = {shlex.join(command) for command in COMMANDS if not runs_here(command)}
     assert others == RUN_ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(("file", "text"), RUN_ELSEWHERE.values(), ids=RUN_ELSEWHERE)
+def test_the_other_commands_run_where_the_list_says(file, text):
+    assert text in " ".join((ROOT / file).read_text().replace("\\\n", " ").split())
+
+
+def test_the_script_that_runs_the_other_commands_uses_the_makefile():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert {"make test", "make lint"} <= set(lines)
+    assert "pip install -r requirements-dev.txt" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("text", [text for text in RUN_ELSEWHERE if ".py" in text])
@@ -159,6 +182,25 @@ def test_the_flags_of_a_command_that_runs_elsewhere_are_accepted(text, monkeypat
 def test_every_command_for_users_and_maintainers_is_shown():
     shown = {word for command in COMMANDS for word in command if word.endswith(".py")}
     assert shown == SCRIPTS.keys()
+
+
+def test_the_python_example_runs_and_both_ways_give_one_mask(tiny_weights, data, tmp_path, monkeypatch):
+    def build(checkpoint):
+        sam = TINY.build()
+        sam.load_state_dict(torch.load(checkpoint, weights_only=True))
+        return sam
+
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_cables", "my_cables_vit_b"):
+        Path(f"exp/{name}/checkpoints").mkdir(parents=True)
+        shutil.copy(tiny_weights, f"exp/{name}/checkpoints/best.pth")
+    (example,) = [text for language, text in split_document(ROOT / "README.md")[1] if language == "python"]
+    names = {"image": read_image(data / "test/imgs/1.png")}
+    exec(example, names)
+    assert names["logits"].shape == names["image"].shape[:2]
+    assert names["masks"].shape == (1, *names["image"].shape[:2])
+    assert ((names["logits"] > 0) == names["masks"][0]).all() and names["masks"].any()
 
 
 # --- Flags, files, tests, links ---------------------------------------------------------------
@@ -181,6 +223,12 @@ def test_every_flag_is_in_its_document(script, document, capsys):
     text = (ROOT / "docs" / document).read_text()
     assert len(flags) > 2
     assert [flag for flag in sorted(flags) if not re.search(rf"{flag}\b", text)] == []
+
+
+def test_the_flags_that_may_change_on_resume_are_listed():
+    text = PROSE[ROOT / "docs/configuration.md"]
+    (paragraph,) = [p for p in text.split("\n\n") if p.startswith("These flags may change on resume:")]
+    assert re.findall(r"`--(\w+)`", paragraph) == list(checkpoint.MAY_CHANGE_ON_RESUME)
 
 
 def heading_anchors(path: Path) -> set[str]:

@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import composite_index, constant_index
 
-from base import atomic
-from base.errors import UserError
 from dataset import SampleKey, TrainSet
 from embeddings import EmbeddingPool, plan_batches
 from imaging.geometry import InputSpec
@@ -110,12 +108,3 @@ def test_the_file_has_the_stated_size_and_no_name_and_goes_with_the_pool(tmp_pat
     assert list(tmp_path.iterdir()) == [] and mapped_bytes() >= size
     del pool
     assert mapped_bytes() == 0
-
-
-def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
-    usage = atomic.shutil.disk_usage(tmp_path)
-    limited = usage._replace(free=1000 * atomic.MIB)
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: limited)
-    atomic.require_free_space(tmp_path / "not" / "yet", 1000 * atomic.MIB, "it")
-    with pytest.raises(UserError, match=r"it would take 1001 MiB on the disk of .*, which has 1000 MiB left"):
-        atomic.require_free_space(tmp_path / "not" / "yet", 1001 * atomic.MIB, "it")

@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NOT_REPEATABLE, build_tiny, run_finetune, run_tiny, scalars, tiny_config, write_dataset
+from conftest import NOT_REPEATABLE, TINY, TINY_DIM, build_tiny, run_finetune, run_tiny, scalars, tiny_config
 from PIL import Image
 from segment_anything import SamPredictor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -120,33 +121,21 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
         assert (official[0] == mask).all()
 
 
+@pytest.mark.parametrize("train", ["decoder", "lora", "encoder"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_frozen_parameters_stay_bit_identical(tiny_weights, config_file, amp):
-    assert (
-        run_tiny(config_file(), tiny_weights, "-e", 2, "--lr", 1e-2, "--prompt", "mixed", "--amp", amp) == 0
-    )
-    before = checkpoint.load_weights(tiny_weights)
-    for name in ("last", "best"):
-        after = checkpoint.load_weights(Path(f"exp/run/checkpoints/{name}.pth"))
-        assert before.keys() == after.keys()
-        changed = {key for key in before if not torch.equal(before[key], after[key])}
-        assert changed and all(key.startswith("mask_decoder.") for key in changed)
-        assert all(after[key].dtype == before[key].dtype for key in before)
-
-
-@pytest.mark.parametrize("train", ["lora", "encoder"])
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_trained_encoder_is_saved_under_the_official_keys(tiny_weights, config_file, train, amp):
+def test_what_trains_is_saved_under_the_official_keys(tiny_weights, config_file, train, amp):
     options = ("-e", 3, "--lr", 1e-2, "--train", train, "--amp", amp, "--prompt", "mixed")
     assert run_tiny(config_file(), tiny_weights, *options) == 0
     before = checkpoint.load_weights(tiny_weights)
     after = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth"))
     build_tiny().load_state_dict(after, strict=True)
+    assert all(after[key].dtype == before[key].dtype for key in before)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     encoder_keys = {key for key in before if key.startswith("image_encoder.")}
     projections = {key for key in encoder_keys if re.search(r"(attn\.(qkv|proj)|mlp\.lin[12])\.weight$", key)}
     assert len(projections) == 8
-    assert changed & encoder_keys == (projections if train == "lora" else encoder_keys)
+    expected = {"decoder": set(), "lora": projections, "encoder": encoder_keys}
+    assert changed & encoder_keys == expected[train]
     assert any(key.startswith("mask_decoder.") for key in changed)
     assert not any(key.startswith("prompt_encoder.") for key in changed)
 
@@ -170,14 +159,46 @@ def test_a_trained_encoder_is_tested_as_it_is(tiny_weights, config_file, train):
     assert scalars("exp/again")["test/iou"][0] == (0, pytest.approx(in_the_run, abs=0.01))
 
 
-def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file):
-    config = tiny_config(config_file(), tiny_weights, "-e", 2)
+def tensors_in_memory(sam):
+    """Every parameter and buffer of the model by its name, without the adapters of --train lora."""
+    tensors = dict([*sam.named_parameters(), *sam.named_buffers()])
+    return {name.replace(".base_layer", ""): value for name, value in tensors.items() if ".lora_" not in name}
+
+
+def train_in_memory(config):
+    """Train, and return the names of what trains, of what changed, and of everything."""
     experiment = finetune.prepare(config)
-    parts = (experiment.net.sam.image_encoder, experiment.net.sam.prompt_encoder)
-    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    sam = experiment.net.sam
+    before = {name: tensor.detach().clone() for name, tensor in tensors_in_memory(sam).items()}
     finetune.run_training(config, experiment, runtime.StopRequest())
-    for part, old in zip(parts, before, strict=True):
-        assert all(torch.equal(old[key], value) for key, value in part.state_dict().items())
+    after = tensors_in_memory(sam)
+    assert after.keys() == before.keys()
+    assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+    trains = {name for name, tensor in after.items() if tensor.requires_grad}
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    return trains, changed, set(before)
+
+
+def build_tiny_with_batch_norm():
+    sam = build_tiny()
+    sam.image_encoder.neck.append(torch.nn.BatchNorm2d(TINY_DIM))
+    return sam.eval()
+
+
+@pytest.mark.parametrize("train", ["decoder", "lora", "encoder"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file, monkeypatch, train, amp):
+    monkeypatch.setitem(variants.VARIANTS, "tiny", replace(TINY, build=build_tiny_with_batch_norm))
+    checkpoint.save_weights(build_tiny_with_batch_norm().state_dict(), tiny_weights)
+    flags = ("-e", 3, "--lr", 1e-2, "--train", train, "--amp", amp, "--prompt", "mixed")
+    trains, changed, names = train_in_memory(tiny_config(config_file(), tiny_weights, *flags))
+    frozen = re.compile(
+        r"mask_decoder\.output_hypernetworks_mlps\.[123]\.|image_encoder\.neck\.4\.(running|num)"
+    )
+    part = ("mask_decoder.", "image_encoder.") if train == "encoder" else ("mask_decoder.",)
+    assert trains == {name for name in names if name.startswith(part) and not frozen.match(name)}
+    assert changed <= trains and len(changed) > 0.9 * len(trains)
+    assert sum(bool(frozen.match(name)) for name in names) == 3 * 6 + 3  # 3 layers a head; the statistics
 
 
 def test_accumulation_equals_one_big_batch(tiny_weights, config_file, monkeypatch):
@@ -287,17 +308,17 @@ def test_nothing_kept_changes_what_is_learned(tiny_weights, config_file, data, k
 
 @pytest.mark.parametrize(("reuse", "encoded"), [(1, 6 * 8), (4, 6 + 6 * 7 / 4)])
 def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, reuse, encoded):
-    pictures = []
+    image_counts = []
     encode = inference.encode
 
     def counted(sam, images, *args, **options):
-        pictures.append(len(images))
+        image_counts.append(len(images))
         return encode(sam, images, *args, **options)
 
     monkeypatch.setattr(inference, "encode", counted)
     config = config_file(with_test=False)
     assert run_tiny(config, tiny_weights, "-e", 8, "-b", 2, "--embedding_reuse", reuse) == 0
-    assert abs(sum(pictures) - encoded) < 2
+    assert abs(sum(image_counts) - encoded) < 2
     assert ("MiB on disk until the end" in capsys.readouterr().out) == (reuse > 1)
     assert {path.name for path in Path("exp/run").iterdir() if "tfevents" not in path.name} == {
         "args.yaml", "config.yaml", "checkpoints", "resume.pth",
@@ -408,7 +429,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, a
 
 def test_a_resumed_run_takes_no_other_settings(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "--resume") == 2
-    assert "exp/run/resume.pth" in capsys.readouterr().err and not Path("exp").exists()
+    assert "exp/run: there is no such run" in capsys.readouterr().err and not Path("exp").exists()
     assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
     assert run_tiny(config_file(percentage=0.5), tiny_weights, "-e", 2, "--lr", 7, "--resume") == 2
@@ -459,7 +480,7 @@ def spoil(data, weights, fault):
         shutil.copy(cables / "imgs" / "0.png", cables / "imgs" / "0.jpg")
         return "has the same stem"
     if fault == "undecodable":
-        (cables / "imgs" / "0.png").write_bytes(b"not a picture")
+        (cables / "imgs" / "0.png").write_bytes(b"not an image")
         return "0.png: cannot be decoded"
     if fault == "mismatch":
         Image.fromarray(np.zeros((9, 9), np.uint8)).save(cables / "masks" / "0.png")
@@ -482,12 +503,6 @@ def spoil(data, weights, fault):
     if fault == "broken test set":
         (data / "test" / "imgs" / "0.png").write_bytes(b"")
         return "0.png: cannot be decoded"
-    if fault == "truncated checkpoint":
-        weights.write_bytes(weights.read_bytes()[:5000])
-        return "tiny.pth"
-    if fault == "hostile checkpoint":
-        torch.save(write_dataset, weights)
-        return "tiny.pth is refused"
     if fault == "checkpoint of another variant":
         torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)}, weights)
         return "holds weights of vit_b, not of tiny"
@@ -498,8 +513,7 @@ def spoil(data, weights, fault):
 @pytest.mark.parametrize(
     "fault",
     ["unmatched", "duplicate", "undecodable", "mismatch", "not binary", "no masks folder", "empty folder",
-     "empty backgrounds", "broken test set", "truncated checkpoint", "hostile checkpoint",
-     "checkpoint of another variant", "no checkpoint"],
+     "empty backgrounds", "broken test set", "checkpoint of another variant", "no checkpoint"],
 )  # fmt: skip
 def test_broken_files_end_with_a_message(tiny_weights, config_file, data, capsys, fault):
     expected = spoil(data, tiny_weights, fault)
@@ -513,19 +527,19 @@ def test_broken_files_end_with_a_message(tiny_weights, config_file, data, capsys
     ("document", "expected"),
     [
         ("dataset: {train: [", "line 1"),
-        ("dataset: {train: [{data_dir: cables, percentage: 0}]}", "dataset.train[0].percentage"),
         ("dataset: {train: [{data_dir: nowhere}]}", "dataset.train[0].data_dir: no such folder"),
         ("dataset: {train: [{data_dir: cables, lr: 1}]}", "dataset.train[0].lr: unknown key"),
-        ("dataset: {train: [{w_aug: true}]}", "dataset.train[0].data_dir: required key is missing"),
-        ("dataset: {train: [{data_dir: cables, w_aug: 7}]}", "dataset.train[0].w_aug"),
-        ("dataset: {train: [{data_dir: cables, bg_paths: [backgrounds], aug_details: []}]}", "contra|lacks"),
+        (
+            "dataset: {train: [{data_dir: cables, bg_paths: [backgrounds], aug_details: []}]}",
+            "aug_details lacks crop_foreground",
+        ),
     ],
 )
 def test_bad_configs_end_with_a_message(tiny_weights, data, capsys, document, expected):
     (data / "bad.yaml").write_text(document)
     assert run_tiny(data / "bad.yaml", tiny_weights) == 2
     error = capsys.readouterr().err
-    assert any(part in error for part in expected.split("|")) and "bad.yaml" in error
+    assert expected in error and "bad.yaml" in error
     assert not Path("exp").exists()
 
 

@@ -62,9 +62,3 @@ def test_model_input_is_never_a_view_of_a_cached_array():
     image.flags.writeable = False
     sample = geometry.to_model_input(image, np.zeros((64, 64), np.float32), SPEC)
     assert not np.shares_memory(sample["image"].numpy(), image)
-
-
-def test_cells_partly_in_the_padding_are_not_valid():
-    valid = encoder.valid_pixels(torch.tensor([[33, 64], [1, 1]]), 32, 0.5)
-    assert valid[0, 0].any(dim=1).sum() == 16
-    assert valid[1].sum() == 1

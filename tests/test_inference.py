@@ -20,26 +20,26 @@ def by_pixel(images, prompts):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_tiles_give_what_the_whole_gives(size, batch_size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    seen = []
+    shapes = []
 
-    def find(images, prompts):
-        seen.extend(picture.shape for picture in images)
+    def predict(images, prompts):
+        shapes.extend(image.shape for image in images)
         assert len(images) == len(prompts) <= batch_size
         return by_pixel(images, prompts)
 
-    tiled = predict_logits_tiled(find, image, tile_size=64, batch_size=batch_size)
+    tiled = predict_logits_tiled(predict, image, tile_size=64, batch_size=batch_size)
     (whole,) = by_pixel([image], [NO_PROMPT])
     np.testing.assert_allclose(tiled, whole, atol=1e-3)
-    assert max(max(shape) for shape in seen) <= 64
+    assert max(max(shape) for shape in shapes) <= 64
 
 
 def test_tiles_that_disagree_leave_no_seam():
     answers = iter(np.random.default_rng(1).uniform(-5, 5, 1000))
 
-    def find(images, prompts):
+    def predict(images, prompts):
         return [np.full(image.shape[:2], next(answers), np.float32) for image in images]
 
-    tiled = predict_logits_tiled(find, np.zeros((300, 420, 3), np.uint8), tile_size=64, batch_size=4)
+    tiled = predict_logits_tiled(predict, np.zeros((300, 420, 3), np.uint8), tile_size=64, batch_size=4)
     steps = max(np.abs(np.diff(tiled, axis=axis)).max() for axis in (0, 1))
     assert np.ptp(tiled) > 5  # they do disagree
     assert steps < 1.5 * 10 / (inference.TILE_OVERLAP * 64)  # no more than the blending's slope
@@ -67,11 +67,31 @@ def test_prompts_are_those_of_sam_predictor(tiny_weights, tiny_sam):
     with_points = Prompt(np.vstack([points, [[0, 0]]]).astype(np.float32), np.array([1, 0, -1]))
     with_box = Prompt(box.reshape(2, 2), np.array([2, 3]))
     prompts = [(with_points,), (with_box,), (with_points, with_box), NO_PROMPT]
-    found = list(predict_logits(LoadedSam(tiny_sam, "tiny", None), [image] * 4, prompts))
-    np.testing.assert_allclose(found[0], official_points, atol=1e-4)
-    np.testing.assert_allclose(found[1], official_box, atol=1e-4)
-    assert np.abs(found[0] - found[1]).max() > 1e-3 and np.abs(found[0] - found[3]).max() > 1e-3
-    both = np.maximum(found[0], found[1])  # of the low resolution; upscaled that is a little more
-    assert (found[2] >= both - 1e-5).all()
-    assert np.abs(found[2] - both).mean() < 0.1 * np.abs(found[0] - found[1]).mean()
-    assert np.abs(found[2] - found[0]).max() > 1e-3
+    logits = list(predict_logits(LoadedSam(tiny_sam, "tiny", None), [image] * 4, prompts))
+    np.testing.assert_allclose(logits[0], official_points, atol=1e-4)
+    np.testing.assert_allclose(logits[1], official_box, atol=1e-4)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3 and np.abs(logits[0] - logits[3]).max() > 1e-3
+    both = np.maximum(logits[0], logits[1])  # of the low resolution; upscaled that is a little more
+    assert (logits[2] >= both - 1e-5).all()
+    assert np.abs(logits[2] - both).mean() < 0.1 * np.abs(logits[0] - logits[1]).mean()
+    assert np.abs(logits[2] - logits[0]).max() > 1e-3
+
+
+def test_prompts_in_chunks_give_the_same_logits(tiny_weights, tiny_sam):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (48, 90, 3), dtype=np.uint8) for _ in range(2)]
+    boxes = random.uniform(0, 40, (9, 2, 2)).astype(np.float32)
+    prompts = [Prompt(box, np.array([2, 3])) for box in boxes]
+    shares = [prompts[:7], prompts[7:]]
+    n_decoded = []
+
+    class Recorded(LoadedSam):
+        def decode(self, embeddings, points, labels):
+            n_decoded.append(len(points))
+            return super().decode(embeddings, points, labels)
+
+    net = Recorded(tiny_sam, "tiny", None)
+    together = list(predict_logits(net, images, shares))
+    in_chunks = list(predict_logits(net, images, shares, prompt_batch_size=4))
+    assert n_decoded == [9, 4, 4, 1]
+    np.testing.assert_allclose(in_chunks, together, atol=1e-5)

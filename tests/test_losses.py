@@ -72,12 +72,12 @@ def bars(*rows, size=40):
     return mask
 
 
-def test_soft_skeleton_is_the_centre_line():
+def test_soft_skeleton_is_the_centerline():
     skeleton = soft_skeleton(bars((8, 14), (30, 30)))[0, 0]  # 7 wide, and 1
     assert skeleton[11, 8:-8].eq(1).all() and skeleton[30, 4:-4].eq(1).all()
     skeleton[[11, 30]] = 0
     assert skeleton[:, 8:-8].eq(0).all()
-    assert skeleton.sum() < 30  # but for branches to the corners nothing else
+    assert skeleton.sum() < 30  # nothing else apart from branches to the corners
 
 
 def test_cldice_sees_gaps_and_forgives_width():

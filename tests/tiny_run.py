@@ -17,7 +17,7 @@ import runtime
 from sam import variants
 
 
-def batches_or_fate(*args, **options):
+def batches_with_faults(*args, **options):
     is_last_process = runtime.rank() == runtime.world_size() - 1
     for number, batch in enumerate(training_batches(*args, **options), 1):
         if is_last_process and number == int(os.environ.get("KILL_IN", 0)):
@@ -30,6 +30,6 @@ def batches_or_fate(*args, **options):
 
 
 training_batches = finetune.training_batches
-finetune.training_batches = batches_or_fate
+finetune.training_batches = batches_with_faults
 variants.VARIANTS["tiny"] = TINY
 sys.exit(finetune.main())

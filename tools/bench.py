@@ -420,7 +420,7 @@ def finetune_command(settings: Settings, reuse: int, iterations_per_epoch: int) 
 
 
 def wait_for_curves(
-    process: subprocess.Popen, folder: Path, seconds: float, *, min_epochs: int
+    process: subprocess.Popen[bytes], folder: Path, seconds: float, *, min_epochs: int
 ) -> EventAccumulator:
     """Wait until the curves, without the first epoch, cover enough epochs and seconds.
 
