@@ -16,7 +16,8 @@ from PIL import Image
 from base import atomic
 from base.errors import UserError
 from imaging.coco import read_prompts
-from imaging.files import FileError, check_size, image_files, read_image, read_mask
+from imaging.files import NO_IMAGE_FILE, FileError, check_size, image_files, read_image
+from imaging.pairing import Pair, match_by_stem, read_pair
 from imaging.prompts import Prompt
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
@@ -53,7 +54,7 @@ def find_images(path: Path) -> list[Path]:
         raise UserError(f"--input {path}: no such file or folder, or no permission to read it")
     paths = image_files(path)
     if not paths:
-        raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
+        raise UserError(f"--input {path}: {NO_IMAGE_FILE}")
     n_files = Counter(image_path.stem for image_path in paths)
     doubles = [image_path.name for image_path in paths if n_files[image_path.stem] > 1]
     if doubles:
@@ -70,13 +71,10 @@ def find_masks(folder: Path, image_paths: Iterable[Path]) -> dict[str, Path]:
     """
     if not os.path.isdir(folder):
         raise UserError(f"--masks {folder}: no such folder, or no permission to read it")
-    by_stem = {path.stem: path for path in image_files(folder)}
-    masks = {}
-    for image_path in image_paths:
-        if image_path.stem not in by_stem:
-            raise UserError(f"--masks {folder}: no mask for {image_path.name}")
-        masks[image_path.stem] = by_stem[image_path.stem]
-    return masks
+    pairs, without_mask, _ = match_by_stem(image_paths, image_files(folder))
+    if without_mask:
+        raise UserError(f"--masks {folder}: no mask for {without_mask[0].name}")
+    return {image_path.stem: mask_path for image_path, mask_path in pairs}
 
 
 def find_prompts(path: Path, image_paths: Iterable[Path]) -> dict[str, list[Prompt]]:
@@ -101,10 +99,13 @@ def read_images(
     for path in paths:
         try:
             check_size(path)
-            image = read_image(path)
-            mask = read_mask(mask_paths[path.stem]) if path.stem in mask_paths else None
-            if mask is not None and mask.shape != image.shape[:2]:
-                raise FileError(f"{path}: is {image.shape[:2]} (h, w), but its mask is {mask.shape}")
+            image: np.ndarray
+            mask: np.ndarray | None
+            if path.stem in mask_paths:
+                check_size(mask_paths[path.stem])
+                image, mask = read_pair(Pair(path, mask_paths[path.stem]))
+            else:
+                image, mask = read_image(path), None
         except FileError as error:
             faults.append(str(error))
             continue

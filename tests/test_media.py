@@ -6,7 +6,7 @@ from conftest import draw_cable, rng, write_dataset, write_video
 from PIL import Image
 
 from base.errors import UserError
-from imaging import files, media
+from imaging import files, masks, media
 
 
 def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
@@ -20,7 +20,7 @@ def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
     assert [(image.name, image.stem) for image in images] == [("0.png", "0"), ("3.png", "3")]
     for image in images:
         assert (image.image == files.read_image(folder / "imgs" / image.name)).all()
-        assert (image.mask == files.read_mask(folder / "masks" / image.name)).all()
+        assert (image.mask == masks.read_mask(folder / "masks" / image.name)).all()
     assert len(faults) == 2
     assert "1.png: cannot be decoded" in faults[0]
     assert "2.png: is (48, 64) (h, w), but its mask is (8, 9)" in faults[1]

@@ -13,7 +13,8 @@ from segment_anything import SamPredictor
 
 import checkpoint
 import predict
-from imaging.files import read_image, read_mask
+from imaging.files import read_image
+from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
 
 
