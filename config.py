@@ -235,12 +235,11 @@ def _read_yaml(path: Path) -> Any:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES} bytes; expected a short YAML file")
         content = path.read_bytes()
+        # Without a mark, every second byte of UTF-16 is 0 in Western text.
+        if content.startswith(UTF_16_MARKS) or content.count(b"\0") > len(content) / 4:
+            raise UserError(f"cannot read {path}: it is encoded in UTF-16; save it as UTF-8")
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, UnicodeDecodeError) and content.startswith(UTF_16_MARKS):
-            raise UserError(
-                f"cannot read {path}: it is encoded in UTF-16; save it as UTF-8 (Notepad: Save As, Encoding)"
-            ) from error
         raise UserError(f"cannot read {path}: {error}; expected a text file in UTF-8") from error
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)

@@ -139,12 +139,13 @@ def _gray_values(file: DecodedFile) -> np.ndarray | None:
     if image.mode == "P" and _palette_hides_indices(image):
         return None
     rgb = _rgb(image)
-    spread = rgb.max(axis=2) - rgb.min(axis=2)
+    largest = _largest(rgb)
+    spread = largest - cv2.min(cv2.min(rgb[..., 0], rgb[..., 1]), rgb[..., 2])
     # JPEG also gives gray pixels a tinge of color.
     is_gray = (
         np.count_nonzero(spread > 2 * SAME_COLOR) <= 1e-3 * spread.size if file.is_lossy else not spread.any()
     )
-    return rgb.max(axis=2) if is_gray else None
+    return largest if is_gray else None
 
 
 def _palette_colors(image: Image.Image) -> np.ndarray:
@@ -343,9 +344,14 @@ def _packed(rgb: np.ndarray) -> np.ndarray:
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
+def _largest(rgb: np.ndarray) -> np.ndarray:
+    """The largest channel of each pixel: (H, W). NumPy's maximum over the last axis is slow."""
+    return cv2.max(cv2.max(rgb[..., 0], rgb[..., 1]), rgb[..., 2])
+
+
 def _distance(rgb: np.ndarray, color: np.ndarray) -> np.ndarray:
     """Largest difference in a channel from a color: uint8 (H, W)."""
-    return np.maximum(cv2.max(rgb, color) - rgb, rgb - cv2.min(rgb, color)).max(axis=2)
+    return _largest(cv2.absdiff(rgb, np.broadcast_to(color, rgb.shape)))
 
 
 def _require_no_mask_in_colors(file: DecodedFile, alpha: np.ndarray) -> None:
@@ -375,15 +381,14 @@ def _read_color(file: DecodedFile) -> MaskReading:
     else:
         background = np.array(_unpack(_most_frequent(_packed(_border(rgb)))), np.uint8)
     distance = _distance(rgb, background)
+    touched = distance > SAME_COLOR
+    if np.count_nonzero(distance == 0) < MIN_EXACT_SHARE * np.count_nonzero(~touched):
+        return _read_distance(file.path, distance)
     is_pure, colors = _pure_colors(rgb, distance)
     if VOID in colors and len(colors) > 1:
         listed = np.unique(np.asarray(image)).tolist() if image.mode == "P" else sorted(colors)
         _refuse_labels(file.path, ", ".join(map(str, listed)) + f" (the color {VOID} marks undecided pixels)")
-    touched = distance > SAME_COLOR
     n_touched, n_mixed = np.count_nonzero(touched), np.count_nonzero(touched & ~is_pure)
-    exact = np.count_nonzero(distance == 0)
-    if exact < MIN_EXACT_SHARE * np.count_nonzero(~touched):
-        return _read_distance(file.path, distance)
     # At soft edges: closer to the cable nearby than to the background.
     window = np.ones((2 * NEAR_HIGH + 1, 2 * NEAR_HIGH + 1), np.uint8)
     nearby = np.maximum(cv2.dilate(distance, window), 2 * BLACK)
@@ -406,7 +411,11 @@ def _background_index(image: Image.Image) -> int:
 def _pure_colors(rgb: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, frozenset[Color]]:
     """Which pixels have a color that fills areas, bool (H, W), and these colors; at most `MAX_COLORS`."""
     touched = distance > 0
-    colors, keys_touched, counts = np.unique(_packed(rgb[touched]), return_inverse=True, return_counts=True)
+    packed = _packed(rgb[touched])
+    if len(np.unique(packed)) > MAX_COLORS:  # soft edges or noise, which gives areas almost as the background
+        touched = distance > SAME_COLOR
+        packed = _packed(rgb[touched])
+    colors, keys_touched, counts = np.unique(packed, return_inverse=True, return_counts=True)
     keys = np.zeros(distance.shape, np.int32)
     keys[touched] = keys_touched + 1
     frequent = 1 + np.argsort(-counts, kind="stable")[:MAX_COLORS]
@@ -421,7 +430,7 @@ def _read_lossy_color(file: DecodedFile) -> MaskReading:
     rgb = _rgb(file.image)
     background = np.median(_border(rgb), axis=0).astype(np.uint8)
     if background.max() <= BLACK:
-        return _read_lossy_gray(file.path, rgb.max(axis=2))
+        return _read_lossy_gray(file.path, _largest(rgb))
     return _read_distance(file.path, _distance(rgb, background))
 
 

@@ -23,7 +23,7 @@ def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
         assert (image.mask == masks.read_mask(folder / "masks" / image.name)).all()
     assert len(faults) == 2
     assert "1.png: cannot be decoded" in faults[0]
-    assert "2.png: is (48, 64) (h, w), but its mask is (8, 9)" in faults[1]
+    assert "2.png: is 48 x 64 (h x w) but its mask is 8 x 9" in faults[1]
 
 
 def test_images_without_masks(tmp_path):

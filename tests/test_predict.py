@@ -172,7 +172,7 @@ def test_a_flag_out_of_range_is_refused(trained, data, tmp_path, capsys, flag, v
         ("checkpoint", "checkpoint not found"),
         ("variant", "holds weights of none of vit_b"),
         ("input", "no such file or folder"),
-        ("empty", "no .png, .jpg or .jpeg file in it"),
+        ("empty", "no .png, .jpg, .jpeg, .webp, .tif, .tiff or .bmp file in it"),
         ("stems", "0.jpg and 0.png would give one mask"),
         ("masks", "no mask for 0.png"),
     ],
