@@ -3,17 +3,25 @@
 Loads never run code from a file (`weights_only=True`). Writes are atomic.
 """
 
+import hashlib
+import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
+
+RESUME_FILE = "resume.pth"  # in exp/NAME
+LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
 
 # --- Weights ----------------------------------------------------------------------------------
 
@@ -39,9 +47,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def file_digest(path: Path) -> str:
+    """Hash of the bytes of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
 def _load(path: Path) -> Any:
     """What `torch.save` wrote to a file; code in it is never run."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for a path that cannot be asked for
         raise UserError(f"checkpoint not found: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -56,8 +76,8 @@ def _load(path: Path) -> Any:
 
 # --- Resuming ---------------------------------------------------------------------------------
 
-# Flags that may differ when a run is resumed. None of them changes which samples come or what is computed
-# on them. (Another epoch_num stretches or shortens the rest of the learning rate's decay.)
+# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
+# learning rates of the remaining steps. Another `device` must compute in the same precision.
 MAY_CHANGE_ON_RESUME = (
     "config",
     "epoch_num",
@@ -75,14 +95,20 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-class ResumeState(TypedDict):
-    """What a run needs to go on, beside the weights it started from.
+# The value of `--amp` that asks for a precision.
+AMP_CHOICES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
-    train_state: `TrainState.state_dict()` of finetune.py.
+
+class ResumeState(TypedDict):
+    """What a run needs to continue, beside the weights it started from.
+
+    train_state: `TrainState.state_dict()`.
     weights: everything that trains, by name.
     gradients: the sum so far of an unfinished optimizer step, by name; else empty.
-    flags, config, files, world_size: what the run was started with: flags by name, the data's config as
-        JSON, pixel hashes of the files by path, and the number of processes.
+    flags, config, files: what the run was started with: flags by name, the data's config as JSON, and pixel
+        hashes of the files by path.
+    initial_weights, precision, world_size: hash of the weights file, dtype of mixed precision, and number of
+        processes.
 
     There is no state of a random generator: samples are functions of seed, epoch and index.
     """
@@ -93,6 +119,8 @@ class ResumeState(TypedDict):
     flags: dict[str, Any]
     config: str
     files: dict[str, str]
+    initial_weights: str
+    precision: str
     world_size: int
 
 
@@ -126,6 +154,27 @@ def check_same_settings(
         raise UserError("\n  ".join([f"{folder} cannot be resumed with other settings:", *faults]))
 
 
+def check_same_weights(
+    state: ResumeState, *, initial_weights: str, precision: str, trained: dict[str, Tensor], path: Path
+) -> None:
+    """Raise UserError if the run would continue on other weights, in another precision, or another model.
+
+    initial_weights, path: hash and path of the weights file. trained: what trains now, by name.
+    """
+    if state["initial_weights"] != initial_weights:
+        raise UserError(
+            f"{path} is not the weights file that the run started from; give that file with --checkpoint"
+        )
+    if state["precision"] != precision:
+        raise UserError(
+            f"the run computed in {state['precision']}, this machine would in {precision}: add "
+            f"--amp {AMP_CHOICES.get(state['precision'], 'off')}"
+        )
+    shapes = {name: weight.shape for name, weight in trained.items()}
+    if {name: weight.shape for name, weight in state["weights"].items()} != shapes:
+        raise UserError("the saved state is not of this model; start the run again with another --exp_name")
+
+
 def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
     """Raise UserError that names the files which were added, removed or changed."""
     before = state["files"]
@@ -135,3 +184,20 @@ def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) 
             f"{folder} cannot be resumed: these files were added, removed or changed since it began:\n  "
             f"{format_list(changed)}"
         )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training the run in a folder. Raises UserError if one does."""
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is training this run") from error
+    except OSError as error:
+        raise UserError(f"{lock.lock_file} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -6,13 +6,14 @@ index in the epoch) or (seed, index), never from global state.
 """
 
 import multiprocessing
+import shutil
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ from imaging.files import (
     image_files,
     unread_files,
 )
-from imaging.geometry import InputSpec, fit_size, to_model_input
+from imaging.geometry import InputSpec, ModelInput, fit_size, to_model_input
+from imaging.metrics import GroundTruth
 from imaging.pairing import FileInfo, Pair, check_files, find_pairs
 from imaging.prompts import draw_prompt
+from imaging.visualize import shrink
 
 # --- Files of a dataset -----------------------------------------------------------------------
 
@@ -187,7 +190,7 @@ def _level_faults(folder: Path, levels: list[int]) -> list[str]:
 
 
 def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
-    """Images (test, train) with the same pixels. Testing on them would measure memory."""
+    """Images (test, train) with the same pixels. Testing on them does not measure generalization."""
     seen = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
     digests = ((pair.image_path, test.infos[pair.image_path].digest) for pair in test.pairs)
     return [(path, seen[digest]) for path, digest in digests if digest in seen]
@@ -255,29 +258,27 @@ class SampleKey:
 # --- Datasets ---------------------------------------------------------------------------------
 
 
-class TrainSample(TypedDict):
-    """A sample, or a batch of them with a leading axis B.
+class TrainSample(ModelInput):
+    """A sample, or a batch of them with a leading axis B: the model's input and a prompt.
 
-    image: uint8 (S, S, 3), RGB, padded at the bottom and right.
-    size: int64 (2,), (h, w) of the image in it.
-    target: uint8 (1, grid, grid), 255 times the soft mask.
-    points, labels: float32 (N, 2) and int64 (N,), the prompt; see `sam.decoder.decode`.
+    points, labels: float32 (N, 2) and int64 (N,); see `sam.decoder.decode`.
     """
 
-    image: Tensor
-    size: Tensor
-    target: Tensor
     points: Tensor
     labels: Tensor
 
 
 class TestSample(TrainSample):
-    """`original_image` uint8 (H, W, 3) and `mask` bool (H, W) have the resolution of the image."""
+    """One test sample, with what the test needs of the image at its own resolution.
 
-    original_image: Tensor
-    mask: Tensor
+    thumbnail: RGB uint8, at most SHOWN_SIDE pixels a side.
+    """
+
+    ground_truth: GroundTruth
+    thumbnail: np.ndarray
 
 
+SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
 RETRY_AFTER = 1.0  # seconds, long enough for a network disk to recover
 Sample = TypeVar("Sample")
 
@@ -294,7 +295,7 @@ def with_retry(make: Callable[[Any], Sample], key: Hashable) -> Sample:
         raise UserError(f"{error}; the file was intact when the run began") from error
 
 
-def draw_sample(
+def make_sample(
     dataset: DatasetIndex,
     pair: int,
     size: tuple[int, int],
@@ -393,7 +394,7 @@ class TrainSet(Dataset[TrainSample]):
         dataset = self.datasets[key.dataset]
         rng = make_rng(self.seed, Purpose.TRAIN, key.created_epoch, key.index_in_epoch)
         canvas = fit_size(dataset.image_size(key.pair), self.spec.finest_side)
-        image, mask = draw_sample(dataset, key.pair, canvas, rng, self.read)
+        image, mask = make_sample(dataset, key.pair, canvas, rng, self.read)
         inputs = to_model_input(image, mask, self.spec)
         points, labels = self.draw_prompt(key, inputs["target"], inputs["size"])
         return {**inputs, "points": points, "labels": labels}
@@ -442,15 +443,15 @@ class TestSet(Dataset[TestSample]):
     def _make(self, index: int) -> TestSample:
         pair = int(self.pairs[index])
         rng = make_rng(self.seed, Purpose.TEST, index)
-        image, mask = draw_sample(self.dataset, pair, self.dataset.image_size(pair), rng)
+        image, mask = make_sample(self.dataset, pair, self.dataset.image_size(pair), rng)
         inputs = to_model_input(image, mask, self.spec)
         points, labels = prompt_tensors(self.prompt, inputs["target"], inputs["size"], self.spec, rng)
         return {
             **inputs,
             "points": points,
             "labels": labels,
-            "original_image": torch.tensor(image),
-            "mask": torch.from_numpy(mask > 0.5),
+            "ground_truth": GroundTruth.from_mask(mask > 0.5),
+            "thumbnail": shrink(image, SHOWN_SIDE),
         }
 
 
@@ -458,6 +459,13 @@ class TestSet(Dataset[TestSample]):
 
 # Workers that are forked share the memory of decoded files; those that are spawned do not.
 WORKER_CONTEXT = "fork" if sys.platform == "linux" else None
+
+
+WORKER_TIMEOUT = 600  # seconds for one batch; a slow disk needs less
+SHARED_MEMORY = Path("/dev/shm")  # Linux; a container has 64 MB of it by default
+SHARED_MEMORY_HINT = (
+    "in a container, give more shared memory with --shm-size or --ipc=host; or use --num_workers 0"
+)
 
 
 @dataclass(frozen=True)
@@ -500,36 +508,62 @@ def train_loader(
     The workers start once, at the first batch, and work ahead. Raises UserError if a sample cannot be made
     or a worker dies.
     """
-    loader = DataLoader(
-        _ErrorsAsValues(train_set),
-        batch_sampler=key_groups,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        multiprocessing_context=WORKER_CONTEXT if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=runtime.init_data_worker,
-    )
-    return _iterate(loader)
+    sample_bytes = 3 * train_set.spec.img_size**2 + train_set.spec.mask_grid**2
+    batching = {"batch_sampler": key_groups, "collate_fn": _collate, "pin_memory": pin_memory}
+    loader = _data_loader(_ErrorsAsValues(train_set), num_workers, **batching)
+    return _iterate(loader, sample_bytes)
 
 
 def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: int) -> Iterator[TestSample]:
-    """The share of one process of the test samples, one by one since their sizes differ; raises as above."""
+    """The share of one process of the test samples, one by one since their sizes differ.
+
+    Raises UserError as `train_loader` does.
+    """
     share = Subset(_ErrorsAsValues(test_set), range(rank, len(test_set), world_size))
-    loader = DataLoader(
-        share,
-        batch_size=None,
-        collate_fn=_keep,
+    loader = _data_loader(share, num_workers, batch_size=None, collate_fn=_keep)
+    return _iterate(loader, 3 * test_set.spec.img_size**2)
+
+
+def _data_loader(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
+    return DataLoader(
+        samples,
         num_workers=num_workers,
+        multiprocessing_context=WORKER_CONTEXT if num_workers else None,
         worker_init_fn=runtime.init_data_worker,
+        timeout=WORKER_TIMEOUT if num_workers else 0,
+        **batching,
     )
-    return _iterate(loader)
 
 
-def _iterate(loader: DataLoader) -> Iterator[Any]:
+def _iterate(loader: DataLoader, sample_bytes: int) -> Iterator[Any]:
+    """The batches of a loader. A worker that does not answer, or cannot, ends with UserError."""
+    if loader.num_workers:
+        _require_shared_memory(sample_bytes)
     others = set(multiprocessing.active_children())
     iterator = iter(loader)
-    runtime.watch_data_workers(set(multiprocessing.active_children()) - others)
-    for batch in iterator:
+    workers = set(multiprocessing.active_children()) - others
+    runtime.watch_data_workers(workers)
+    while True:
+        asked = time.monotonic()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except RuntimeError as error:
+            if loader.num_workers and time.monotonic() - asked >= WORKER_TIMEOUT:
+                raise UserError(
+                    f"no data came from the data workers for {WORKER_TIMEOUT} s ({SHARED_MEMORY_HINT})"
+                ) from error
+            raise
         if isinstance(batch, SampleError):
             raise UserError(batch.message)
         yield batch
+    runtime.forget_data_workers(workers)
+
+
+def _require_shared_memory(sample_bytes: int) -> None:
+    """Raise UserError if not even a few samples fit into the memory through which workers pass them."""
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < 4 * sample_bytes:
+            raise UserError(f"{SHARED_MEMORY} has only {free >> 20} MiB left ({SHARED_MEMORY_HINT})")

@@ -26,7 +26,6 @@ from base.errors import UserError
 from dataset import SampleKey, TestSet, TrainSample, TrainSet, test_loader, train_loader
 from imaging.metrics import GroundTruth
 from imaging.prompts import PROMPT_TOKENS
-from imaging.visualize import shrink
 from inference import LoadedSam
 
 # --- The plan ---------------------------------------------------------------------------------
@@ -49,7 +48,8 @@ def plan_batches(
     Groups are as large as a batch of one process, except the last group of an epoch. Where nothing is kept,
     each group is exactly one batch. A resumed run encodes again what it needs.
     """
-    group_size = math.ceil(batch_size / world_size)
+    assert batch_size % world_size == 0
+    group_size = batch_size // world_size
     first_epoch, done = divmod(start, math.ceil(train_set.epoch_length / batch_size))
     in_slot: dict[int, int] = {}  # the epoch in which the sample of each cache slot was created
     for epoch in range(first_epoch, epochs):
@@ -118,7 +118,7 @@ class EmbeddingPool:
                     shape=(n_slots, 1, mask_grid, mask_grid),
                 )
         except OSError as error:
-            raise UserError(f"{folder}: the {size} bytes for embeddings cannot be had: {error}") from error
+            raise UserError(f"{folder}: cannot reserve {size} bytes for embeddings: {error}") from error
         self._sizes = np.zeros((n_slots, 2), np.int64)
         self._waiting: dict[SampleKey, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -294,8 +294,6 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 # --- The test set -----------------------------------------------------------------------------
 
-SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
-
 
 @dataclass(frozen=True)
 class EncodedTestSample:
@@ -317,10 +315,12 @@ class EncodedTestSample:
     thumbnail: np.ndarray
 
 
-def encode_test_set(test_set: TestSet, net: LoadedSam, *, num_workers: int) -> list[EncodedTestSample]:
+def encode_test_set(
+    test_set: TestSet, net: LoadedSam, *, num_workers: int, stop: runtime.StopRequest
+) -> list[EncodedTestSample]:
     """The share of this process of the test samples, encoded if their embeddings stay the same.
 
-    Raises UserError if a sample cannot be made.
+    Raises UserError if a sample cannot be made, and Stopped if a signal ends the run.
     """
     samples = test_loader(
         test_set, num_workers=num_workers, rank=runtime.rank(), world_size=runtime.world_size()
@@ -328,6 +328,7 @@ def encode_test_set(test_set: TestSet, net: LoadedSam, *, num_workers: int) -> l
     encoder_is_frozen = not any(p.requires_grad for p in net.sam.image_encoder.parameters())
     encoded = []
     for sample in tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main()):
+        stop.check()
         image, size = sample["image"][None], sample["size"]
         encoded.append(
             EncodedTestSample(
@@ -336,8 +337,8 @@ def encode_test_set(test_set: TestSet, net: LoadedSam, *, num_workers: int) -> l
                 points=sample["points"][None],
                 labels=sample["labels"][None],
                 size=(int(size[0]), int(size[1])),
-                ground_truth=GroundTruth.from_mask(sample["mask"].numpy()),
-                thumbnail=shrink(sample["original_image"].numpy(), SHOWN_SIDE),
+                ground_truth=sample["ground_truth"],
+                thumbnail=sample["thumbnail"],
             )
         )
     return encoded

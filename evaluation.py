@@ -42,12 +42,21 @@ def evaluate(
 
 
 def run_test(
-    net: LoadedSam, tests: list[EncodedTestSample], batch_size: int, iteration: int, logger: RunLogger
+    net: LoadedSam,
+    tests: list[EncodedTestSample],
+    batch_size: int,
+    iteration: int,
+    logger: RunLogger,
+    stop: runtime.StopRequest,
 ) -> dict[str, float]:
-    """Measure the model on the test set and log it; returns the metrics, with the iteration."""
+    """Measure the model on the test set and log it; returns the metrics, with the iteration.
+
+    Raises Stopped after the current image if a signal ends the run.
+    """
     stats: list[ImageStats] = []
     panels = []
     for test, logits in evaluate(net, tests, batch_size):
+        stop.check()
         stats.append(compute_stats(logits, test.ground_truth))
         panels.append(test_panel(test, logits > 0))
     all_stats = runtime.gather(stats)

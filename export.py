@@ -7,12 +7,13 @@ The tools of segment_anything load the checkpoint without conversion.
 """
 
 import argparse
+import os
 import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 import inference
 import runtime
-from base import atomic
 from base.errors import UserError
 from sam import decoder, encoder
 
+MEMORY_HINT = "export on a machine with more memory"
 ONNX_OPSET = 18
 ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
 
@@ -49,13 +50,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 after a user error, which leaves no output behind."""
+    """Run the command line; returns an exit code of docs/export.md. Without 0, no output is left behind."""
     runtime.init()
     args = parse_args(argv)
     try:
         run(args.checkpoint, args.format, args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = runtime.user_message(error, MEMORY_HINT)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     print(f"written: {args.output}")
     return 0
@@ -67,19 +74,39 @@ def run(checkpoint: Path, output_format: str, output: Path) -> None:
     Raises:
         UserError: the checkpoint cannot be read or converted, `output` exists or cannot be written.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"--output {output} already exists: choose a new path, or remove it first")
+    require_writable(output)
     sam, model_type = inference.load_any(checkpoint)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: the folder {output.parent} cannot be created: {error}"
-        ) from error
     if output_format == "hf":
         export_hf(sam, model_type, output)
     else:
         export_onnx(sam, model_type, output)
+
+
+def require_writable(output: Path) -> None:
+    """Raise UserError unless `output` can be created, in a folder that exists or can be created itself."""
+    folder = output.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"--output {output}: its folder cannot be created, because {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: no permission to write to {folder}; choose another folder")
+
+
+def make_parent(output: Path) -> None:
+    """Create the folder of `output`; raises UserError."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(output, error) from error
+
+
+def not_written(output: Path, error: Exception) -> UserError:
+    """The error for the user, which names the path of the user, not that of a temporary file in it."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(f"--output {output}: could not be written ({reason}); choose another path")
 
 
 # --- Hugging Face -----------------------------------------------------------------------------
@@ -129,6 +156,7 @@ def export_hf(sam: Sam, model_type: str, output: Path) -> None:
     hf = SamModel(SamConfig(**hf_config(sam)))
     hf.load_state_dict(hf_weights(sam.state_dict()), strict=True)
     processor = SamProcessor(SamImageProcessor(**hf_sizes(sam)))
+    make_parent(output)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
             complete = Path(temporary) / output.name
@@ -136,7 +164,7 @@ def export_hf(sam: Sam, model_type: str, output: Path) -> None:
             processor.save_pretrained(complete)
             complete.rename(output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {output}: the folder could not be written: {error}") from error
+        raise not_written(output, error) from error
 
 
 def hf_sizes(sam: Sam) -> dict[str, Any]:
@@ -246,10 +274,14 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
     assert onnx is not None  # None only for the old exporter
     serialized = onnx.model_proto.SerializeToString()
 
-    def write(file: BinaryIO) -> None:
-        file.write(serialized)
-
-    atomic.write_atomically(output, write)
+    make_parent(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+            complete = Path(temporary) / output.name
+            complete.write_bytes(serialized)
+            complete.rename(output)
+    except OSError as error:
+        raise not_written(output, error) from error
 
 
 def prepare_for_onnx(net: nn.Module) -> None:

@@ -36,8 +36,8 @@ PredictLogits = Callable[[list[np.ndarray], list[Sequence[Prompt]]], Iterator[np
 class LoadedSam:
     """A SAM on its device, and how it computes.
 
-    low_precision: dtype of the decoder's products; None for float32. A frozen encoder has its weights in
-        its compute dtype.
+    low_precision: dtype for autocast in the decoder; None means float32. The weights of a frozen encoder are
+        stored in its compute dtype.
     encoder_trains: whether the encoder has float32 weights and computes under autocast.
     compiled_decode, compiled_batch_size: the decoder compiled for whole batches of that size, or None.
     """
@@ -65,7 +65,7 @@ class LoadedSam:
                 images.to(self.device),
                 sizes.to(self.device),
                 self.model_type,
-                eager=self._is_partial(images) and self.device.type != "cpu",  # which encodes one by one
+                eager=self._is_partial(images) and self.device.type != "cpu",  # encodes images one by one
             )
 
     def decode(self, embeddings: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,23 +93,35 @@ def load_any(path: Path) -> tuple[Sam, str]:
     return sam, model_type
 
 
-def load(path: Path, device: torch.device, low_precision: torch.dtype | None) -> PredictLogits:
+def load(
+    path: Path,
+    device: torch.device,
+    low_precision: torch.dtype | None,
+    *,
+    prompt_batch_size: int | None = None,
+) -> PredictLogits:
     """`predict_logits` with the SAM of a checkpoint. Raises UserError as `load_any` does."""
     sam, model_type = load_any(path)
     move_to_device(sam, device, low_precision)
-    return partial(predict_logits, LoadedSam(sam, model_type, low_precision))
+    net = LoadedSam(sam, model_type, low_precision)
+    return partial(predict_logits, net, prompt_batch_size=prompt_batch_size)
 
 
 @torch.inference_mode()
 def predict_logits(
-    net: LoadedSam, images: list[np.ndarray], prompts: list[Sequence[Prompt]]
+    net: LoadedSam,
+    images: list[np.ndarray],
+    prompts: list[Sequence[Prompt]],
+    *,
+    prompt_batch_size: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Logits, float32 (H, W), of each image at its own resolution; above 0 is cable.
 
     Args:
         images: RGB uint8 (H, W, 3), of any sizes.
-        prompts: of each image at least one. An image is encoded once and decoded with each of its prompts;
-            of their logits the largest counts.
+        prompts: at least one for each image. An image is encoded once and decoded with each of its prompts;
+            the result is the pixel-wise maximum.
+        prompt_batch_size: how many prompts are decoded together; None decodes all.
     """
     if not images:
         return
@@ -129,6 +141,7 @@ def predict_logits(
         sizes=[tuple(size) for size in sizes.tolist()],
         original_sizes=[image.shape[:2] for image in images],
         prompts_per_image=[len(several) for several in prompts],
+        prompt_batch_size=prompt_batch_size,
     )
 
 
@@ -142,6 +155,7 @@ def decode_logits(
     sizes: list[tuple[int, int]],
     original_sizes: list[tuple[int, int]],
     prompts_per_image: list[int],
+    prompt_batch_size: int | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `predict_logits`, from embeddings.
 
@@ -151,11 +165,15 @@ def decode_logits(
         sizes: (h, w) of each image in the model's input.
         original_sizes: (h, w) of each image.
         prompts_per_image: how many of the P prompts belong to each image.
+        prompt_batch_size: how many prompts are decoded together; None decodes all.
     """
-    repeats = torch.tensor(prompts_per_image, device=net.device)
-    embeddings = embeddings.to(net.device).repeat_interleave(repeats, dim=0, output_size=len(points))
-    logits, _ = net.decode(embeddings, points, labels)
-    shares = logits.float().split(prompts_per_image)
+    embeddings = embeddings.to(net.device)
+    image_of = torch.arange(len(embeddings)).repeat_interleave(torch.tensor(prompts_per_image))
+    decoded = []
+    for chunk in torch.arange(len(points)).split(prompt_batch_size or len(points)):
+        repeated = embeddings[image_of[chunk].to(net.device)]
+        decoded.append(net.decode(repeated, points[chunk], labels[chunk])[0])
+    shares = torch.cat(decoded).float().split(prompts_per_image)
     for share, size, original_size in zip(shares, sizes, original_sizes, strict=True):
         largest = share.amax(dim=0, keepdim=True)
         yield upscale(net.sam, largest, size, original_size)[0, 0].cpu().numpy()

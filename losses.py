@@ -1,7 +1,7 @@
-"""Losses on mask logits, per sample, over the pixels that belong to the picture.
+"""Losses on mask logits, per sample, over the pixels that belong to the image.
 
 Every function takes `logits`, `target` and `valid` of shape (B, 1, h, w): float logits, the soft
-target in 0..1, and bool or 0/1 marks of pixels inside the picture (outside is padding). Every one
+target in 0..1, and bool or 0/1 marks of pixels inside the image (outside is padding). Every one
 returns a float tensor of shape (B,). Callers average over samples, so that a gradient accumulated
 over several batches equals that of one batch of all their samples.
 """
@@ -18,8 +18,11 @@ def focal_loss(logits: Tensor, target: Tensor, valid: Tensor, *, alpha: float, g
     background. A soft target is read as the probability of foreground: the loss is its expectation.
     """
     probs = torch.sigmoid(logits)
-    foreground = -alpha * (1 - probs) ** gamma * F.logsigmoid(logits)
-    background = -(1 - alpha) * probs**gamma * F.logsigmoid(-logits)
+    away_from_1, away_from_0 = 1 - probs, probs
+    if gamma < 1:  # the slope of x ** gamma is infinite at 0
+        away_from_1, away_from_0 = away_from_1.clamp(min=1e-6), away_from_0.clamp(min=1e-6)
+    foreground = -alpha * away_from_1**gamma * F.logsigmoid(logits)
+    background = -(1 - alpha) * away_from_0**gamma * F.logsigmoid(-logits)
     per_pixel = target * foreground + (1 - target) * background
     return _sum_pixels(per_pixel * valid) / _sum_pixels(valid.to(logits.dtype))
 
@@ -32,13 +35,14 @@ def dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (_sum_pixels(probs) + _sum_pixels(target) + 1)
 
 
-SKELETON_STEPS = 10  # erosions, of a pixel on either side: cables are at most 20 wide on the loss's grid
+# Each erosion removes one pixel on either side: enough for cables up to 20 cells wide on the loss grid.
+SKELETON_STEPS = 10
 
 
 def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Soft clDice loss: 1 - the harmonic mean of topology precision and sensitivity.
 
-    They are the share of the predicted center lines on the truth, and of the true ones on the prediction
+    They are the share of the predicted centerlines on the truth, and of the true ones on the prediction
     (Shit et al., clDice, CVPR 2021, eq. 1 to 3, with 1 added to numerators and denominators).
     """
     probs, target = torch.sigmoid(logits) * valid, target * valid
@@ -49,10 +53,10 @@ def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def soft_skeleton(probs: Tensor) -> Tensor:
-    """Centre lines, (B, 1, h, w) in 0..1, of what is likely foreground (clDice, algorithm 1).
+    """Soft centerlines (B, 1, h, w) in 0..1 of a soft mask (clDice, algorithm 1).
 
-    Shrinks it a pixel at a time and keeps what an opening would remove: where it is but a line. What is
-    outside the grid is background, as padding is.
+    Erodes the mask pixel by pixel and collects what an opening would remove: the parts that are one pixel
+    wide. Pixels outside the grid are background, as padding is.
     """
     skeleton = torch.zeros_like(probs)
     for _ in range(SKELETON_STEPS):
@@ -64,7 +68,7 @@ def soft_skeleton(probs: Tensor) -> Tensor:
 
 
 def _erode(x: Tensor) -> Tensor:
-    """The least of each pixel and its four neighbors. (Faster on a CPU than pooling, as is the next.)"""
+    """Minimum of each pixel and its four neighbors. Shifted minima are faster than pooling on a CPU."""
     around = F.pad(x, (1, 1, 1, 1))
     of_rows = torch.minimum(around[..., :-2, 1:-1], around[..., 2:, 1:-1])
     of_columns = torch.minimum(around[..., 1:-1, :-2], around[..., 1:-1, 2:])
@@ -72,7 +76,7 @@ def _erode(x: Tensor) -> Tensor:
 
 
 def _dilate(x: Tensor) -> Tensor:
-    """The largest of each pixel and its eight neighbors."""
+    """Maximum of each pixel and its eight neighbors."""
     x = F.pad(x, (1, 1, 1, 1))
     x = torch.maximum(torch.maximum(x[..., :-2, :], x[..., 2:, :]), x[..., 1:-1, :])
     return torch.maximum(torch.maximum(x[..., :-2], x[..., 2:]), x[..., 1:-1])
@@ -81,17 +85,45 @@ def _dilate(x: Tensor) -> Tensor:
 def iou_mse(iou_pred: Tensor, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Squared error of the IoU head, `iou_pred` (B, 1), against the IoU of the predicted mask.
 
-    Prediction is logit > 0, truth is target > 0.5; both empty counts as IoU 1. Gradient flows to
-    `iou_pred` alone.
+    The prediction is logit > 0 and the ground truth is target > 0.5; if both are empty, the IoU is 1. The
+    gradient flows to `iou_pred` alone.
     """
     valid = valid.bool()
     prediction = (logits > 0) & valid
-    truth = (target > 0.5) & valid
-    intersection = _sum_pixels((prediction & truth).float())
-    union = _sum_pixels((prediction | truth).float())
+    ground_truth = (target > 0.5) & valid
+    intersection = _sum_pixels((prediction & ground_truth).float())
+    union = _sum_pixels((prediction | ground_truth).float())
     iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
     return (iou_pred[:, 0].float() - iou.detach()) ** 2
 
 
 def _sum_pixels(x: Tensor) -> Tensor:
     return x.sum(dim=(1, 2, 3))
+
+
+def sum_losses(
+    logits: Tensor,
+    iou_pred: Tensor,
+    target_u8: Tensor,
+    valid: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    with_cldice: bool,
+) -> dict[str, Tensor]:
+    """Every loss by name, in float32, summed over the samples of a batch.
+
+    `target_u8` (B, 1, h, w) is 255 times the soft target. Logits (B, 1, ., .) of any float dtype are resized
+    to its grid.
+    """
+    target, logits = target_u8.float() / 255, logits.float()
+    if logits.shape != target.shape:
+        logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
+    losses = {
+        "focal": focal_loss(logits, target, valid, alpha=alpha, gamma=gamma).sum(),
+        "dice": dice_loss(logits, target, valid).sum(),
+        "iou_mse": iou_mse(iou_pred, logits, target, valid).sum(),
+    }
+    if with_cldice:
+        losses["cldice"] = cldice_loss(logits, target, valid).sum()
+    return losses

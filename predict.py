@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -22,21 +23,22 @@ from tqdm import tqdm
 
 import inference
 import runtime
-from base.atomic import write_text
 from base.errors import UserError
 from base.flag_types import number, positive_int
 from imaging import media
 from imaging.coco import coco_document, polygons
-from imaging.files import read_image
+from imaging.files import MAX_PIXELS, read_image
 from imaging.masks import read_mask
-from imaging.media import InputImage, write_image
+from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
+from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
 from imaging.prompts import NO_PROMPT, Prompt
 from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
 
-NEEDS_LESS_MEMORY = "a smaller --batch_size and --amp bf16 need less"
+MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
 tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+finite = number(float, math.isfinite, "a finite number")
 SCORE_NAMES = [field.name for field in fields(Scores)]
 
 
@@ -53,12 +55,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--masks", type=Path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
-    add("--threshold", type=float, default=0.0, help="a pixel is cable if its logit is above it")
+    add("--threshold", type=finite, default=0.0, help="a pixel is cable if its logit is above it")
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=Path, help=prompt_help)
     tiles_help = "cut images into overlapping tiles of this side"
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
+    add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     args = parser.parse_args(argv)
@@ -68,63 +71,110 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0, 1 if some images could not be read, 2 for another failure. A bug raises."""
+    """Run the command; returns an exit code of docs/prediction.md. A bug raises."""
     runtime.init()
     args = parse_args(argv)
     faults: list[str] = []
     try:
-        paths = media.find_images(args.input)
-        video = paths[0] if media.is_video(paths[0]) else None
-        if video and (args.masks or args.prompt):
-            raise UserError(f"{video}: --masks and --prompt are for images, not for a video")
-        mask_paths = media.find_masks(args.masks, paths) if args.masks else {}
-        prompts = media.find_prompts(args.prompt, paths) if args.prompt else {}
-        device = runtime.pick_device(args.device)
-        predict = inference.load(args.checkpoint, device, runtime.amp_dtype(args.amp, device))
-        options = Options(args.output, args.batch_size, args.tiles, args.threshold, args.probabilities)
-        make_folders(options)
-        images = media.read_frames(video, faults) if video else media.read_images(paths, mask_paths, faults)
-        n_images = media.frame_count(video) if video else len(paths)
-        names, stats = predict_images(predict, images, prompts, options, n_images)
-        if video and names:
-            folder = args.output / "overlays"
-            frame_paths = [folder / f"{stem}.jpg" for stem in names]
-            media.write_video(folder / f"{video.stem}.mp4", frame_paths, media.frame_rate(video))
-        if args.polygons:
-            write_polygons(args.output, names)
-        if stats:
-            report_scores(args.output, stats)
-            write_worst(args.output, stats, {path.stem: path for path in paths}, mask_paths)
+        run(args, faults)
+    except KeyboardInterrupt:
+        written = args.output / LIST_NAME
+        lists = f"{written} lists the files written so far" if written.exists() else "nothing was written"
+        print(f"interrupted: {lists}", file=sys.stderr)
+        return 130
     except Exception as error:
-        message = runtime.explain(error, NEEDS_LESS_MEMORY)
+        message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
     for fault in faults:
-        print(f"not predicted: {fault}", file=sys.stderr)
+        print(fault, file=sys.stderr)
     return 1 if faults else 0
+
+
+def run(args: argparse.Namespace, faults: list[str]) -> None:
+    """Predict what the flags say. What is left out is appended to `faults`; raises UserError."""
+    paths = media.find_images(args.input)
+    video = paths[0] if media.is_video(paths[0]) else None
+    if video:
+        if args.masks or args.prompt:
+            raise UserError(f"{video}: --masks and --prompt are for images, not for a video")
+        media.require_video(video)
+    mask_paths = media.find_masks(args.masks, paths) if args.masks else {}
+    prompts = media.find_prompts(args.prompt, paths) if args.prompt else {}
+    inputs = [args.input, args.masks, args.checkpoint, args.prompt, *paths, *mask_paths.values()]
+    output = OutputFolder(args.output, [path for path in inputs if path])
+    device = runtime.pick_device(args.device)
+    low_precision = runtime.amp_dtype(args.amp, device)
+    predict = inference.load(args.checkpoint, device, low_precision, prompt_batch_size=args.batch_size)
+    options = Options(output, args.batch_size, args.tiles, args.threshold, args.probabilities)
+    start_output(output, args, paths, options)
+    try:
+        if video:
+            names = predict_video(predict, video, options, faults)
+            stats: dict[str, ImageStats] = {}
+        else:
+            images = media.read_images(paths, mask_paths, args.max_pixels, faults)
+            names, stats = predict_images(predict, images, prompts, options, len(paths))
+        if args.polygons:
+            write_polygons(output, names)
+        if stats:
+            report_scores(output, stats)
+            write_worst(output, stats, {path.stem: path for path in paths}, mask_paths)
+    finally:
+        output.finish()
 
 
 @dataclass(frozen=True)
 class Options:
     """How images are predicted, and what is written for them."""
 
-    output: Path  # folder of masks/, overlays/ and probabilities/
+    output: OutputFolder
     batch_size: int  # images or tiles that are predicted together
     tile_size: int | None  # in pixels; None predicts whole images
     threshold: float  # a pixel is cable if its logit is above it
     probabilities: bool  # whether to write them
 
+    def names(self, stem: str) -> list[str]:
+        """The files of an image, relative to the output folder."""
+        names = [f"{MASKS}/{stem}.png", f"{OVERLAYS}/{stem}.jpg"]
+        return [*names, f"{PROBABILITIES}/{stem}.png"] if self.probabilities else names
 
-def make_folders(options: Options) -> None:
-    """Create the folders that images are written to; raises UserError."""
-    kinds = ["masks", "overlays", "probabilities"]
-    try:
-        for kind in kinds if options.probabilities else kinds[:2]:
-            (options.output / kind).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {options.output}: cannot be created ({error})") from error
+
+def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Path], options: Options) -> None:
+    """Remove the files of an earlier prediction and list those of this one; raises UserError."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    about = {"tool": "predict.py", "checkpoint": str(args.checkpoint), "flags": flags}
+    stems = [path.stem for path in paths]
+    names = []
+    if media.is_video(paths[0]):
+        names = [f"{OVERLAYS}/{paths[0].stem}.mp4"]
+        stems = [media.frame_stem(paths[0], number) for number in range(media.frame_count(paths[0]))]
+    names += [name for stem in stems for name in options.names(stem)]
+    removed = output.start(about, names)
+    if removed:
+        print(f"replaced {removed} files of an earlier prediction in {output.path}")
+
+
+def predict_video(
+    predict: inference.PredictLogits, video: Path, options: Options, faults: list[str]
+) -> dict[str, str]:
+    """Predict the frames of a video and join their overlays to a video; returns their names by stem."""
+    expected = media.frame_count(video)
+    name = f"{OVERLAYS}/{video.stem}.mp4"
+    with media.VideoWriter(options.output.path / name, media.frame_rate(video)) as writer:
+        frames = media.read_frames(video)
+        names, _ = predict_images(predict, frames, {}, options, expected, writer)
+        writer.finish()
+    options.output.add(name)
+    if len(names) < expected:
+        shortfall = f"{video}: of {expected} frames that its header states, {len(names)} can be decoded"
+        if 2 * len(names) < expected:
+            faults.append(f"not predicted: {shortfall}")
+        else:
+            print(f"note: {shortfall}; trimmed clips often state too many", file=sys.stderr)
+    return names
 
 
 def predict_images(
@@ -133,8 +183,13 @@ def predict_images(
     prompts: Mapping[str, Sequence[Prompt]],
     options: Options,
     n_images: int,
+    video: media.VideoWriter | None = None,
 ) -> tuple[dict[str, str], dict[str, ImageStats]]:
-    """Predict images and write the results; `n_images` is the expected number, for the progress bar.
+    """Predict images and write the results.
+
+    Args:
+        n_images: the expected number, for the progress bar.
+        video: also takes the overlays.
 
     Returns:
         The name of every predicted image, and the stats of those with a true mask, both by stem.
@@ -143,15 +198,16 @@ def predict_images(
     stats: dict[str, ImageStats] = {}
     with tqdm(total=n_images, unit=" images", dynamic_ncols=True) as progress:
         while batch := list(islice(images, options.batch_size)):
+            options.output.announce(name for image in batch for name in options.names(image.stem))
             for image, logits in zip(batch, predict_batch(predict, batch, prompts, options), strict=True):
-                write_prediction(image, logits, options)
+                write_prediction(image, logits, options, video)
                 names[image.stem] = image.name
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
                 progress.update()
     speed = len(names) / progress.format_dict["elapsed"]
-    print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output}")
+    print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     return names, stats
 
 
@@ -172,32 +228,36 @@ def predict_batch(
         )
 
 
-def write_prediction(image: InputImage, logits: np.ndarray, options: Options) -> None:
+def write_prediction(
+    image: InputImage, logits: np.ndarray, options: Options, video: media.VideoWriter | None
+) -> None:
     """Write the mask and the overlay of an image and, if asked for, its probabilities."""
     mask = logits > options.threshold
-    write_image(options.output / "masks" / f"{image.stem}.png", mask.astype(np.uint8) * 255)
     tinted = overlay(image.image, mask, PREDICTION_COLOR)
-    write_image(options.output / "overlays" / f"{image.stem}.jpg", tinted)
+    if video is not None:
+        video.write(tinted)
+    arrays = [mask.astype(np.uint8) * 255, tinted]
     if options.probabilities:
         probabilities = 0.5 * (1 + np.tanh(0.5 * logits))  # a sigmoid without overflow
-        levels = np.rint(65535 * probabilities).astype(np.uint16)
-        write_image(options.output / "probabilities" / f"{image.stem}.png", levels)
+        arrays.append(np.rint(65535 * probabilities).astype(np.uint16))
+    for name, array in zip(options.names(image.stem), arrays, strict=True):
+        options.output.write(name, media.encode_image(array, Path(name).suffix))
 
 
-def write_polygons(output: Path, names: Mapping[str, str]) -> None:
+def write_polygons(output: OutputFolder, names: Mapping[str, str]) -> None:
     """Write `polygons.json`, a COCO file, from the masks written before; `names` are by stem."""
-    masks = ((name, read_mask(output / "masks" / f"{stem}.png")) for stem, name in names.items())
+    masks = ((name, read_mask(output.path / MASKS / f"{stem}.png")) for stem, name in names.items())
     document = coco_document((name, (mask.shape[0], mask.shape[1]), polygons(mask)) for name, mask in masks)
-    write_text(output / "polygons.json", json.dumps(document))
+    output.write("polygons.json", json.dumps(document).encode())
 
 
-def report_scores(output: Path, stats: Mapping[str, ImageStats]) -> None:
+def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats]) -> None:
     """Write `measures.csv` and print the same table, worst image first, and the metrics of the set."""
     rows = [(stem, astuple(image.scores)) for stem, image in stats.items()]
     rows.sort(key=lambda row: row[1][SCORE_NAMES.index("iou")])
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("picture", *SCORE_NAMES), *((stem, *values) for stem, values in rows)])
-    write_text(output / "measures.csv", table.getvalue())
+    output.write("measures.csv", table.getvalue().encode(errors="surrogateescape"))
     rows.append(("mean", tuple(np.mean([values for _, values in rows], axis=0))))
     width = max(len("image"), *(len(stem) for stem, _ in rows))
     print("  ".join(["image".ljust(width), *(f"{name:>7}" for name in SCORE_NAMES)]))
@@ -209,7 +269,7 @@ def report_scores(output: Path, stats: Mapping[str, ImageStats]) -> None:
 
 
 def write_worst(
-    output: Path,
+    output: OutputFolder,
     stats: Mapping[str, ImageStats],
     image_paths: Mapping[str, Path],
     mask_paths: Mapping[str, Path],
@@ -217,9 +277,9 @@ def write_worst(
     """Write `worst.jpg`: image, ground truth and prediction of the images with the lowest IoU."""
     panels = []
     for stem in sorted(stats, key=lambda stem: stats[stem].scores.iou)[:N_WORST]:
-        prediction = read_mask(output / "masks" / f"{stem}.png")
+        prediction = read_mask(output.path / MASKS / f"{stem}.png")
         panels.append(panel(read_image(image_paths[stem]), read_mask(mask_paths[stem]), prediction))
-    write_image(output / "worst.jpg", sheet(panels))
+    output.write("worst.jpg", media.encode_image(sheet(panels), ".jpg"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ from imaging.visualize import sheet
 
 METRICS_FILE = "metrics.jsonl"
 PANELS = 4  # how many images of the test set and of a training batch are shown
-BEST_MEASURES = ("iou", "dice", "cldice")  # of the best test, in TensorBoard's table of runs
+# TensorBoard's table of runs (HPARAMS) shows these metrics of the best test, and all flags but these.
+BEST_METRICS = ("iou", "dice", "cldice")
+NOT_IN_HPARAMS = {
+    "exp_name", "checkpoint", "device", "num_workers", "cache_mb", "max_pixels", "max_bad_steps",
+    "save_interval", "keep_last", "resume_interval", "test_interval", "log_interval",
+}  # fmt: skip
 
 
 class RunLogger:
@@ -56,11 +61,8 @@ class RunLogger:
         if self.enabled:
             tqdm.write(text)
 
-    def settings(self, flags: dict[str, Any], config: dict, columns: list[str], iteration: int) -> None:
-        """Write `args.yaml` and `config.yaml`; show the flags as text and as this run's row in HPARAMS.
-
-        columns: names of the flags that the row shows.
-        """
+    def settings(self, flags: dict[str, Any], config: dict[str, Any], iteration: int) -> None:
+        """Write `args.yaml` and `config.yaml`; show the flags as text and as this run's row in HPARAMS."""
         if not self.enabled:
             return
         for name, values in (("config.yaml", config), ("args.yaml", flags)):
@@ -69,8 +71,8 @@ class RunLogger:
         with self._writing():
             text = yaml.safe_dump(flags, sort_keys=False)
             self.writer.add_text("flags", f"```\n{text}```", iteration)
-            shown = {name: flags[name] for name in columns if flags[name] is not None}
-            best = {f"best/{name}": 0.0 for name in BEST_MEASURES}
+            shown = {name: value for name, value in flags.items() if name not in NOT_IN_HPARAMS}
+            best = {f"best/{name}": 0.0 for name in BEST_METRICS}
             for summary in hparams(shown, best)[:2]:  # the third would say that the run has ended
                 self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
@@ -132,7 +134,7 @@ class RunLogger:
         """Write the metrics of a new best test."""
         if self.enabled:
             with self._writing():
-                for name in BEST_MEASURES:
+                for name in BEST_METRICS:
                     self.writer.add_scalar(f"best/{name}", metrics[name], iteration)
 
     def training_panels(self, panels: list[np.ndarray], iteration: int) -> None:
@@ -154,6 +156,12 @@ class RunLogger:
         if self.enabled:
             with self._writing():
                 self.writer.close()
+
+
+def remove_logs(folder: Path) -> None:
+    """Remove the logs in the folder of a run."""
+    for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE]:
+        path.unlink(missing_ok=True)
 
 
 def _drop_later_lines(path: Path, iteration: int) -> None:

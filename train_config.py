@@ -43,7 +43,7 @@ def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str |
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag, resolved: no value is left that depends on another flag."""
+    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device."""
 
     # fmt: off
     # run
@@ -69,25 +69,25 @@ class TrainConfig:
     # model
     model_type: str = flag("vit_b", VARIANTS, "SAM variant")
     checkpoint: Path | None = flag(None, Path, "weights to start from (default: the published weights)")
-    train: str = flag("decoder", TRAIN, "what trains: the mask decoder; also adapters; also the encoder")
+    train: str = flag("decoder", TRAIN, "the mask decoder; also adapters in the encoder; also all of it")
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
     lora_alpha: float = flag(16.0, positive, "the adapters' output is multiplied by alpha / rank")
     grad_checkpointing: bool = flag(False, bool, "less memory for a training encoder, more computation")
-    prompt: str = flag("none", PROMPT_KINDS, "prompts for the decoder; point: 1 to 3 points; mixed: any")
+    prompt: str = flag("none", PROMPT_KINDS, "prompt of each sample; mixed: none, point or box at random")
     # optimization
     epoch_num: int = flag(50, positive_int, "number of epochs", short="-e")
-    batch_size: int = flag(None, positive_int, "samples per batch (default: 4, encoder: 1)", short="-b")
+    batch_size: int = flag(None, positive_int, "samples per batch (default: 4; encoder, lora: 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
     lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
-    encoder_lr: float = flag(None, positive, "the encoder's (default: lr / 2; 2 lr for adapters)")
-    layer_decay: float = flag(0.9, decay, "--train encoder: factor on its rate for each earlier block")
+    encoder_lr: float = flag(None, positive, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
+    layer_decay: float = flag(0.9, decay, "--train encoder: each block has this times the next one's rate")
     warmup_steps: int = flag(10, count, "optimizer steps of linear warm-up")
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
     weight_decay: float = flag(0.01, not_negative, "weight decay of AdamW")
     grad_clip: float = flag(1.0, positive, "largest norm of the gradient")
     max_bad_steps: int = flag(10, positive_int, "non-finite steps in a row that end the run")
     # loss
-    alpha: float = flag(None, fraction, "focal loss: foreground weight (default: 0.7; encoder: 0.5)")
+    alpha: float = flag(None, fraction, "focal loss: weight of foreground (default: 0.7; lora, encoder: 0.5)")
     gamma: float = flag(2.0, not_negative, "focal loss: focusing power")
     focal_weight: float = flag(20.0, not_negative, "weight of the focal loss")
     dice_weight: float = flag(1.0, not_negative, "weight of the Dice loss")

@@ -51,8 +51,8 @@ class Schedule:
         """Whether the optimizer steps after the epoch's batch `batch` (from 0)."""
         return (batch + 1) % self.virtual_batch_size == 0 or batch + 1 == self.batches_per_epoch
 
-    def is_amid_step(self, iterations: int) -> bool:
-        """Whether, after so many iterations, gradients wait for the rest of their step."""
+    def is_mid_step(self, iterations: int) -> bool:
+        """Whether gradients of an unfinished optimizer step exist after so many iterations."""
         batch = iterations % self.batches_per_epoch
         return batch > 0 and not self.ends_step(batch - 1)
 
@@ -62,11 +62,13 @@ class Schedule:
 
 @dataclass
 class TrainState:
-    """Where a run stands: with the trained weights, all that it needs to go on.
+    """The progress of a run. With the trained weights, it is all that a resumed run needs.
 
     loss_sums, samples: since the last log, the losses summed over samples, and the number of samples.
-    bad_steps, bad_steps_in_a_row: optimizer steps that were skipped, in all and most recently.
+    bad_steps, bad_steps_in_a_row: skipped optimizer steps of the run, and those since the last good step.
     baseline, best: metrics of the first and of the best test, with their iteration.
+    last_test: iteration of the last test.
+    is_finished: whether the tests and checkpoints of the current iteration are done.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
     """
 
@@ -80,6 +82,8 @@ class TrainState:
     bad_steps_in_a_row: int = 0
     baseline: dict[str, float] | None = None
     best: dict[str, float] | None = None
+    last_test: int = 0
+    is_finished: bool = True
     is_consistent: bool = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +114,10 @@ class TrainState:
         self.bad_steps += not is_finite
         self.bad_steps_in_a_row = 0 if is_finite else self.bad_steps_in_a_row + 1
 
-    def count_losses(self, losses: dict[str, Tensor], samples: int) -> None:
+    def count_iteration(self, losses: dict[str, Tensor], samples: int) -> None:
+        """Count an iteration with its losses, summed over samples. Its tests and checkpoints are to come."""
+        self.iteration += 1
+        self.is_finished, self.is_consistent = False, True
         for name, value in losses.items():
             self.loss_sums[name] += value
         self.samples += samples

@@ -24,17 +24,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # of torch.save the latter
-        reason = str(error).splitlines()[0]
+        if os.name == "posix":  # elsewhere a folder cannot be opened to sync the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} could not be written, and is as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened to sync the rename itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:

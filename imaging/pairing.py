@@ -17,6 +17,7 @@ import numpy as np
 from imaging.files import (
     MAX_PIXELS,
     NO_IMAGE_FILE,
+    DecodedFile,
     FileError,
     check_size,
     decode,
@@ -64,9 +65,9 @@ class FileInfo:
 # --- Matching ----------------------------------------------------------------------------------
 
 
-def normalized_stem(path: Path) -> str:
-    """The stem of a file name with composed Unicode characters: macOS writes "é" as two characters."""
-    return unicodedata.normalize("NFC", path.stem)
+def normalized(stem: str) -> str:
+    """A stem with composed Unicode characters: macOS writes "é" as two characters."""
+    return unicodedata.normalize("NFC", stem)
 
 
 def match_by_stem(
@@ -80,8 +81,8 @@ def match_by_stem(
     Returns:
         The pairs (image, mask), sorted by the stem of the image; the other images; the other masks.
     """
-    images = {normalized_stem(path): path for path in image_paths}
-    masks = {normalized_stem(path): path for path in mask_paths}
+    images = {normalized(path.stem): path for path in image_paths}
+    masks = {normalized(path.stem): path for path in mask_paths}
     matched = {stem: stem for stem in images.keys() & masks.keys()}  # image stem -> mask stem
     shortened = {stem: MASK_SUFFIX.sub("", stem, count=1) for stem in masks.keys() - matched.keys()}
     n_claims = Counter(shortened.values())
@@ -110,7 +111,7 @@ def find_pairs(data_dir: Path, mask_values: MaskValues = None) -> tuple[list[Pai
             return [], [*faults, f"{folder}: no such folder (expected imgs/ and masks/ in {data_dir})"]
         by_stem: dict[str, Path] = {}
         for path in image_files(folder):
-            stem = normalized_stem(path)
+            stem = normalized(path.stem)
             if stem in by_stem:
                 faults.append(f"{path}: has the same stem as {by_stem[stem].name}")
             by_stem[stem] = path
@@ -143,33 +144,38 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interpret_pair(pair: Pair) -> tuple[np.ndarray, MaskReading]:
-    """Read an image, RGB uint8 (H, W, 3), and interpret its mask of the same size.
+    """Read an image, RGB uint8 (H, W, 3), and interpret its mask of the same size; raises FileError."""
+    image_file = decode(pair.image_path)
+    return to_rgb(image_file), interpret_mask(image_file, pair.mask_path, pair.mask_values)
 
-    Raises FileError if a file cannot be read, if their sizes differ, or if it is unclear whether the mask was
-    drawn before or after the image was rotated by its EXIF orientation.
+
+def interpret_mask(image_file: DecodedFile, path: Path, mask_values: MaskValues = None) -> MaskReading:
+    """Interpret the mask file of a decoded image.
+
+    Raises FileError if it cannot be read, if the sizes differ, or if it is unclear whether the mask was drawn
+    before or after the image was rotated by its EXIF orientation.
     """
-    image_file, mask_file = decode(pair.image_path), decode(pair.mask_path)
-    reading = interpret(mask_file, pair.mask_values)
-    image = to_rgb(image_file)
-    (height, width), mask_size = image.shape[:2], reading.mask.shape
+    mask_file = decode(path)
+    width, height = image_file.image.size
+    mask_width, mask_height = mask_file.image.size
     turns = image_file.orientation, mask_file.orientation
-    if (height, width) != mask_size:
+    if (height, width) != (mask_height, mask_width):
         note = ""
         if turns[0] != turns[1]:
             note = f" (the EXIF orientation is {turns[0]} in the image and {turns[1]} in the mask)"
         raise FileError(
-            f"{pair.image_path}: is {height} x {width} (h x w) but its mask is "
-            f"{mask_size[0]} x {mask_size[1]}{note}"
+            f"{image_file.path}: is {height} x {width} (h x w) but its mask is "
+            f"{mask_height} x {mask_width}{note}"
         )
     # If one of the two is turned by 90 degrees and the sizes are equal, both are upright.
     turned_by_size = height != width and max(turns) > 4 and min(turns) == 1
     if turns[0] != turns[1] and not turned_by_size:
         raise FileError(
-            f"{pair.image_path}: its EXIF orientation is {turns[0]}, that of its mask {pair.mask_path.name} "
-            f"is {turns[1]}, and the sizes do not tell whether the mask fits the image as it is turned by "
+            f"{image_file.path}: its EXIF orientation is {turns[0]}, that of its mask {path.name} is "
+            f"{turns[1]}, and the sizes do not tell whether the mask fits the image as it is turned by "
             "this tag. If it does, save the image turned and without the tag; if not, remove the tag"
         )
-    return image, reading
+    return interpret(mask_file, mask_values)
 
 
 # --- Checking ----------------------------------------------------------------------------------

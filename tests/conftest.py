@@ -168,7 +168,8 @@ def run_process(*command, **environment) -> subprocess.CompletedProcess:
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
+        start_new_session=True,  # a process group of its own
     )
 
 

@@ -243,9 +243,8 @@ def test_missing_file_is_named(tmp_path):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("cables")
-keys = st.sampled_from(
-    "dataset train test data_dir bg_paths w_aug aug_details percentage mask_values allow_large_foreground".split()
-)
+KEYS = "dataset train test data_dir bg_paths w_aug aug_details percentage mask_values allow_large_foreground"
+keys = st.sampled_from(KEYS.split())
 documents = st.recursive(
     leaves,
     lambda inner: (

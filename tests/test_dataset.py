@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import composite_index, constant_index, rng, write_dataset
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import dataset
 from base.errors import UserError
@@ -72,7 +71,7 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
 
 def test_photos_are_used_as_they_are_without_backgrounds(data):
     cables = dataset_index(data, backgrounds=False)
-    image, mask = dataset.draw_sample(cables, 1, (48, 64), rng())
+    image, mask = dataset.make_sample(cables, 1, (48, 64), rng())
     assert (image == files.read_image(cables.pairs[1].image_path)).all()
     assert (mask == masks.read_mask(cables.pairs[1].mask_path)).all()
 
@@ -216,10 +215,15 @@ def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
     again = TestSet(dataset_index(data, percentage=0.5, w_aug=True), spec=SPEC, prompt="box", seed=0)
     assert len(tests) == 3
     for first, second in zip(
-        DataLoader(tests, batch_size=None), DataLoader(again, batch_size=None, num_workers=2), strict=True
+        dataset.test_loader(tests, num_workers=0, rank=0, world_size=1),
+        dataset.test_loader(again, num_workers=2, rank=0, world_size=1),
+        strict=True,
     ):
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        assert first["mask"].shape == (48, 64) and first["mask"].dtype == torch.bool
+        tensors = first.keys() - {"ground_truth", "thumbnail"}
+        assert all(torch.equal(first[name], second[name]) for name in tensors)
+        masks = [sample["ground_truth"].mask for sample in (first, second)]
+        assert masks[0].shape == (48, 64) and masks[0].dtype == bool and (masks[0] == masks[1]).all()
+        assert (first["thumbnail"] == second["thumbnail"]).all()
     assert len(TestSet(dataset_index(data, percentage=4.0), spec=SPEC, prompt="none", seed=0)) == 6
 
 

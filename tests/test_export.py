@@ -1,5 +1,7 @@
 """Exported models compute the logits of SAM in transformers and onnxruntime."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -156,6 +158,43 @@ def test_a_full_disk_ends_with_a_message_and_leaves_nothing(random_weights, tmp_
     error = capsys.readouterr().err
     assert f"{output}" in error and "could not be written" in error and "File too large" in error
     assert [path for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+@pytest.mark.parametrize("output_format", ["hf", "onnx"])
+def test_a_folder_that_cannot_be_written_to_is_named_as_given(
+    random_weights, monkeypatch, capsys, output_format
+):
+    monkeypatch.setattr(export.os, "access", lambda folder, mode: True)  # as for root on some systems
+    output = Path("/proc/self/cables")  # even root creates nothing there
+    if not output.parent.is_dir():
+        pytest.skip("this system has no /proc")
+    assert run(random_weights, output_format, output) == 2
+    error = capsys.readouterr().err
+    assert f"--output {output}: could not be written" in error and ".cables" not in error
+
+
+def test_a_folder_without_permission_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export.os, "access", lambda folder, mode: False)
+    assert run(tmp_path / "never read.pth", "onnx", tmp_path / "new/cables.onnx") == 2
+    assert f"no permission to write to {tmp_path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nowhere_is_not_replaced(random_weights, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert run(random_weights, "onnx", tmp_path / "out") == 2
+    assert "already exists" in capsys.readouterr().err
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_ctrl_c_leaves_nothing(random_weights, tmp_path, monkeypatch, capsys):
+    def interrupt(sam):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "hf_config", interrupt)
+    assert run(random_weights, "hf", tmp_path / "new/out") == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, RuntimeError])

@@ -23,6 +23,7 @@ import inference
 import losses
 import runtime
 from base.errors import UserError
+from config import load_config
 from embeddings import encode_test_set
 from evaluation import evaluate
 from imaging.metrics import compute_stats
@@ -93,7 +94,7 @@ def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config
     assert args["lr"] == 5e-3 and args["prompt"] == "none" and args["config"] == str(config)
     again = yaml.safe_load((folder / "config.yaml").read_text())
     assert again["dataset"]["train"][0]["data_dir"] == str(data / "cables")
-    finetune.load_config(folder / "config.yaml")
+    load_config(folder / "config.yaml")
 
     output = capsys.readouterr().out
     assert "8 epochs of 48 samples: 48 iterations, 48 optimizer steps" in output
@@ -109,7 +110,7 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
 
     last = Path("exp/run/checkpoints/last.pth")
     experiment = finetune.prepare(tiny_config(config_file(), last))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0)
+    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
     ours = [logits > 0 for _, logits in evaluate(experiment.net, tests, 2)]
     assert any(mask.any() for mask in ours)
     for mask, test in zip(ours, tests, strict=True):
@@ -349,14 +350,14 @@ def test_whole_batches_run_compiled_and_the_last_one_as_it_is(tiny_weights, conf
 def test_compiling_is_chosen_for_long_runs_on_cuda(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
-    assert finetune.should_compile("on", cpu, 1) and not finetune.should_compile("off", cuda, 10**9)
-    assert finetune.should_compile("auto", cuda, 10**6)
-    assert not finetune.should_compile("auto", cuda, 1000) and not finetune.should_compile("auto", cpu, 10**9)
+    assert runtime.should_compile("on", cpu, 1) and not runtime.should_compile("off", cuda, 10**9)
+    assert runtime.should_compile("auto", cuda, 10**6)
+    assert not runtime.should_compile("auto", cuda, 1000) and not runtime.should_compile("auto", cpu, 10**9)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    assert not finetune.should_compile("auto", cuda, 10**6)
+    assert not runtime.should_compile("auto", cuda, 10**6)
     with pytest.raises(UserError, match="--compile on: needs a C"):
-        finetune.should_compile("on", cpu, 1)
+        runtime.should_compile("on", cpu, 1)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_the_baseline_is_measured_at_iteration_0(tiny_weights, config_file):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "-b", 2) == 0
     measured = dict(scalars("exp/run")["test/iou"])
     experiment = finetune.prepare(tiny_config(config_file(), tiny_weights))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0)
+    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
     ious = [
         compute_stats(logits, test.ground_truth).scores.iou
         for test, logits in evaluate(experiment.net, tests, 1)

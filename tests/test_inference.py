@@ -75,3 +75,23 @@ def test_prompts_are_those_of_sam_predictor(tiny_weights, tiny_sam):
     assert (found[2] >= both - 1e-5).all()
     assert np.abs(found[2] - both).mean() < 0.1 * np.abs(found[0] - found[1]).mean()
     assert np.abs(found[2] - found[0]).max() > 1e-3
+
+
+def test_prompts_in_chunks_give_the_same_logits(tiny_weights, tiny_sam):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (48, 90, 3), dtype=np.uint8) for _ in range(2)]
+    boxes = random.uniform(0, 40, (9, 2, 2)).astype(np.float32)
+    prompts = [Prompt(box, np.array([2, 3])) for box in boxes]
+    shares = [prompts[:7], prompts[7:]]
+    n_decoded = []
+
+    class Recorded(LoadedSam):
+        def decode(self, embeddings, points, labels):
+            n_decoded.append(len(points))
+            return super().decode(embeddings, points, labels)
+
+    net = Recorded(tiny_sam, "tiny", None)
+    together = list(predict_logits(net, images, shares))
+    in_chunks = list(predict_logits(net, images, shares, prompt_batch_size=4))
+    assert n_decoded == [9, 4, 4, 1]
+    np.testing.assert_allclose(in_chunks, together, atol=1e-5)

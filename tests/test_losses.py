@@ -135,3 +135,11 @@ def test_samples_do_not_mix(loss):
     valid = torch.rand(3, 1, 4, 4) > 0.3
     one_by_one = torch.cat([loss(logits[i : i + 1], target[i : i + 1], valid[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(loss(logits, target, valid), one_by_one)
+
+
+def test_a_focusing_power_below_one_has_a_finite_gradient():
+    logits = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0]).view(1, 1, 1, 5).requires_grad_()
+    for target in (torch.zeros(1, 1, 1, 5), torch.ones(1, 1, 1, 5)):
+        loss = focal_loss(logits, target, torch.ones(1, 1, 1, 5), alpha=0.5, gamma=0.5).sum()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.isfinite().all() and gradient.any()

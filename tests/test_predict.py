@@ -7,15 +7,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset, write_video
+from conftest import TINY, write_dataset, write_video
 from PIL import Image
 from segment_anything import SamPredictor
 
 import checkpoint
 import predict
+from imaging import media
 from imaging.files import read_image
 from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
+from imaging.output_folder import OutputFolder
+from sam import variants
 
 
 @pytest.fixture
@@ -42,6 +45,16 @@ def run(weights, source, output, *argv):
         "off",
     )
     return predict.main([str(part) for part in (*flags, *argv)])
+
+
+def written_files(output):
+    """What the list of an output folder names."""
+    return list(json.loads((output / "predictions.json").read_text())["files"])
+
+
+def snapshot(folder):
+    """The content of every file in a folder and its folders."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sam, data, tmp_path, capsys):
@@ -111,7 +124,7 @@ def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
 def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
     (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n0.png,0,0,10,10\n1.png,0,0,40,40\n")
     assert run(trained, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "boxes.csv") == 2
-    assert "no prompt for 2.png" in capsys.readouterr().err
+    assert "no prompt for 1 of 3 images" in capsys.readouterr().err
     with (tmp_path / "boxes.csv").open("a") as file:
         file.write("2.png,5,5,60,40\n")
     assert run(trained, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "boxes.csv") == 0
@@ -145,16 +158,149 @@ def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("tmp")] == []
 
 
-def test_a_damaged_video_is_named(trained, data, tmp_path, capsys):
+def test_a_video_cut_short_is_predicted_and_too_short_a_one_is_named(trained, data, tmp_path, capsys):
     frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)] * 5
     write_video(tmp_path / "clip.avi", frames)
     content = (tmp_path / "clip.avi").read_bytes()
-    (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])
+    for share, code, message in ((0.8, 0, "note: "), (0.3, 1, "not predicted: ")):
+        (tmp_path / "clip.avi").write_bytes(content[: int(share * len(content))])
+        assert run(trained, tmp_path / "clip.avi", tmp_path / "out") == code
+        assert (
+            f"{message}{tmp_path}/clip.avi: of 30 frames that its header states, " in capsys.readouterr().err
+        )
+        n_masks = len(list((tmp_path / "out/masks").iterdir()))
+        assert n_masks == media.frame_count(tmp_path / "out/overlays/clip.mp4") > 30 * (share - 0.1)
+        assert len(written_files(tmp_path / "out")) == 2 * n_masks + 1
+
+
+def test_a_file_that_is_no_video_leaves_the_output_as_it_was(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test/imgs", tmp_path / "out") == 0
+    before = snapshot(tmp_path / "out")
     (tmp_path / "none.mp4").write_bytes(b"not a video")
-    assert run(trained, tmp_path / "clip.avi", tmp_path / "out") == 1
-    assert "clip.avi: of " in capsys.readouterr().err
-    assert run(trained, tmp_path / "none.mp4", tmp_path / "out2") == 1
-    assert "none.mp4: of 0 frames only 0 can be decoded" in capsys.readouterr().err
+    assert run(trained, tmp_path / "none.mp4", tmp_path / "out") == 2
+    assert "none.mp4: no frame of this video can be decoded" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_video_that_cannot_be_written_ends_at_its_first_frame(trained, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda video: False)
+    write_video(tmp_path / "clip.avi", [read_image(data / "cables/imgs/0.png")] * 4)
+    assert run(trained, tmp_path / "clip.avi", tmp_path / "out", "--batch_size", 1) == 2
+    assert "clip.mp4: OpenCV cannot write a video of 64 x 48 pixels" in capsys.readouterr().err
+    assert written_files(tmp_path / "out") == []
+
+
+# --- The output folder ------------------------------------------------------------------------
+
+
+def test_a_second_prediction_replaces_exactly_the_first(trained, data, tmp_path, capsys):
+    output, photos, masks = tmp_path / "out", data / "test/imgs", data / "test/masks"
+    assert run(trained, photos, output, "--masks", masks, "--polygons", "--probabilities") == 0
+    assert len(written_files(output)) == 3 * 3 + 3
+    (output / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert run(trained, photos / "1.png", output) == 0
+    assert f"replaced 12 files of an earlier prediction in {output}" in capsys.readouterr().out
+    left = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert left == {"masks/1.png", "overlays/1.jpg", "predictions.json", "notes.txt"}
+    assert written_files(output) == ["masks/1.png", "overlays/1.jpg"]
+    document = json.loads((output / "predictions.json").read_text())
+    assert document["tool"] == "predict.py" and document["checkpoint"] == str(trained)
+    assert document["flags"]["input"] == str(photos / "1.png") and document["flags"]["threshold"] == 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["the dataset", "the images", "the checkpoint", "a link", "a foreign mask", "a changed mask", "a list"],
+)
+def test_an_output_that_would_lose_files_is_refused(trained, data, tmp_path, capsys, fault):
+    photos, masks, output = data / "test/imgs", data / "test/masks", tmp_path / "out"
+    message = "is an input"
+    if fault == "the dataset":
+        output = data / "test"
+    elif fault == "the images":
+        output = photos
+    elif fault == "the checkpoint":
+        output = trained.parent
+    elif fault == "a link":
+        output.mkdir()
+        (output / "masks").symlink_to(masks, target_is_directory=True)
+        message = "link to another folder"
+    elif fault == "a foreign mask":
+        (output / "masks").mkdir(parents=True)
+        (output / "masks/other.png").write_bytes(b"mine")
+        message = "1 files that were not written by predict.py"
+    elif fault == "a changed mask":
+        assert run(trained, photos, output) == 0
+        (output / "masks/1.png").write_bytes(b"corrected by hand")
+        message = "changed after they were written"
+    elif fault == "a list":
+        output.mkdir()
+        (output / "predictions.json").write_text(json.dumps({"files": {"../data/test/imgs/0.png": None}}))
+        message = "no list of predict.py"
+    before = snapshot(tmp_path)
+    assert run(trained, photos, output, "--masks", masks) == 2
+    assert message in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_ends_with_a_line_and_the_written_files_are_listed(
+    trained, data, tmp_path, capsys, monkeypatch
+):
+    encode_image = media.encode_image
+    monkeypatch.setattr(media, "encode_image", lambda *args: (_interrupt_third(), encode_image(*args))[1])
+    calls = iter(range(100))
+
+    def _interrupt_third():
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--batch_size", 1) == 130
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert written_files(tmp_path / "out") == ["masks/0.png", "overlays/0.jpg"]
+    assert run(trained, data / "test/imgs", tmp_path / "out") == 0
+
+
+def test_a_killed_prediction_can_be_repeated(trained, data, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    monkeypatch.setattr(OutputFolder, "finish", lambda self: None)  # as if killed: the list is not ended
+    assert run(trained, data / "test/imgs", output) == 0
+    (output / "masks/.1.png.77.tmp").write_bytes(b"half a ma")
+    monkeypatch.undo()
+    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
+    assert run(trained, data / "test/imgs/0.png", output) == 0
+    assert sorted(path.name for path in (output / "masks").iterdir()) == ["0.png"]
+
+
+def test_true_masks_that_are_missing_or_do_not_fit(trained, data, tmp_path, capsys):
+    photos, masks = data / "test/imgs", data / "test/masks"
+    Image.new("L", (9, 8)).save(masks / "2.png")
+    assert run(trained, photos, tmp_path / "out", "--masks", masks) == 1
+    assert "not compared: " in (error := capsys.readouterr().err)
+    assert "2.png: is 8 x 9 (h x w), but its image is 48 x 64" in error
+    assert len(list((tmp_path / "out/masks").iterdir())) == 3
+    with (tmp_path / "out/measures.csv").open(newline="") as file:
+        assert sorted(row["picture"] for row in csv.DictReader(file)) == ["0", "1"]
+    (masks / "0.png").unlink()
+    (masks / "2.png").unlink()
+    assert run(trained, photos, tmp_path / "out", "--masks", masks) == 2
+    error = capsys.readouterr().err
+    assert "no mask for 2 of 3 images" in error and "0.png" in error and "2.png" in error
+
+
+def test_larger_images_than_max_pixels_are_left_out(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--max_pixels", 3000) == 1
+    assert "0.png: has 48 x 64 pixels, more than --max_pixels 3000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "high"])
+def test_a_threshold_is_a_finite_number(trained, data, tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        run(trained, data / "test/imgs", tmp_path / "out", f"--threshold={value}")
+    assert "argument --threshold: expected a finite number" in capsys.readouterr().err
+
+
+# --- Mistakes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +320,7 @@ def test_a_flag_out_of_range_is_refused(trained, data, tmp_path, capsys, flag, v
         ("input", "no such file or folder"),
         ("empty", "no .png, .jpg, .jpeg, .webp, .tif, .tiff or .bmp file in it"),
         ("stems", "0.jpg and 0.png would give one mask"),
-        ("masks", "no mask for 0.png"),
+        ("masks", "no mask for 1 of 3 images"),
     ],
 )
 def test_mistakes_end_with_a_message(trained, data, tmp_path, capsys, fault, message):

@@ -5,9 +5,11 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
+import time
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,11 @@ from PIL import Image
 
 import checkpoint
 import dataset
+import evaluation
+import experiment
 import finetune
+import runtime
+from config import load_config
 from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
@@ -82,19 +88,48 @@ def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weight
     assert not list(Path("exp/run").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_iteration(
-    config, tiny_weights, uninterrupted, at_iteration, capsys, number, code
+    config, tiny_weights, uninterrupted, at_iteration, capsys, number
 ):
     handler = signal.getsignal(number)  # which a shell may have set to "ignore"
     at_iteration(8, lambda batch, net: os.kill(os.getpid(), number))  # amid an optimizer step
-    assert run_tiny(config, tiny_weights, *FLAGS) == code
+    assert run_tiny(config, tiny_weights, *FLAGS) == 128 + number
     assert "--exp_name run --resume" in capsys.readouterr().err
     assert not Path("exp/run/checkpoints/last.pth").exists()
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
     assert_same_results(results(), uninterrupted)
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, uninterrupted, capsys):
+    process = run_apart(config, tiny_weights, "--num_workers", 2, GROUP_IN=8)
+    assert process.returncode == 143, process.stderr
+    assert "--exp_name run --resume" in process.stderr and "Traceback" not in process.stderr
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     after iteration 8" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
+
+
+def test_a_signal_during_a_test_ends_the_run_within_an_image(
+    config, tiny_weights, uninterrupted, monkeypatch, capsys
+):
+    compute_stats, calls = evaluation.compute_stats, []
+
+    def signal_in_second_test(logits, ground_truth):
+        calls.append(1)
+        if len(calls) == 5:  # 3 images in the first test
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_stats(logits, ground_truth)
+
+    monkeypatch.setattr(evaluation, "compute_stats", signal_in_second_test)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 143
+    assert len(calls) == 5
+    assert len(Path("exp/run/metrics.jsonl").read_text().splitlines()) == 1
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     after iteration 6" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
 
 
 def test_only_the_last_epochs_are_kept(config, tiny_weights):
@@ -239,21 +274,21 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
 def test_a_test_picture_that_vanishes_after_the_check_is_named(
     config, tiny_weights, data, monkeypatch, capsys
 ):
-    index_datasets = finetune.index_datasets
+    index_datasets = experiment.index_datasets
 
     def find_and_lose(*args, **kwargs):
         sources = index_datasets(*args, **kwargs)
         (data / "test/imgs/1.png").unlink()
         return sources
 
-    monkeypatch.setattr(finetune, "index_datasets", find_and_lose)
+    monkeypatch.setattr(experiment, "index_datasets", find_and_lose)
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
     error = capsys.readouterr().err
     assert "test/imgs/1.png: cannot be decoded" in error and "Traceback" not in error
 
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
-    config = finetune.load_config(config)
+    config = load_config(config)
     sources = dataset.index_datasets(list(config.dataset.train))
     train_set = dataset.TrainSet(sources, spec=geometry.InputSpec(64, 32), prompt="none", seed=0)
     use = train_set.epoch(0)[0]
@@ -289,9 +324,9 @@ def test_a_data_worker_that_dies_is_reported(config, tiny_weights, at_iteration,
 def test_a_photo_in_training_and_test_is_named(config, tiny_weights, data, capsys):
     leaked = data / "test/imgs/1.png"
     assert run_tiny(config, tiny_weights, "-e", 1) == 0
-    assert "measures memory" not in capsys.readouterr().err
+    assert "does not measure generalization" not in capsys.readouterr().err
     Image.open(data / "cables/imgs/4.png").save(leaked, compress_level=1)  # other bytes, the same pixels
-    with pytest.warns(UserWarning, match="measures memory") as warned:
+    with pytest.warns(UserWarning, match="does not measure generalization") as warned:
         assert run_tiny(config, tiny_weights, "-e", 1, "-n", "leaky") == 0
     message = str(warned[0].message)
     assert message.endswith(f":\n  {leaked} = {data / 'cables/imgs/4.png'}")
@@ -449,3 +484,103 @@ def test_hostile_checkpoints_run_no_code(config, tiny_weights, capsys, kind):
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
     assert not Path("pwned").exists() and not Path("exp").exists()
+
+
+# --- what a resumed run rests on ---
+
+
+def test_other_weights_under_the_same_path_are_refused(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    weights = checkpoint.load_weights(tiny_weights)
+    weights["image_encoder.pos_embed"] += 1
+    checkpoint.save_weights(weights, tiny_weights)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 1
+    assert "is not the weights file that the run started from" in capsys.readouterr().err
+
+
+def test_another_precision_of_auto_is_refused(config, tiny_weights, monkeypatch, capsys):
+    auto = (*FLAGS, "--amp", "auto")
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: torch.bfloat16)
+    assert run_tiny(config, tiny_weights, *auto, "-e", 1) == 0
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: None)
+    assert run_tiny(config, tiny_weights, *auto, "-e", 2, "--resume") == 1
+    assert "add --amp bf16" in capsys.readouterr().err
+
+
+def test_a_run_that_died_before_its_first_state_starts_again(config, tiny_weights, uninterrupted, capsys):
+    process = run_apart(config, tiny_weights, KILL_IN=3)
+    assert process.returncode == -signal.SIGKILL and not Path("exp/run/resume.pth").exists()
+    assert run_tiny(config, tiny_weights, *FLAGS) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert "resumed     from the start" in capsys.readouterr().out
+    assert_same_results(results(), uninterrupted)
+
+
+def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2) == 0
+    for epochs in (1, 2):
+        assert run_tiny(config, tiny_weights, *FLAGS, "-e", epochs, "--resume") == 2
+        assert "give a larger --epoch_num" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3, "--resume") == 0
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    with checkpoint.locked(Path("exp/run")):
+        process = run_apart(config, tiny_weights, "-e", 2, "--resume")
+    assert process.returncode == 1
+    assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 0
+    assert not Path("exp/run/.lock").exists()
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "none", "shape"])
+def test_a_spoilt_state_is_refused(config, tiny_weights, capsys, spoil):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    path = Path("exp/run/resume.pth")
+    state = torch.load(path, weights_only=True)
+    state["weights"]["mask_decoder.iou_token.weight"] = torch.zeros(3, 3)
+    torch.save({"nothing": {}, "none": None, "shape": state}[spoil], path)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == (1 if spoil == "shape" else 2)
+    assert "start the run again" in capsys.readouterr().err
+
+
+def test_too_many_bad_steps_end_a_run_whose_limit_was_lowered(config, tiny_weights, at_iteration, capsys):
+    at_iteration(range(1, 99), spoil)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--max_bad_steps", 99, "-e", 1) == 0
+    at_iteration(range(1, 99), spoil)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--max_bad_steps", 2, "--resume") == 1
+    assert "not finite in 4 steps in a row" in capsys.readouterr().err
+
+
+# --- data workers ---
+
+
+def test_data_workers_that_do_not_answer_end_the_run(config, tiny_weights, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(dataset.TrainSet, "_make", lambda self, key: time.sleep(60))
+    assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1) == 1
+    error = capsys.readouterr().err
+    assert "no data came from the data workers for 1 s" in error and "--num_workers 0" in error
+
+
+def test_too_little_shared_memory_is_named(config, tiny_weights, monkeypatch, capsys):
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: (
+            disk_usage(path)._replace(free=100) if path == dataset.SHARED_MEMORY else disk_usage(path)
+        ),
+    )
+    assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1) == 1
+    assert "--shm-size" in capsys.readouterr().err
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "other", "--num_workers", 0, "-e", 1) == 0
+
+
+def test_the_newest_checkpoints_are_those_of_the_largest_epochs(tmp_path):
+    for epoch in (9998, 9999, 10000, 10001):
+        (tmp_path / f"epoch_{epoch:04d}.pth").touch()
+    finetune.remove_old_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_10000.pth", "epoch_10001.pth"}

@@ -4,10 +4,12 @@ python tools/plot_curves.py exp/one exp/another --out curves.png
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -19,7 +21,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for run in args.runs:
         if not any(run.glob("events.out.tfevents.*")):
             parser.error(f"argument RUN: {run} contains no TensorBoard curves; expected a folder exp/NAME")
+    if fault := plot_fault(args.out):
+        parser.error(f"argument --out: {fault}")
     return args
+
+
+def plot_fault(path: Path) -> str | None:
+    """Why a plot cannot be written to `path`; None if it can. Only a plot of Matplotlib may be replaced."""
+    if not path.absolute().parent.is_dir():
+        return f"there is no folder {path.parent}; create it first"
+    formats = plt.figure().canvas.get_supported_filetypes()
+    plt.close()
+    if path.suffix[1:].lower() not in formats:
+        return f"{path} is no image file; expected a name that ends in .png, .pdf or .svg"
+    if os.path.lexists(path) and not is_plot(path):
+        return f"{path} exists and is no PNG file of Matplotlib; choose a new name, or remove it first"
+    return None
+
+
+def is_plot(path: Path) -> bool:
+    """Whether this is a PNG file that Matplotlib has written, which its metadata say."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return str(image.info.get("Software", "")).startswith("Matplotlib")
+    except OSError:
+        return False
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,10 @@ import yaml
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from plot_curves import plot_fault
+
 LINKS = Path("exp/results_data")
 PHOTOS = 60  # number of photos in cables_plain, and samples per epoch
 RANKING_ROW = "composites"  # its IoU chooses the images of the maps
@@ -81,7 +85,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flags", default="--train encoder --epoch_num 5", help="flags of every training")
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="; ".join(names))
     add("--seeds", type=int, default=3, help="maximum number of seeds of a row")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in plot_paths(args.out):
+        if fault := plot_fault(path):
+            parser.error(f"argument --out: {fault}")
+    return args
+
+
+def plot_paths(out: Path) -> tuple[Path, Path]:
+    """The image files of the bars and of the maps."""
+    return out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}_maps.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
             train(row, seed, data, args.flags.split())
         table[row] = {name: [evaluate(row, seed, data, name) for seed in seeds] for name in TEST_SETS}
     print_table(table)
-    draw_bars(table, args.out.with_suffix(".png"))
-    draw_maps(list(table), args.out.with_name(f"{args.out.name}_maps.png"))
+    bars, maps = plot_paths(args.out)
+    draw_bars(table, bars)
+    draw_maps(list(table), maps)
     return 0
 
 

@@ -1,0 +1,216 @@
+"""What a run works with: its data, its model and its folder, all checked before anything is written."""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import runtime
+from base.atomic import MIB, require_free_space
+from base.errors import UserError
+from checkpoint import RESUME_FILE, ResumeState
+from config import Config, load_config
+from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
+from embeddings import pool_spec
+from imaging.files import format_list
+from imaging.geometry import InputSpec
+from inference import LoadedSam
+from preview import write_preview
+from sam.decoder import decode
+from sam.encoder import move_to_device
+from sam.variants import VARIANTS, load_state_dict, pretrained_path
+from train_config import TrainConfig
+from train_state import Schedule
+
+FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, model and folder of a run, all checked. Nothing is written before this exists."""
+
+    data: Config
+    train_set: TrainSet
+    test_set: TestSet | None
+    net: LoadedSam
+    initial_state_dict: dict[str, Tensor]
+    initial_weights: str
+    schedule: Schedule
+    folder: Path
+    resume_state: ResumeState | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def datasets(self) -> list[DatasetIndex]:
+        return [*self.train_set.datasets, *([self.test_set.dataset] if self.test_set else [])]
+
+
+def preview(config: TrainConfig) -> None:
+    """What `--preview` does, without weights. Raises UserError as `prepare` does."""
+    train, test = find_data(load_config(config.config), config.max_pixels)
+    variant = VARIANTS[config.model_type]
+    write_preview(
+        train,
+        test,
+        spec=InputSpec(variant.img_size, variant.mask_grid),
+        prompt=config.prompt,
+        seed=config.seed,
+        folder=config.folder / "preview",
+    )
+
+
+def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
+    """The datasets to train on and the one to test on, all checked. Warns of images that are in both."""
+    configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
+    datasets = index_datasets(configs, max_pixels=max_pixels)
+    test = datasets.pop() if data.dataset.test else None
+    leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
+    if leaks and runtime.is_main():
+        warnings.warn(
+            "test images are also training images, so the test does not measure generalization:\n  "
+            f"{format_list(leaks)}",
+            stacklevel=2,
+        )
+    return datasets, test
+
+
+def prepare(config: TrainConfig) -> Experiment:
+    """Check every input and build the model. Raises UserError for what the user can mend."""
+    folder = config.folder
+    resume_state = load_resume_state(folder) if config.resume else None
+    if not config.resume:
+        require_unused(folder)
+    device = runtime.join_process_group(runtime.pick_device(config.device))
+    data = load_config(config.config)
+    if resume_state:
+        checkpoint.check_same_settings(
+            resume_state,
+            flags=config.flags(),
+            config=data.model_dump_json(),
+            world_size=runtime.world_size(),
+            folder=folder,
+        )
+    train, test = find_data(data, config.max_pixels)
+    if resume_state:
+        checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
+
+    weights_path = find_weights(config)
+    net, initial_state_dict = build_net(config, weights_path, device)
+    train_set = make_train_set(config, train, net)
+    schedule = Schedule(
+        train_set.epoch_length,
+        config.batch_size * runtime.world_size(),
+        config.virtual_batch_size,
+        config.epoch_num,
+    )
+    if resume_state:
+        require_iterations_left(resume_state, schedule, config)
+    images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
+    if runtime.should_compile(config.compile, device, images_to_encode):
+        net = with_compiled_decoder(net, config.batch_size)
+    return Experiment(
+        data=data,
+        train_set=train_set,
+        test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
+        net=net,
+        initial_state_dict=initial_state_dict,
+        initial_weights=checkpoint.file_digest(weights_path),
+        schedule=schedule,
+        folder=folder,
+        resume_state=resume_state,
+    )
+
+
+def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
+    """The same with a decoder that is compiled for whole batches. (The encoder follows once it can train.)"""
+    return replace(net, compiled_decode=torch.compile(decode, dynamic=False), compiled_batch_size=batch_size)
+
+
+def load_resume_state(folder: Path) -> ResumeState | None:
+    """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
+    weights = folder.glob("checkpoints/*.pth")
+    if folder.is_dir() and not (folder / RESUME_FILE).exists() and not any(weights):
+        return None
+    return checkpoint.load_resume_state(folder / RESUME_FILE)
+
+
+def require_unused(folder: Path) -> None:
+    """Raise UserError if the folder of a new run holds more than what `--preview` wrote."""
+    try:
+        is_used = folder.exists() and any(path.name != "preview" for path in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold a run ({error}); choose another --exp_name") from error
+    if is_used:
+        raise UserError(
+            f"{folder} already holds a run; choose another --exp_name, remove the folder, or add --resume"
+        )
+
+
+def require_iterations_left(state: ResumeState, schedule: Schedule, config: TrainConfig) -> None:
+    """Raise UserError if a run that is to be resumed has done all its iterations."""
+    counters = state["train_state"]["counters"]
+    done = counters["iteration"]
+    if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
+        raise UserError(
+            f"{config.folder} has done {done} iterations; --epoch_num {config.epoch_num} asks for "
+            f"{schedule.iterations}: give a larger --epoch_num"
+        )
+
+
+def find_weights(config: TrainConfig) -> Path:
+    """The weights file to start from. The first process of each machine downloads it, if need be."""
+    if config.checkpoint:
+        return config.checkpoint
+    if not runtime.is_first_on_machine():
+        runtime.barrier()
+    path = pretrained_path(config.model_type)
+    if runtime.is_first_on_machine():
+        runtime.barrier()
+    return path
+
+
+def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
+    """The model that the flags name, on the device; and the weights as they were loaded."""
+    initial_state_dict = checkpoint.load_weights(path)
+    sam = VARIANTS[config.model_type].build()
+    load_state_dict(sam, initial_state_dict, config.model_type, path)
+    low_precision = runtime.amp_dtype(config.amp, device)
+    move_to_device(sam, device, low_precision, train=config.train)
+    net = LoadedSam(sam, config.model_type, low_precision, encoder_trains=config.train == "encoder")
+    return net, initial_state_dict
+
+
+def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
+    """The training samples. Raises UserError if --embedding_reuse needs more disk space than there is."""
+    spec = net.spec
+    if config.train != "decoder":
+        spec = replace(spec, mask_grid=FINER_LOSS_GRID * spec.mask_grid)
+
+    def make(keep_photos: bool) -> TrainSet:
+        return TrainSet(
+            datasets,
+            spec=spec,
+            prompt=config.prompt,
+            seed=config.seed,
+            reuse=config.embedding_reuse,
+            keep_photos=keep_photos,
+            cache_bytes=config.cache_mb * MIB,
+        )
+
+    train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
+    try:
+        require_free_space(
+            config.folder, pool_spec(train_set.n_cache_slots, net).size, "keeping the embeddings"
+        )
+    except UserError as error:
+        if config.embedding_reuse > 1:
+            raise
+        warnings.warn(f"{error}: photos are encoded again in every epoch", stacklevel=2)
+        return make(keep_photos=False)
+    return train_set
