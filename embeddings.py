@@ -217,22 +217,25 @@ def training_batches(
         spec = pool_spec(train_set.n_cache_slots, net)
         pool = EmbeddingPool(folder, spec.n_slots, spec.shape, spec.dtype, spec.mask_grid)
     for plan in plans:
-        encoded = [_encode(net, keys, samples) for keys in plan.to_encode]
         if not plan.keys:
             yield _empty_batch(train_set, net)
         elif pool is None:
-            yield encoded[0]
+            yield _encode(net, plan.keys, samples)
         else:
-            for batch in encoded:
-                _put(pool, batch)
-            yield _get(pool, plan.keys, train_set, net, sum(batch["data_wait"] for batch in encoded))
+            data_wait = sum(_encode_to_pool(net, keys, samples, pool) for keys in plan.to_encode)
+            yield _get(pool, plan.keys, train_set, net, data_wait)
+
+
+def _next_samples(samples: Iterator[TrainSample]) -> tuple[TrainSample, float]:
+    """The next samples of the loader, and how many seconds they took to come."""
+    asked = time.perf_counter()
+    sample = next(samples)
+    return sample, time.perf_counter() - asked
 
 
 def _encode(net: LoadedSam, keys: list[SampleKey], samples: Iterator[TrainSample]) -> TrainBatch:
     """The next samples of the loader, which are those of `keys`, with their embeddings."""
-    asked = time.perf_counter()
-    sample = next(samples)
-    data_wait = time.perf_counter() - asked
+    sample, data_wait = _next_samples(samples)
     size = _to_device(sample["size"], net.device)
     return {
         "keys": keys,
@@ -245,10 +248,19 @@ def _encode(net: LoadedSam, keys: list[SampleKey], samples: Iterator[TrainSample
     }
 
 
-def _put(pool: EmbeddingPool, batch: TrainBatch) -> None:
-    tensors = (batch["embedding"].cpu(), batch["target"].cpu(), batch["size"].cpu())
-    for key, embedding, target, size in zip(batch["keys"], *tensors, strict=True):
-        pool.put(key, embedding, target, size)
+def _encode_to_pool(
+    net: LoadedSam, keys: list[SampleKey], samples: Iterator[TrainSample], pool: EmbeddingPool
+) -> float:
+    """Encode the next samples and keep them; returns the seconds spent waiting for them.
+
+    This waits for the device once, for the embeddings. Targets and sizes never leave the CPU.
+    """
+    sample, data_wait = _next_samples(samples)
+    images, sizes = _to_device(sample["image"], net.device), _to_device(sample["size"], net.device)
+    embeddings = net.encode(images, sizes).cpu()
+    for kept in zip(keys, embeddings, sample["target"], sample["size"], strict=True):
+        pool.put(*kept)
+    return data_wait
 
 
 def _get(

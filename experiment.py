@@ -134,8 +134,10 @@ def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
 
 def load_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
     weights = folder.glob("checkpoints/*.pth")
-    if folder.is_dir() and not (folder / RESUME_FILE).exists() and not any(weights):
+    if not (folder / RESUME_FILE).exists() and not any(weights):
         return None
     return checkpoint.load_resume_state(folder / RESUME_FILE)
 
@@ -205,9 +207,8 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
 
     train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
     try:
-        require_free_space(
-            config.folder, pool_spec(train_set.n_cache_slots, net).size, "keeping the embeddings"
-        )
+        size_of_pools = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
+        require_free_space(config.folder, size_of_pools, "keeping the embeddings")
     except UserError as error:
         if config.embedding_reuse > 1:
             raise

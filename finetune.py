@@ -149,7 +149,7 @@ def summary(config: TrainConfig, experiment: Experiment) -> str:
         f"results     {experiment.folder}",
     ]
     if train_set.n_cache_slots:
-        size = pool_spec(train_set.n_cache_slots, net).size
+        size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
         lines.append(
             f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
             f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
@@ -250,11 +250,13 @@ def train(run: Run) -> None:
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             is_finite = bool(norm.isfinite())
+            is_overflow = not is_finite and state.can_lower_scale()
             if is_finite:
-                scaler.step(optimizer)
+                optimizer.step()  # `scaler.step` would look for numbers that are not finite once more
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state.count_step(is_finite)
+            if not is_overflow:  # this step is repeated with the next samples and a lower scale
+                state.count_step(is_finite)
             if state.bad_steps_in_a_row >= config.max_bad_steps:
                 raise UserError(bad_steps_message(state, experiment, batch))
 
@@ -295,7 +297,7 @@ def finish_iteration(run: Run) -> bool:
         metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
-        if is_best and all(parameter.isfinite().all() for parameter in state.parameters):
+        if is_best and state.has_finite_weights():
             state.best = metrics
             logger.best(metrics, state.iteration)
             save_checkpoint(experiment, "best.pth")
@@ -398,6 +400,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment = prepare(config)
         runtime.barrier()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was trained", file=sys.stderr)
+        return 128 + SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -421,10 +426,7 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     try:
         with stop:
             run_training(config, experiment, stop)
-    except (
-        runtime.Stopped,
-        KeyboardInterrupt,
-    ):  # the latter after a second signal, which ends the run at once
+    except (runtime.Stopped, KeyboardInterrupt):  # the latter after a second signal
         stop.signal = stop.signal or SIGINT
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
@@ -437,13 +439,14 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
 
 def print_resume_hint(config: TrainConfig) -> None:
     """Say how an interrupted run continues."""
+    if not runtime.is_main():
+        return
     state = config.folder / RESUME_FILE
-    if runtime.is_main() and state.exists():
-        print(
-            f"the last state is in {state}; to continue from it, run the same command with "
-            f"--exp_name {config.exp_name} --resume",
-            file=sys.stderr,
-        )
+    where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
+    print(
+        f"{where}; to continue, run the same command with --exp_name {config.exp_name} --resume",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         if args.polygons:
             write_polygons(output, names)
         if stats:
-            report_scores(output, stats)
+            report_scores(output, stats, options.threshold)
             write_worst(output, stats, {path.stem: path for path in paths}, mask_paths)
     finally:
         output.finish()
@@ -251,8 +251,11 @@ def write_polygons(output: OutputFolder, names: Mapping[str, str]) -> None:
     output.write("polygons.json", json.dumps(document).encode())
 
 
-def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats]) -> None:
-    """Write `measures.csv` and print the same table, worst image first, and the metrics of the set."""
+def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats], threshold: float) -> None:
+    """Write `measures.csv` and print the same table, worst image first, and the metrics of the set.
+
+    The stats are of logits minus `threshold`.
+    """
     rows = [(stem, astuple(image.scores)) for stem, image in stats.items()]
     rows.sort(key=lambda row: row[1][SCORE_NAMES.index("iou")])
     table = io.StringIO(newline="")
@@ -265,6 +268,7 @@ def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats]) -> None
         columns = (f"{value:{max(7, len(name))}.4f}" for name, value in zip(SCORE_NAMES, values, strict=True))
         print("  ".join([stem.ljust(width), *columns]))
     summary = aggregate(list(stats.values()))
+    summary["best_threshold"] += threshold
     print(", ".join(f"{name} {value:.4f}" for name, value in summary.items() if name not in SCORE_NAMES))
 
 

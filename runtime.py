@@ -124,6 +124,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """How many of these processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -153,10 +158,13 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor, in place, by its sum over all processes."""
-    if world_size() > 1:
-        for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            pending.wait()
+    """Replace each tensor, in place, by its sum over all processes; in one message for all tensors."""
+    tensors = list(tensors)
+    if world_size() > 1 and tensors:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:

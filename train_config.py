@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import runtime
 from base.flag_types import count, decay, fraction, not_negative, positive, positive_int
 from checkpoint import MAY_CHANGE_ON_RESUME
 from imaging.files import MAX_PIXELS
@@ -25,7 +26,7 @@ def folder_name(text: str) -> str:
 
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores - 1))
+    return max(1, min(16, cores // runtime.local_world_size() - 1))
 
 
 # --- Flags ------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ class TrainState:
     """The progress of a run. With the trained weights, it is all that a resumed run needs.
 
     loss_sums, samples: since the last log, the losses summed over samples, and the number of samples.
+    step: optimizer steps, with bad ones, without those that were repeated with a lower scale (float16).
     bad_steps, bad_steps_in_a_row: skipped optimizer steps of the run, and those since the last good step.
     baseline, best: metrics of the first and of the best test, with their iteration.
     last_test: iteration of the last test.
@@ -108,6 +109,18 @@ class TrainState:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def has_finite_weights(self) -> bool:
+        """Whether all weights that train are finite. This waits for the device once."""
+        return bool(torch.stack([weight.isfinite().all() for weight in self.parameters]).all())
+
+    def can_lower_scale(self) -> bool:
+        """Whether gradients that are not finite may come from a scale that is too high (float16 only).
+
+        The scaler then halves its scale until they are finite, at most to 1. From there on, the cause is
+        another. This waits for the device.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def count_step(self, is_finite: bool) -> None:
         self.step += 1

@@ -1,6 +1,7 @@
 """Decoding: image embeddings and prompts to mask logits, one batch at a time."""
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor
@@ -16,6 +17,10 @@ from sam.point_labels import (
 
 # The labels of points that have a position, in the order of `PromptEncoder.point_embeddings`.
 POSITION_LABELS = BACKGROUND_POINT, FOREGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2
+
+
+# By device: the columns of the matrix product that computes logits. On other devices, there are 8.
+LOGIT_COLUMNS = {"cpu": 1}
 
 
 def mask_grid(sam: Sam) -> int:
@@ -39,7 +44,10 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tupl
     """
     decoder = sam.mask_decoder
     batch, channels, height, width = embeddings.shape
-    prompt_tokens = embed_prompts(sam, points, labels)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        # Low precision would move prompts: a position in bfloat16 is off by about 1 of 1024 pixels.
+        prompt_tokens = embed_prompts(sam, points, labels)
+        src_pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     output_tokens = output_tokens.expand(batch, -1, -1)
     tokens = torch.cat([output_tokens, prompt_tokens], dim=1)  # (B, 5 + N, C)
@@ -48,15 +56,25 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tupl
     src = embeddings + sam.prompt_encoder.no_mask_embed.weight.view(1, channels, 1, 1)
     # One memory layout for all embeddings: the last bits of a matrix product depend on the layout.
     src = src.flatten(2).transpose(1, 2).contiguous()  # (B, e * e, C)
-    src_pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
     tokens, src = _two_way_transformer(decoder.transformer, src, src_pe, tokens, present)
 
     src = src.transpose(1, 2).unflatten(2, (height, width))  # channels last, like all that follows
     upscaled = decoder.output_upscaling(src).permute(0, 2, 3, 1)  # (B, 4e, 4e, C / 8)
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # (B, C / 8)
-    logits = (upscaled.flatten(1, 2) @ weights[:, :, None]).view(batch, 1, *upscaled.shape[1:3])
+    logits = _dot_products(upscaled.flatten(1, 2), weights).view(batch, 1, *upscaled.shape[1:3])
     iou_pred = decoder.iou_prediction_head(tokens[:, 0])[:, :1]
     return logits, iou_pred
+
+
+def _dot_products(pixels: Tensor, weights: Tensor) -> Tensor:
+    """The product of each pixel (B, P, C) with the weights (B, C) of its image: (B, P).
+
+    The gradient of a batched matrix-vector product is a batched outer product. For this, PyTorch 2.14
+    compiles a kernel at run time on CUDA, which fails without a C compiler. On devices other than a CPU,
+    columns of zeros turn it into a matrix product; tensor cores take a multiple of 8 columns.
+    """
+    n_zeros = LOGIT_COLUMNS.get(pixels.device.type, 8) - 1
+    return (pixels @ F.pad(weights[:, :, None], (0, n_zeros)))[..., 0].contiguous()
 
 
 def embed_prompts(sam: Sam, points: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
 from sam.variants import VARIANTS
@@ -20,10 +20,10 @@ def move_to_device(
     train is "encoder", its weights also become `low_precision`, which halves their memory. All parameters
     that train stay float32. Export takes the frozen weights from the loaded file, not from this model.
     """
-    sam.to(device)
     accelerate(sam.image_encoder, fold=train != "encoder")
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
     sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
+    sam.to(device)  # last, so that the device never holds float32 weights of a frozen encoder
 
 
 def valid_pixels(sizes: Tensor, side: int, scale: float = 1.0) -> Tensor:
@@ -90,6 +90,8 @@ def encode(sam: Sam, images: Tensor, sizes: Tensor, model_type: str, *, eager: b
 
 # Attention scores of one slice of queries on a CPU: 128 MiB in bfloat16.
 MAX_SCORES = 1 << 26
+# By device: the lengths of vectors in attention are multiples of this number; on other devices, of 8.
+WIDTH_MULTIPLES = {"cpu": 1}
 
 
 def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
@@ -177,8 +179,8 @@ class FusedAttention(nn.Module):
         if not self.use_rel_pos:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            row_embed = get_rel_pos(height, height, self.rel_pos_h)  # (h, h, d)
-            column_embed = get_rel_pos(width, width, self.rel_pos_w)
+            row_embed = _relative_embeddings(self.rel_pos_h, height)  # (h, h, d)
+            column_embed = _relative_embeddings(self.rel_pos_w, width)
             query = q.unflatten(2, (height, width))
             rows = torch.einsum("bnhwd,hkd->bnhwk", query, row_embed).flatten(2, 3)  # (B, heads, h w, h)
             columns = torch.einsum("bnhwd,wkd->bnhwk", query, column_embed).flatten(2, 3)
@@ -187,6 +189,27 @@ class FusedAttention(nn.Module):
             attend = _sliced_attention if sliced else _augmented_attention
             out = attend(q, k, v, rows, columns)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def _relative_embeddings(table: Tensor, length: int) -> Tensor:
+    """The embedding of each query's position relative to each key's, along one axis.
+
+    It computes what segment_anything's `get_rel_pos` computes for as many queries as keys. That function
+    makes its indices on the CPU, and copying them to a CUDA device waits for the device.
+
+    Args:
+        table: (2 L - 1, d) float, the embeddings of the distances 1 - L to L - 1; another number of rows is
+            interpolated to that.
+        length: L, the number of queries and of keys.
+
+    Returns:
+        (L, L, d): query, key, channel.
+    """
+    n_distances = 2 * length - 1
+    if len(table) != n_distances:
+        table = F.interpolate(table.T[None], size=n_distances, mode="linear")[0].T
+    steps = torch.arange(length, device=table.device)
+    return table[steps[:, None] - steps + length - 1]
 
 
 def _sliced_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -213,12 +236,19 @@ def _sliced_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Te
 
 
 def _augmented_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same as `_sliced_attention`, in one kernel without a bias, so that flash attention can run it."""
+    """The same as `_sliced_attention`, in one kernel without a bias, so that flash attention can run it.
+
+    Fused CUDA kernels need vectors of a multiple of 8 numbers. For others, PyTorch takes the slow kernel on
+    some devices and copies q, k and v on the rest. Zeros fill them up; they add nothing to a score.
+    """
     batch, heads, tokens, width = q.shape
     token = torch.arange(tokens, device=q.device)
     row, column = token // columns.shape[-1], token % columns.shape[-1]
     one_hot = torch.cat([F.one_hot(row, rows.shape[-1]), F.one_hot(column, columns.shape[-1])], dim=-1)
-    k = torch.cat([k, one_hot.to(k.dtype).expand(batch, heads, -1, -1)], dim=-1)
-    q = torch.cat([q * width**-0.5, rows, columns], dim=-1)
+    n_zeros = -(width + one_hot.shape[-1]) % WIDTH_MULTIPLES.get(q.device.type, 8)
+    one_hot = F.pad(one_hot, (0, n_zeros)).to(k.dtype)
+    k = torch.cat([k, one_hot.expand(batch, heads, -1, -1)], dim=-1)
+    zeros = q.new_zeros(1).expand(batch, heads, tokens, n_zeros)
+    q = torch.cat([q * width**-0.5, rows, columns, zeros], dim=-1)
     v = F.pad(v, (0, q.shape[-1] - width))  # flash attention needs q, k and v of one width
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]

@@ -21,9 +21,13 @@ def normalize_mean_std(images: Tensor, valid: Tensor) -> Tensor:
     `images` (B, 3, S, S) float RGB in 0..255, `valid` (B, 1, S, S) bool. Returns (B, 3, S, S) float; pixels
     that are not valid become 0.
     """
-    mean = images.new_tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
-    std = images.new_tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+    mean, std = _per_channel(images, 123.675, 116.28, 103.53), _per_channel(images, 58.395, 57.12, 57.375)
     return (images - mean) / std * valid
+
+
+def _per_channel(images: Tensor, *values: float) -> Tensor:
+    """Values (1, C, 1, 1) on the device of `images`. A copy from the CPU would wait for a CUDA device."""
+    return torch.stack([images.new_full((1, 1), value) for value in values])[None]
 
 
 def normalize_min_max(images: Tensor, valid: Tensor) -> Tensor:

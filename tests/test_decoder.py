@@ -56,6 +56,37 @@ def decode_officially(sam, embedding, points, labels):
     )
 
 
+def record_input(module, inputs):
+    module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+
+
+@torch.no_grad()
+def test_positions_stay_in_float32_under_autocast(tiny_sam):
+    points, labels = pad_prompts([TWO_POINTS, BOX], 3)
+    layer, tokens, keys = tiny_sam.mask_decoder.transformer.layers[0], [], []
+    record_input(layer.self_attn.q_proj, tokens)
+    record_input(layer.cross_attn_token_to_image.k_proj, keys)
+    tiny_sam.prompt_encoder.no_mask_embed.weight.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder.decode(tiny_sam, torch.zeros_like(random_embeddings(2)), points, labels)
+    exact = decoder.embed_prompts(tiny_sam, points, labels)
+    assert torch.equal(tokens[0][:, -3:], exact)
+    assert torch.equal(keys[0][0], tiny_sam.prompt_encoder.get_dense_pe()[0].flatten(1).T)  # of a zero image
+
+
+def test_columns_of_zeros_change_neither_logits_nor_gradients(tiny_sam, monkeypatch):
+    results = []
+    for columns in (1, 8):  # of a CPU, and of other devices
+        monkeypatch.setitem(decoder.LOGIT_COLUMNS, "cpu", columns)
+        logits, _ = decoder.decode(tiny_sam, random_embeddings(2), *pad_prompts([POINT] * 2, 2))
+        gradients = torch.autograd.grad(
+            logits.square().sum(), tiny_sam.mask_decoder.output_upscaling.parameters()
+        )
+        results.append((logits, *gradients))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("batch", BATCHES, ids=["none", "point", "box", "mixed"])
 @torch.no_grad()
 def test_a_batch_equals_the_official_decoder_image_by_image(tiny_sam, batch):

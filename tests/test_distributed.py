@@ -56,6 +56,16 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     assert_same("run", "together")
 
 
+# 1 sample: the second process has none, not even in the first iteration.
+def test_fp16_with_a_process_without_samples(tiny_weights, config_file):
+    config = config_file(percentage=0.1)
+    options = ("-e", 2, "-b", 1, "--amp", "fp16", "--train", "encoder", "--log_interval", 1)
+    together = run_together(2, config, tiny_weights, *options)
+    assert together.returncode == 0, together.stderr
+    curve = scalars("exp/together")["train/bad_steps"]
+    assert curve == [(1, 0), (2, 0)]
+
+
 def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_weights, config_file, capsys):
     config = config_file(percentage=1.5)
     options = ("-e", 4, "--lr", 3e-3, "--test_interval", 4, "--virtual_batch_size", 2, "--log_interval", 1)

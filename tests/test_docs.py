@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import fake_cuda_check
 import pytest
 from conftest import write_backgrounds, write_dataset
 
@@ -24,6 +25,7 @@ SCRIPTS = {
     "tools/bench.py": bench,
     "tools/results.py": results,
     "tools/soak.py": soak,
+    "tests/fake_cuda_check.py": fake_cuda_check,
 }
 RUN_HERE = ("finetune.py", "predict.py", "export.py", "tools/plot_curves.py")
 
@@ -40,6 +42,9 @@ RUN_ELSEWHERE = {
     "python tools/bench.py --model_type lite_medsam --seconds 15": ".ci/run, with fewer seconds",
     "python tools/bench.py --model_type vit_b --train lora --parts step --batch_size 4 --seconds 0 "
     "--without_baseline": ".ci/run, with lite_medsam",
+    "python tests/fake_cuda_check.py --sm 75": ".ci/run",
+    "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
+    "--train lora --batch_size 4'": "test_cuda_stand_in.py, with the tiny SAM",
     "python tools/results.py --data data": ".ci/run, with fewer rows and epochs",
     "python tools/soak.py --iterations 3000": ".ci/run, with fewer iterations",
 }

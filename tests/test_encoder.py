@@ -126,6 +126,29 @@ def test_attention_equals_the_official_layer(monkeypatch, grad, batch, side):
         assert relative_error(layer(x), official) > 0.01  # the biases matter in this test
 
 
+def test_vectors_filled_up_with_zeros_give_the_same_attention(monkeypatch):
+    layer, x = random_attention(14), torch.randn(6, 14, 14, 48)  # vectors of 16 + 14 + 14 numbers
+    lengths = []
+
+    def record(q, *args, **options):
+        lengths.append(q.shape[-1])
+        return attention(q, *args, **options)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    monkeypatch.setitem(encoder.WIDTH_MULTIPLES, "cpu", 8)  # as on other devices
+    assert relative_error(encoder.FusedAttention(layer)(x), layer(x)) < 1e-5
+    assert lengths == [48]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["sliced", "augmented"])
+def test_relative_positions_of_another_size_are_interpolated_as_officially(grad):
+    layer = random_attention(8)
+    x = torch.randn(2, 11, 11, 48)
+    with torch.set_grad_enabled(grad):
+        assert relative_error(encoder.FusedAttention(layer)(x), layer(x)) < 1e-5
+
+
 @torch.no_grad()
 def test_attention_without_relative_positions():
     layer = random_attention(8, rel_pos=False)

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
+import experiment
 import finetune
 import inference
 import losses
@@ -313,6 +314,15 @@ def test_a_full_disk_refuses_reuse_before_anything_is_written(tiny_weights, conf
         assert run_tiny(photos, tiny_weights, "-e", 2) == 0
 
 
+def test_the_check_of_disk_space_counts_the_pools_of_all_processes(tiny_weights, config_file, monkeypatch):
+    needed = []
+    monkeypatch.setattr(experiment, "require_free_space", lambda folder, size, purpose: needed.append(size))
+    for processes in (1, 3):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        experiment.prepare(tiny_config(config_file(), tiny_weights, "--embedding_reuse", 2))
+    assert needed[1] == 3 * needed[0] > 0
+
+
 def test_fp16_trains_with_a_scaler_and_resumes_it(tiny_weights, config_file):
     options = ("--amp", "fp16", "--prompt", "mixed", "--lr", 1e-2, "--save_interval", 1)
     assert run_tiny(config_file(), tiny_weights, *options, "-e", 2) == 0
@@ -398,7 +408,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, a
 
 def test_a_resumed_run_takes_no_other_settings(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "--resume") == 2
-    assert "exp/run/resume.pth" in capsys.readouterr().err and not Path("exp").exists()
+    assert "exp/run: there is no such run" in capsys.readouterr().err and not Path("exp").exists()
     assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
     assert run_tiny(config_file(percentage=0.5), tiny_weights, "-e", 2, "--lr", 7, "--resume") == 2

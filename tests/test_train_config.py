@@ -1,5 +1,6 @@
 """The flags: defaults, help, and messages for wrong values."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run_tiny
 
-from train_config import parse_args
+from train_config import default_workers, parse_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,3 +111,12 @@ def test_reuse_needs_a_frozen_encoder(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(), tiny_weights, "--train", "lora", "--embedding_reuse", 2) == 2
     assert "--embedding_reuse above 1 needs a frozen encoder, but --train is lora" in capsys.readouterr().err
     assert not Path("exp").exists()
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    workers = []
+    for processes in (1, 4, 12):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        workers.append(default_workers())
+    assert workers == [11, 2, 1]

@@ -1,7 +1,11 @@
-"""The arithmetic of the schedule."""
+"""The arithmetic of the schedule, and the steps that count."""
+
+from pathlib import Path
 
 import pytest
+from conftest import run_tiny, scalars
 
+import checkpoint
 from train_state import Schedule, learning_rate
 
 
@@ -36,3 +40,38 @@ def test_schedule(n, batch, virtual, iterations, steps, samples):
     assert sum(schedule.ends_step(i) for i in range(iterations)) == steps and schedule.ends_step(
         iterations - 1
     )
+
+
+# 9 samples in batches of 1: 27 iterations.
+FP16 = ("--amp", "fp16", "-b", 1, "-e", 3, "--log_interval", 1)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def spoil(batch, net):
+    batch["embedding"].fill_(float("nan"))
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_fp16_repeats_a_step_with_a_lower_scale(config_file, tiny_weights, at_iteration):
+    at_iteration(range(1, 4), spoil)
+    options = (*FP16, "--max_bad_steps", 2, "--warmup_steps", 5, "--lr", 1e-3)
+    assert run_tiny(config_file(percentage=1.5), tiny_weights, *options) == 0
+    curves = scalars("exp/run")
+    assert [value for _, value in curves["train/bad_steps"]] == [0] * 27
+    rates = [rate for _, rate in curves["train/lr"][:6]]  # the warm-up begins with the first good step
+    assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 2e-4, 4e-4, 6e-4])
+    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]
+    assert state["scaler"]["scale"] == 2**13  # from 2^16
+    assert state["counters"]["step"] == 24
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_fp16_counts_bad_steps_once_its_scale_is_1(config_file, tiny_weights, at_iteration, capsys):
+    at_iteration(range(1, 99), spoil)
+    assert run_tiny(config_file(percentage=1.5), tiny_weights, *FP16, "--max_bad_steps", 3) == 1
+    error = capsys.readouterr().err
+    assert "iteration 19: the loss or its gradient was not finite in 3 steps in a row" in error
