@@ -82,7 +82,8 @@ def find_masks(folder: Path, image_paths: Iterable[Path]) -> dict[str, Path]:
         raise UserError(f"--masks {folder}: no such folder, or no permission to read it")
     mask_files = image_files(folder)
     images = list(image_paths)
-    pairs, missing, _ = match_by_stem(images, mask_files)
+    pairs, unmatched, _ = match_by_stem(images, mask_files)
+    missing = [image_path for image_path in images if image_path in unmatched]
     n_files = Counter(normalized(path.stem) for path in mask_files)
     doubled = [image_path for image_path, mask_path in pairs if n_files[normalized(mask_path.stem)] > 1]
     for fault, paths in (("no mask", missing), ("two masks", doubled)):

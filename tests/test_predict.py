@@ -277,7 +277,7 @@ def test_true_masks_that_are_missing_or_do_not_fit(trained, data, tmp_path, caps
     Image.new("L", (9, 8)).save(masks / "2.png")
     assert run(trained, photos, tmp_path / "out", "--masks", masks) == 1
     assert "not compared: " in (error := capsys.readouterr().err)
-    assert "2.png: is 8 x 9 (h x w), but its image is 48 x 64" in error
+    assert "2.png: is 48 x 64 (h x w) but its mask is 8 x 9" in error
     assert len(list((tmp_path / "out/masks").iterdir())) == 3
     with (tmp_path / "out/measures.csv").open(newline="") as file:
         assert sorted(row["picture"] for row in csv.DictReader(file)) == ["0", "1"]
