@@ -27,7 +27,8 @@ from base.errors import UserError
 from base.flag_types import number, positive_int
 from imaging import media
 from imaging.coco import coco_document, polygons
-from imaging.files import MAX_PIXELS, read_image, read_mask
+from imaging.files import MAX_PIXELS, read_image
+from imaging.masks import read_mask
 from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
 from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder

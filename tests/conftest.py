@@ -26,7 +26,7 @@ import checkpoint
 import finetune
 from config import DatasetConfig
 from dataset import DatasetIndex
-from imaging.files import FileInfo, Pair
+from imaging.pairing import FileInfo, Pair
 from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
