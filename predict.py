@@ -1,6 +1,6 @@
 """Segment the cables in images or in a video with a fine-tuned checkpoint.
 
-    python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input my_test_photos/imgs --output predictions
+    python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input FOLDER --output predictions
 
 Writes a mask (0 and 255) and an overlay for each image. With `--masks`, also compares the predictions with
 the true masks.

@@ -245,9 +245,11 @@ def at_iteration(monkeypatch):
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's curves as (iteration, value), by tag."""
+    # Two event files of one second are read in the order of a counter as text, 10 before 9: hence sorted.
     events = EventAccumulator(str(folder)).Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
     }
 
 
