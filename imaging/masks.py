@@ -288,7 +288,8 @@ def _require_soft_edges(path: Path, values: np.ndarray, top: int) -> None:
     """Raise FileError unless the values between background and foreground are edges or thin cables."""
     low, high = values <= LOW * top, values >= HIGH * top
     between = ~low & ~high
-    n_low, n_foreground = np.count_nonzero(low), np.count_nonzero(~low)
+    n_low, n_between = np.count_nonzero(low), np.count_nonzero(between)
+    n_foreground = low.size - n_low
     bad = between & ~(_within(low, NEAR_LOW) & _within(high, NEAR_HIGH))
     exact = np.count_nonzero(values <= 0.01 * top + 1)
     # Soft edges keep the area: as much is lost inside the edge as is gained outside.
@@ -296,12 +297,12 @@ def _require_soft_edges(path: Path, values: np.ndarray, top: int) -> None:
     at_top = np.count_nonzero(values >= 0.95 * top) / max(int(np.count_nonzero(high)), 1)
     if (
         np.count_nonzero(bad) > MAX_BAD_SHARE * n_foreground
-        or 2 * np.count_nonzero(between) > n_low
-        or exact < MIN_EXACT_SHARE * n_low
+        or 2 * n_between > n_low
+        or (exact < MIN_EXACT_SHARE * n_low and n_between > MAX_BAD_SHARE * n_foreground)
         or (kept > MAX_KEPT and at_top < MIN_AT_TOP)
     ):
         raise FileError(
-            f"{path}: not a binary mask, {np.count_nonzero(between) / n_foreground:.0%} of its foreground "
+            f"{path}: not a binary mask, {n_between / n_foreground:.0%} of its foreground "
             f"has values from {LOW * top:.0f} to {HIGH * top:.0f}; expected two values such as 0 and 255, "
             "and others only at edges (is it a photo, or are these probabilities?)"
         )
