@@ -1,5 +1,6 @@
 """Read the YAML file that describes the data into a validated, frozen config."""
 
+import codecs
 import os
 import reprlib
 import warnings
@@ -61,7 +62,54 @@ def _drop_empty(items: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(item for item in items if item is not None)
 
 
+def _as_number(value: Any) -> Any:
+    """Return the number that a string means. YAML 1.1 reads `5e-1` and `50%` as strings."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError("expected a number such as 0.5, which means half of the pairs per epoch") from None
+
+
+def _as_mask_values(value: Any) -> Any:
+    """Return a list of gray values and colors as a tuple, and `nonzero` or null as they are."""
+    if value is None or value == "nonzero":
+        return value
+    items = [tuple(item) if isinstance(item, list) else item for item in _as_tuple(value)]
+    for item in items:
+        is_value = isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= 65535
+        is_color = isinstance(item, tuple) and len(item) == 3 and all(_is_byte(part) for part in item)
+        if not is_value and not is_color:
+            raise ValueError(
+                "expected `nonzero`, or a list of gray values or palette indices from 0 to 65535, "
+                "e.g. [1, 2], or of colors, e.g. [[255, 0, 0]]"
+            )
+    if not items:
+        raise ValueError("expected at least one value")
+    return tuple(items)
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def _refuse_list(value: Any) -> Any:
+    """Refuse a list where one dataset is expected."""
+    if isinstance(value, list):
+        raise ValueError(
+            "expected a mapping, not a list: there is one test dataset; write its keys below `test:` "
+            "without a dash"
+        )
+    return value
+
+
 Folder = Annotated[Path, BeforeValidator(_resolve_folder)]
+MaskValuesKey = Annotated[
+    tuple[int | tuple[int, int, int], ...] | Literal["nonzero"] | None, BeforeValidator(_as_mask_values)
+]
+MANY_PASSES = 10.0  # a percentage above it is probably meant in percent
 
 
 class DatasetConfig(BaseModel):
@@ -77,7 +125,10 @@ class DatasetConfig(BaseModel):
     ] = ()
     w_aug: bool = False
     aug_details: Annotated[tuple[Literal["crop_foreground"], ...], BeforeValidator(_as_tuple)] | None = None
-    percentage: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    percentage: Annotated[float, BeforeValidator(_as_number)] = Field(default=1.0, gt=0, allow_inf_nan=False)
+    mask_values: MaskValuesKey = None
+    allow_large_foreground: bool = False
+    allow_empty_masks: bool = False
 
     @property
     def composites(self) -> bool:
@@ -99,6 +150,16 @@ class DatasetConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _warn_of_many_passes(self) -> "DatasetConfig":
+        if self.percentage > MANY_PASSES:
+            warnings.warn(
+                f"{self.data_dir}: percentage {self.percentage:g} uses every pair {self.percentage:g} times "
+                f"per epoch; for {self.percentage:g} percent of the pairs, write {self.percentage / 100:g}",
+                stacklevel=2,
+            )
+        return self
+
 
 class DataConfig(BaseModel):
     """The `dataset` section: the datasets to train on, and the dataset to test on or None."""
@@ -111,7 +172,7 @@ class DataConfig(BaseModel):
         AfterValidator(_drop_empty),
         Field(min_length=1),
     ]
-    test: DatasetConfig | None = None
+    test: Annotated[DatasetConfig | None, BeforeValidator(_refuse_list)] = None
 
 
 class Config(BaseModel):
@@ -124,6 +185,7 @@ class Config(BaseModel):
 
 # --- Reading ----------------------------------------------------------------------------------
 
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_BYTES = 1_000_000  # a config has a few hundred bytes; a larger file is something else
 
 
@@ -172,7 +234,11 @@ def _read_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES} bytes; expected a short YAML file")
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        # Without a mark, every second byte of UTF-16 is 0 in Western text.
+        if content.startswith(UTF_16_MARKS) or content.count(b"\0") > len(content) / 4:
+            raise UserError(f"cannot read {path}: it is encoded in UTF-16; save it as UTF-8")
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; expected a text file in UTF-8") from error
     try:

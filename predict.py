@@ -1,6 +1,6 @@
 """Segment the cables in images or in a video with a fine-tuned checkpoint.
 
-    python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input photos --output predictions
+    python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input FOLDER --output predictions
 
 Writes a mask (0 and 255) and an overlay for each image. With `--masks`, also compares the predictions with
 the true masks.
@@ -27,7 +27,8 @@ from base.errors import UserError
 from base.flag_types import number, positive_int
 from imaging import media
 from imaging.coco import coco_document, polygons
-from imaging.files import MAX_PIXELS, read_image, read_mask
+from imaging.files import MAX_PIXELS, read_image
+from imaging.masks import read_mask
 from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
 from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder

@@ -10,10 +10,12 @@ import numpy as np
 
 from base.errors import UserError
 from dataset import DatasetIndex, TestSet, TrainSet
-from imaging.files import format_list, read_image, read_mask
+from imaging.files import format_list, read_image
 from imaging.geometry import InputSpec
+from imaging.masks import read_mask
 from imaging.media import write_image
 from imaging.metrics import GroundTruth
+from imaging.pairing import Pair
 from imaging.visualize import contact_sheet, draw_points, outline
 
 MIN_SHOWN_SIDE = 400  # pixels to which a sample is enlarged at least, as on the contact sheet
@@ -72,14 +74,15 @@ def preview_dataset(
     sheet_path = folder / f"{role.replace(' ', '_')}.jpg"
     write_image(sheet_path, contact_sheet([render_sample(sample) for sample in samples]))
     chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
-    stats = measure_masks([index.pairs[number].mask_path for number in chosen], spec.mask_grid)
+    stats = measure_masks([index.pairs[number] for number in chosen], spec.mask_grid)
     sizes = sorted({index.infos[pair.image_path].size for pair in index.pairs})
     size_text = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
     if len(sizes) > 3:
         size_text += ", ..."
     print(f"{role}  {index.config.data_dir}")
     print(f"  {len(index.pairs)} pairs of {size_text} (h x w), {len(index.backgrounds)} backgrounds")
-    print("\n".join(f"  {line}" for line in describe(stats)))
+    print(f"  foreground {index.foreground:.2%} of the pixels, mean of all masks")
+    print("\n".join(f"  {line}" for line in [*describe(stats), *index.notes()]))
     print(f"  see {sheet_path}")
 
 
@@ -120,21 +123,21 @@ class MaskStats:
     empty_paths: list[Path]
 
 
-def measure_masks(paths: Sequence[Path], mask_grid: int) -> MaskStats:
-    """Read and measure at least one mask file; `mask_grid` is the side of the model's grid in cells."""
+def measure_masks(pairs: Sequence[Pair], mask_grid: int) -> MaskStats:
+    """Read and measure at least one mask; `mask_grid` is the side of the model's grid in cells."""
     shares, widths = [], []
-    for path in paths:
-        mask = read_mask(path)
+    for pair in pairs:
+        mask = read_mask(pair.mask_path, pair.mask_values)
         shares.append(mask.mean())
         cells_per_pixel = mask_grid / max(mask.shape)
         widths.append(GroundTruth.from_mask(mask).widths * cells_per_pixel)
-    empty_paths = [path for path, share in zip(paths, shares, strict=True) if share == 0]
+    empty_paths = [pair.mask_path for pair, share in zip(pairs, shares, strict=True) if share == 0]
     return MaskStats(np.array(shares), np.concatenate(widths), empty_paths)
 
 
 def describe(stats: MaskStats) -> list[str]:
-    """Describe masks in lines of text: foreground, empty masks, cable widths, a warning of thin cables."""
-    lines = [f"foreground {np.mean(stats.shares):.1%} of the pixels"]
+    """Describe masks in lines of text: empty masks, cable widths, a warning of thin cables."""
+    lines = []
     if stats.empty_paths:
         empty = format_list([str(path) for path in stats.empty_paths])
         lines.append(f"{len(stats.empty_paths)} of {len(stats.shares)} masks checked are empty:\n  {empty}")

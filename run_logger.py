@@ -225,15 +225,20 @@ class Throughput:
 
 
 def dataset_table(train: list[DatasetIndex], test: DatasetIndex | None) -> str:
-    """One line for each dataset: pairs, backgrounds, augmentation, percentage."""
-    lines = [f"{'dataset':40} {'pairs':>6} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}"]
+    """One line for each dataset: pairs, foreground of the masks, backgrounds, augmentation, percentage.
+
+    Below it, one line for what is not read, or is read as cable in several colors.
+    """
+    columns = f"{'pairs':>6} {'foreground':>11} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}"
+    lines = [f"{'dataset':40} {columns}"]
     for dataset in [*train, *([test] if test else [])]:
         config = dataset.config
         name = f"{'test' if dataset is test else 'train'} {_shorten(str(config.data_dir), 34)}"
         lines.append(
-            f"{name:40} {len(dataset.pairs):6} {len(dataset.backgrounds):12} "
+            f"{name:40} {len(dataset.pairs):6} {dataset.foreground:11.2%} {len(dataset.backgrounds):12} "
             f"{config.w_aug!s:>10} {config.percentage:11g}"
         )
+        lines += [f"  {note}" for note in dataset.notes()]
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from base.errors import UserError
 def init() -> None:
     """Set what is global to the process; every command calls this first."""
     warnings.formatwarning = lambda message, *rest, **options: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; they name no file
     Image.MAX_IMAGE_PIXELS = None  # imaging.files checks sizes itself, against --max_pixels
     _keep_freed_memory()
     _data_workers.clear()

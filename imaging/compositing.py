@@ -20,8 +20,9 @@ from imaging.augmentation import (
     recolor_cables,
     recolor_scene,
 )
-from imaging.files import Pair, read_image, read_mask
+from imaging.files import read_image
 from imaging.geometry import fit_size, resize_area, resize_image, resize_mask, to_u8
+from imaging.pairing import Pair, read_pair
 
 Load = Callable[[Any, int], np.ndarray]  # load(item, longest): one of the load_... functions
 Read = Callable[[Load, Hashable, int], np.ndarray]  # read(load, item, longest): a cache, for instance
@@ -34,7 +35,7 @@ def load_pair(pair: Pair, longest: int) -> np.ndarray:
 
     It is shrunk to the longest side `longest` if it is larger. Raises FileError.
     """
-    image, mask = read_image(pair.image_path), read_mask(pair.mask_path)
+    image, mask = read_pair(pair)
     size = bounded_size((mask.shape[0], mask.shape[1]), longest)
     soft_mask = resize_mask(mask.astype(np.float32), size)
     return cv2.merge([resize_image(image, size), to_u8(soft_mask)])
@@ -132,7 +133,7 @@ def photo_sample(
     Arguments, returned arrays and errors are those of `composite`.
     """
     if not augment:
-        whole, true_mask = read_image(pair.image_path), read_mask(pair.mask_path)
+        whole, true_mask = read_pair(pair)
         return resize_image(whole, size), resize_mask(true_mask.astype(np.float32), size)
     image_and_mask = flip(read(load_pair, pair, longest_side(size)), rng)
     image_and_mask = resize_area(zoom(image_and_mask, rng), size)

@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,16 @@ from PIL import Image
 from base import atomic
 from base.errors import UserError
 from imaging.coco import read_prompts
-from imaging.files import FileError, check_size, format_list, image_files, read_image, read_mask
+from imaging.files import (
+    NO_IMAGE_FILE,
+    FileError,
+    check_size,
+    decode,
+    format_list,
+    image_files,
+    to_rgb,
+)
+from imaging.pairing import interpret_mask, match_by_stem, normalized
 from imaging.prompts import Prompt
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
@@ -55,7 +63,7 @@ def find_images(path: Path) -> list[Path]:
         raise UserError(f"--input {path}: no such file or folder, or no permission to read it")
     paths = image_files(path)
     if not paths:
-        raise UserError(f"--input {path}: no .png, .jpg or .jpeg file in it")
+        raise UserError(f"--input {path}: {NO_IMAGE_FILE}")
     n_files = Counter(image_path.stem for image_path in paths)
     doubles = [image_path.name for image_path in paths if n_files[image_path.stem] > 1]
     if doubles:
@@ -72,24 +80,19 @@ def find_masks(folder: Path, image_paths: Iterable[Path]) -> dict[str, Path]:
     """
     if not os.path.isdir(folder):
         raise UserError(f"--masks {folder}: no such folder, or no permission to read it")
-    by_stem: dict[str, list[Path]] = {}
-    for path in image_files(folder):
-        by_stem.setdefault(_normalized(path.stem), []).append(path)
-    found = {path: by_stem.get(_normalized(path.stem), []) for path in image_paths}
-    missing = [path.name for path, masks in found.items() if not masks]
-    doubled = [path.name for path, masks in found.items() if len(masks) > 1]
-    for fault, names in (("no mask", missing), ("two masks", doubled)):
-        if names:
+    mask_files = image_files(folder)
+    images = list(image_paths)
+    pairs, unmatched, _ = match_by_stem(images, mask_files)
+    missing = [image_path for image_path in images if image_path in unmatched]
+    n_files = Counter(normalized(path.stem) for path in mask_files)
+    doubled = [image_path for image_path, mask_path in pairs if n_files[normalized(mask_path.stem)] > 1]
+    for fault, paths in (("no mask", missing), ("two masks", doubled)):
+        if paths:
             raise UserError(
-                f"--masks {folder}: {fault} for {len(names)} of {len(found)} images; expected one file with "
-                f"the name of the image and .png, .jpg or .jpeg:\n  {format_list(names)}"
+                f"--masks {folder}: {fault} for {len(paths)} of {len(images)} images; expected one file with "
+                f"the name of the image and .png, .jpg or the like:\n  {format_list([p.name for p in paths])}"
             )
-    return {path.stem: masks[0] for path, masks in found.items()}
-
-
-def _normalized(stem: str) -> str:
-    """A stem for comparison: macOS writes the same letters with other characters."""
-    return unicodedata.normalize("NFC", stem)
+    return {image_path.stem: mask_path for image_path, mask_path in pairs}
 
 
 def find_prompts(path: Path, image_paths: Iterable[Path]) -> dict[str, list[Prompt]]:
@@ -97,8 +100,8 @@ def find_prompts(path: Path, image_paths: Iterable[Path]) -> dict[str, list[Prom
 
     Raises UserError if the file cannot be read, or listing the images without a prompt.
     """
-    prompts = {_normalized(stem): several for stem, several in read_prompts(path).items()}
-    stems = {image_path: _normalized(image_path.stem) for image_path in image_paths}
+    prompts = {normalized(stem): several for stem, several in read_prompts(path).items()}
+    stems = {image_path: normalized(image_path.stem) for image_path in image_paths}
     missing = [image_path.name for image_path, stem in stems.items() if stem not in prompts]
     if missing:
         raise UserError(
@@ -119,27 +122,19 @@ def read_images(
     for path in paths:
         try:
             check_size(path, max_pixels)
-            image = read_image(path)
+            image_file = decode(path)
+            image = to_rgb(image_file)
         except FileError as error:
             faults.append(f"not predicted: {error}")
             continue
         mask = None
         if path.stem in mask_paths:
             try:
-                mask = _read_true_mask(mask_paths[path.stem], image.shape[:2], max_pixels)
+                check_size(mask_paths[path.stem], max_pixels)
+                mask = interpret_mask(image_file, mask_paths[path.stem]).mask
             except FileError as error:
                 faults.append(f"predicted, but not compared: {error}")
         yield InputImage(path.name, path.stem, image, mask)
-
-
-def _read_true_mask(path: Path, image_size: tuple[int, ...], max_pixels: int) -> np.ndarray:
-    """Read a mask bool (H, W) of the size of its image; raises FileError."""
-    check_size(path, max_pixels)
-    mask = read_mask(path)
-    if mask.shape != image_size:
-        sizes = [f"{height} x {width}" for height, width in (mask.shape, image_size)]
-        raise FileError(f"{path}: is {sizes[0]} (h x w), but its image is {sizes[1]}")
-    return mask
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:

@@ -26,7 +26,7 @@ import checkpoint
 import finetune
 from config import DatasetConfig
 from dataset import DatasetIndex
-from imaging.files import FileInfo, Pair
+from imaging.pairing import FileInfo, Pair
 from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
@@ -245,9 +245,11 @@ def at_iteration(monkeypatch):
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's curves as (iteration, value), by tag."""
+    # Two event files of one second are read in the order of a counter as text, 10 before 9: hence sorted.
     events = EventAccumulator(str(folder)).Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
     }
 
 

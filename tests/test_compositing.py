@@ -6,12 +6,12 @@ import pytest
 from conftest import draw_cable, rng, write_backgrounds, write_dataset
 from PIL import Image
 
-from imaging import compositing, files
+from imaging import compositing, files, masks, pairing
 
 
 def files_in(data, name="cables"):
     """The pairs of a dataset and the backgrounds beside it."""
-    pairs, faults = files.find_pairs(data / name)
+    pairs, faults = pairing.find_pairs(data / name)
     assert not faults
     return pairs, files.image_files(data / "backgrounds")
 
@@ -53,11 +53,11 @@ def test_cut_out_keeps_the_color_of_very_thin_cables(width):
 
 def test_large_photos_are_brought_down_before_cutting_out_and_keep_thin_cables(tmp_path):
     write_dataset(tmp_path / "large", 1, size=(1500, 2000), width=1)
-    (pair,), _ = files.find_pairs(tmp_path / "large")
+    (pair,), _ = pairing.find_pairs(tmp_path / "large")
     photo = compositing.load_pair(pair, longest=500)
     image, mask = photo[..., :3], photo[..., 3]
     assert photo.shape == (375, 500, 4)
-    assert mask.sum() / 255 == pytest.approx(files.read_mask(pair.mask_path).sum() / 16, rel=0.02)
+    assert mask.sum() / 255 == pytest.approx(masks.read_mask(pair.mask_path).sum() / 16, rel=0.02)
     assert 0 < mask.max() < 128  # a pixel's cable fills a quarter of a pixel
     cut_out = compositing.load_cut_out(pair, longest=500)
     cable = image[mask == mask.max()].min()
@@ -86,7 +86,7 @@ def test_without_augmentation_cables_stay_where_and_as_they_were(data):
     pairs, backgrounds = files_in(data, "thick")
     image, mask = compositing.composite(pairs, backgrounds, 2, (48, 64), rng(), augment=False)
     photo = files.read_image(pairs[2].image_path)
-    truth = files.read_mask(pairs[2].mask_path)
+    truth = masks.read_mask(pairs[2].mask_path)
     assert ((mask > 0.5) == truth).mean() > 0.99
     deep = cv2.erode(truth.astype(np.uint8), np.ones((7, 7))) > 0
     assert deep.any()
@@ -122,7 +122,7 @@ def test_a_photo_sample_without_augmentation_is_the_photo(data):
     pairs, _ = files_in(data)
     image, mask = compositing.photo_sample(pairs[1], (48, 64), rng(), augment=False)
     assert (image == files.read_image(pairs[1].image_path)).all()
-    assert mask.dtype == np.float32 and (mask == files.read_mask(pairs[1].mask_path)).all()
+    assert mask.dtype == np.float32 and (mask == masks.read_mask(pairs[1].mask_path)).all()
 
 
 def test_an_augmented_photo_sample_keeps_image_and_mask_together(data):

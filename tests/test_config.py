@@ -108,8 +108,9 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         "dataset.train[2].bg_path: unknown key",
         "dataset.train[3].data_dir: required key is missing",
         "dataset.train[3].bg_paths: expected a list (got 'bg_1')",
-        "dataset.train[3].percentage: Input should be a valid number (got 'half')",
-        "dataset.test: expected a mapping",
+        "dataset.train[3].percentage: expected a number such as 0.5, which means half of the pairs",
+        "(got 'half')",
+        "dataset.test: expected a mapping, not a list: there is one test dataset",
         "lr: unknown key",
     ):
         assert part in message, message
@@ -133,6 +134,25 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
             "dataset: {train: [{data_dir: cables, bg_paths: [bg_1], aug_details: []}]}",
             "aug_details lacks crop_foreground",
         ),
+        ("dataset: {train: [{data_dir: cables, percentage: '1,5'}]}", "expected a number such as 0.5"),
+        ("dataset: {train: [{data_dir: cables, percentage: -5%}]}", "greater than 0 (got "),
+        ("dataset: {train: [{data_dir: cables, mask_values: 1}]}", "mask_values: expected a list (got 1)"),
+        (
+            "dataset: {train: [{data_dir: cables, mask_values: []}]}",
+            "mask_values: expected at least one value",
+        ),
+        ("dataset: {train: [{data_dir: cables, mask_values: [70000]}]}", "palette indices from 0 to 65535"),
+        (
+            "dataset: {train: [{data_dir: cables, mask_values: [true]}]}",
+            "expected `nonzero`, or a list of gray",
+        ),
+        (
+            "dataset: {train: [{data_dir: cables, mask_values: [[255, 0]]}]}",
+            "or of colors, e.g. [[255, 0, 0]]",
+        ),
+        ("dataset: {train: [{data_dir: cables, mask_values: [[256, 0, 0]]}]}", "or of colors"),
+        ("dataset: {train: [{data_dir: cables, allow_large_foreground: 1}]}", "allow_large_foreground"),
+        ("dataset: {train: [{data_dir: cables}], test: [{data_dir: test}]}", "below `test:` without a dash"),
         ("dataset: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("dataset: 2001-99-99", "not valid YAML"),
         ("dataset: &a [*a]", "not valid YAML"),
@@ -146,6 +166,41 @@ def test_fault_is_named(folders, text, message):
     with pytest.raises(UserError) as error:
         load(folders, text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5e-1", 0.5), ("50%", 0.5), ("'50 %'", 0.5), ("2", 2.0), ("'0.1'", 0.1)]
+)
+def test_numbers_that_yaml_reads_as_strings_are_numbers(folders, text, expected):
+    config = load(folders, f"dataset: {{train: [{{data_dir: cables, percentage: {text}}}]}}")
+    assert config.dataset.train[0].percentage == expected
+
+
+def test_a_percentage_that_is_meant_in_percent_gives_a_warning(folders):
+    text = "dataset: {train: [{data_dir: cables, percentage: 50}]}"
+    with pytest.warns(UserWarning, match=r"uses every pair 50 times per epoch; for 50 percent .* write 0\.5"):
+        assert load(folders, text).dataset.train[0].percentage == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("nonzero", "nonzero"), ("null", None), ("[1, 300]", (1, 300)), ("[[255, 0, 0], 7]", ((255, 0, 0), 7))],
+)
+def test_mask_values_are_values_or_colors(folders, text, expected):
+    config = load(folders, f"dataset: {{train: [{{data_dir: cables, mask_values: {text}}}]}}")
+    assert config.dataset.train[0].mask_values == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_named(folders, encoding):
+    (folders / "c.yaml").write_bytes(EVERY_KEY.encode(encoding))
+    with pytest.raises(UserError, match=r"c\.yaml: it is encoded in UTF-16; save it as UTF-8"):
+        load_config(folders / "c.yaml")
+
+
+def test_a_byte_order_mark_of_utf_8_is_read(folders):
+    (folders / "c.yaml").write_bytes(EVERY_KEY.encode("utf-8-sig"))
+    assert len(load_config(folders / "c.yaml").dataset.train) == 2
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a JPEG", b"[" * 100_000])
@@ -190,9 +245,8 @@ def test_missing_file_is_named(tmp_path):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("cables")
-keys = st.sampled_from(
-    ["dataset", "train", "test", "data_dir", "bg_paths", "w_aug", "aug_details", "percentage"]
-)
+KEYS = "dataset train test data_dir bg_paths w_aug aug_details percentage mask_values allow_large_foreground"
+keys = st.sampled_from(KEYS.split())
 documents = st.recursive(
     leaves,
     lambda inner: (

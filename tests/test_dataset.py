@@ -11,7 +11,7 @@ import dataset
 from base.errors import UserError
 from config import DatasetConfig
 from dataset import TestSet, TrainSet
-from imaging import files
+from imaging import files, masks
 from imaging.geometry import InputSpec
 
 SPEC = InputSpec(64, 32)
@@ -73,7 +73,7 @@ def test_photos_are_used_as_they_are_without_backgrounds(data):
     cables = dataset_index(data, backgrounds=False)
     image, mask = dataset.make_sample(cables, 1, (48, 64), rng())
     assert (image == files.read_image(cables.pairs[1].image_path)).all()
-    assert (mask == files.read_mask(cables.pairs[1].mask_path)).all()
+    assert (mask == masks.read_mask(cables.pairs[1].mask_path)).all()
 
 
 # --- epochs ---

@@ -460,10 +460,20 @@ def test_the_baseline_is_measured_at_iteration_0(tiny_weights, config_file):
     assert measured[0] == pytest.approx(np.mean(ious), abs=1e-6) and set(measured) == {0, 3}
 
 
-def test_empty_masks_can_be_trained_and_tested_on(tiny_weights, config_file, data):
+def test_empty_masks_are_trained_and_tested_on_only_if_the_config_insists(
+    tiny_weights, config_file, data, capsys
+):
     for path in [*(data / "cables" / "masks").iterdir(), *(data / "test" / "masks").iterdir()]:
         Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
-    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--prompt", "mixed") == 0
+    config = config_file()
+    assert run_tiny(config, tiny_weights, "-e", 1, "--prompt", "mixed") == 2
+    error = capsys.readouterr().err
+    assert "all 6 masks are empty" in error and "all 3 masks are empty" in error
+    document = yaml.safe_load(config.read_text())
+    for keys in (*document["dataset"]["train"], document["dataset"]["test"]):
+        keys["allow_empty_masks"] = True
+    config.write_text(yaml.safe_dump(document))
+    assert run_tiny(config, tiny_weights, "-e", 1, "--prompt", "mixed") == 0
     assert all(np.isfinite(value) for _, value in scalars("exp/run")["train/loss"])
 
 

@@ -6,7 +6,7 @@ from conftest import draw_cable, rng, write_dataset, write_video
 from PIL import Image
 
 from base.errors import UserError
-from imaging import files, media
+from imaging import files, masks, media
 
 
 def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
@@ -22,11 +22,11 @@ def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
         assert (image.image == files.read_image(folder / "imgs" / image.name)).all()
     assert images[1].mask is None  # it has another size
     for image in images[::2]:
-        assert (image.mask == files.read_mask(folder / "masks" / image.name)).all()
+        assert (image.mask == masks.read_mask(folder / "masks" / image.name)).all()
     assert len(faults) == 2
     assert faults[0].startswith("not predicted: ") and "1.png: cannot be decoded" in faults[0]
     assert faults[1].startswith("predicted, but not compared: ")
-    assert "2.png: is 8 x 9 (h x w), but its image is 48 x 64" in faults[1]
+    assert "2.png: is 48 x 64 (h x w) but its mask is 8 x 9" in faults[1]
 
 
 def test_names_are_compared_as_they_look(tmp_path):

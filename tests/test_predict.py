@@ -14,7 +14,8 @@ from segment_anything import SamPredictor
 import checkpoint
 import predict
 from imaging import media
-from imaging.files import read_image, read_mask
+from imaging.files import read_image
+from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
 from imaging.output_folder import OutputFolder
 from sam import variants
@@ -289,7 +290,7 @@ def test_true_masks_that_are_missing_or_do_not_fit(trained, data, tmp_path, caps
     Image.new("L", (9, 8)).save(masks / "2.png")
     assert run(trained, photos, tmp_path / "out", "--masks", masks) == 1
     assert "not compared: " in (error := capsys.readouterr().err)
-    assert "2.png: is 8 x 9 (h x w), but its image is 48 x 64" in error
+    assert "2.png: is 48 x 64 (h x w) but its mask is 8 x 9" in error
     assert len(list((tmp_path / "out/masks").iterdir())) == 3
     with (tmp_path / "out/measures.csv").open(newline="") as file:
         assert sorted(row["picture"] for row in csv.DictReader(file)) == ["0", "1"]
@@ -330,7 +331,7 @@ def test_a_flag_out_of_range_is_refused(trained, data, tmp_path, capsys, flag, v
         ("checkpoint", "checkpoint not found"),
         ("variant", "holds weights of none of vit_b"),
         ("input", "no such file or folder"),
-        ("empty", "no .png, .jpg or .jpeg file in it"),
+        ("empty", "no .png, .jpg, .jpeg, .webp, .tif, .tiff or .bmp file in it"),
         ("stems", "0.jpg and 0.png would give one mask"),
         ("masks", "no mask for 1 of 3 images"),
     ],

@@ -12,6 +12,7 @@ from PIL import Image
 
 import finetune
 from imaging.files import read_image
+from imaging.masks import read_mask
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,12 @@ def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, da
     assert files == {"train_0.jpg", "train_1.jpg", "test.jpg"}
     output = capsys.readouterr().out
     assert output.count("6 pairs of 48 x 64 (h x w)") == 2 and "3 pairs of" in output
+    shares = [
+        np.mean([read_mask(path).mean() for path in (data / name / "masks").iterdir()])
+        for name in ("cables", "cables", "test")
+    ]
+    shown = [float(found) / 100 for found in re.findall(r"foreground (\d+\.\d+)% of the pixels", output)]
+    assert shown == pytest.approx(shares, abs=1e-4)
     # Cables are drawn 5 to 6 pixels wide, in photos of 64 on a grid of 32 cells.
     medians = [float(found) for found in re.findall(r"cables are (\d\.\d) cells", output)]
     assert medians == pytest.approx([2.8] * 3, abs=0.5)

@@ -1,0 +1,227 @@
+"""Pairs of image and mask files: matching them by name, reading and checking them."""
+
+import difflib
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from imaging.files import (
+    MAX_PIXELS,
+    NO_IMAGE_FILE,
+    DecodedFile,
+    FileError,
+    check_size,
+    decode,
+    image_files,
+    read_image,
+    to_rgb,
+)
+from imaging.masks import MaskReading, MaskValues, interpret
+
+# What programs append to the name of an image: "x_mask.png" or "x.jpg.png" for "x.jpg".
+MASK_SUFFIX = re.compile(
+    r"(\.(png|jpe?g|webp|tiff?|bmp))?([ _.-]*(masks?|labels?|seg|segmentation|gt))?$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask file.
+
+    mask_values: see `imaging.masks.read_mask`.
+    """
+
+    image_path: Path
+    mask_path: Path
+    mask_values: MaskValues = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What `check_files` records of a file.
+
+    size: (h, w) in pixels.
+    digest: hash of the decoded pixels.
+    foreground: of a mask, the fraction of its pixels that are foreground; else None.
+    level, colors: of a mask, see `imaging.masks.MaskReading`.
+    """
+
+    size: tuple[int, int]
+    digest: str
+    foreground: float | None = None
+    level: int | None = None
+    colors: frozenset[tuple[int, int, int]] = frozenset()
+
+
+# --- Matching ----------------------------------------------------------------------------------
+
+
+def normalized(stem: str) -> str:
+    """A stem with composed Unicode characters: macOS writes "é" as two characters."""
+    return unicodedata.normalize("NFC", stem)
+
+
+def match_by_stem(
+    image_paths: Iterable[Path], mask_paths: Iterable[Path]
+) -> tuple[list[tuple[Path, Path]], list[Path], list[Path]]:
+    """Match images with masks by their stems, which are unique among the images and among the masks.
+
+    A mask without an image of the same stem belongs to the image "x" if its stem is "x_mask", "x-label",
+    "x.jpg" or the like, and if this holds for no other mask.
+
+    Returns:
+        The pairs (image, mask), sorted by the stem of the image; the other images; the other masks.
+    """
+    images = {normalized(path.stem): path for path in image_paths}
+    masks = {normalized(path.stem): path for path in mask_paths}
+    matched = {stem: stem for stem in images.keys() & masks.keys()}  # image stem -> mask stem
+    shortened = {stem: MASK_SUFFIX.sub("", stem, count=1) for stem in masks.keys() - matched.keys()}
+    n_claims = Counter(shortened.values())
+    for mask_stem, stem in shortened.items():
+        if stem in images and stem not in matched and n_claims[stem] == 1:
+            matched[stem] = mask_stem
+    used = set(matched.values())
+    return (
+        [(images[stem], masks[matched[stem]]) for stem in sorted(matched)],
+        [images[stem] for stem in sorted(images.keys() - matched.keys())],
+        [masks[stem] for stem in sorted(masks.keys() - used)],
+    )
+
+
+def find_pairs(data_dir: Path, mask_values: MaskValues = None) -> tuple[list[Pair], list[str]]:
+    """Match the images in `data_dir/imgs` with the masks in `data_dir/masks` by their stems.
+
+    Returns:
+        The pairs, sorted by stem, and one message for each fault: a missing or empty folder, a second
+        file with the same stem, an image without a mask, a mask without an image.
+    """
+    faults: list[str] = []
+    found: list[list[Path]] = []
+    for folder in (data_dir / "imgs", data_dir / "masks"):
+        if not folder.is_dir():
+            return [], [*faults, f"{folder}: no such folder (expected imgs/ and masks/ in {data_dir})"]
+        by_stem: dict[str, Path] = {}
+        for path in image_files(folder):
+            stem = normalized(path.stem)
+            if stem in by_stem:
+                faults.append(f"{path}: has the same stem as {by_stem[stem].name}")
+            by_stem[stem] = path
+        if not by_stem:
+            return [], [*faults, f"{folder}: {NO_IMAGE_FILE}"]
+        found.append(list(by_stem.values()))
+    matched, images, masks = match_by_stem(*found)
+    no_mask = [f"{path}: has no mask in masks/{_closest(path, masks)}" for path in images]
+    no_image = [f"{path}: has no image in imgs/{_closest(path, images)}" for path in masks]
+    # A message shows the first faults of a list: both sides take turns.
+    turns = chain.from_iterable(zip_longest(no_mask, no_image))
+    faults += [fault for fault in turns if fault is not None]
+    return [Pair(*paths, mask_values) for paths in matched], faults
+
+
+def _closest(path: Path, others: list[Path]) -> str:
+    """Name the file of the other folder without a partner whose name is the most similar."""
+    names = [other.name for other in others[:1000]]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0) if names else []
+    return f" (without a partner there: {close[0]})" if close else ""
+
+
+# --- Reading -----------------------------------------------------------------------------------
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image, RGB uint8 (H, W, 3), and its mask of the same size, bool (H, W); raises FileError."""
+    image, reading = interpret_pair(pair)
+    return image, reading.mask
+
+
+def interpret_pair(pair: Pair) -> tuple[np.ndarray, MaskReading]:
+    """Read an image, RGB uint8 (H, W, 3), and interpret its mask of the same size; raises FileError."""
+    image_file = decode(pair.image_path)
+    return to_rgb(image_file), interpret_mask(image_file, pair.mask_path, pair.mask_values)
+
+
+def interpret_mask(image_file: DecodedFile, path: Path, mask_values: MaskValues = None) -> MaskReading:
+    """Interpret the mask file of a decoded image.
+
+    Raises FileError if it cannot be read, if the sizes differ, or if it is unclear whether the mask was drawn
+    before or after the image was rotated by its EXIF orientation.
+    """
+    mask_file = decode(path)
+    width, height = image_file.image.size
+    mask_width, mask_height = mask_file.image.size
+    turns = image_file.orientation, mask_file.orientation
+    if (height, width) != (mask_height, mask_width):
+        note = ""
+        if turns[0] != turns[1]:
+            note = f" (the EXIF orientation is {turns[0]} in the image and {turns[1]} in the mask)"
+        raise FileError(
+            f"{image_file.path}: is {height} x {width} (h x w) but its mask is "
+            f"{mask_height} x {mask_width}{note}"
+        )
+    # If one of the two is turned by 90 degrees and the sizes are equal, both are upright.
+    turned_by_size = height != width and max(turns) > 4 and min(turns) == 1
+    if turns[0] != turns[1] and not turned_by_size:
+        raise FileError(
+            f"{image_file.path}: its EXIF orientation is {turns[0]}, that of its mask {path.name} is "
+            f"{turns[1]}, and the sizes do not tell whether the mask fits the image as it is turned by "
+            "this tag. If it does, save the image turned and without the tag; if not, remove the tag"
+        )
+    return interpret(mask_file, mask_values)
+
+
+# --- Checking ----------------------------------------------------------------------------------
+
+
+def check_files(
+    items: Iterable[Pair | Path], max_pixels: int = MAX_PIXELS
+) -> tuple[dict[Pair | Path, dict[Path, FileInfo]], list[str]]:
+    """Decode every file of the pairs and backgrounds once, in several threads.
+
+    Returns:
+        What was recorded of the files of each intact item, and one message for each item with a fault: a
+        file that cannot be decoded or is too large, a mask that is not binary, a pair that does not fit.
+    """
+    unique = list(dict.fromkeys(items))
+    infos: dict[Pair | Path, dict[Path, FileInfo]] = {}
+    faults: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for item, checked in zip(
+            unique, pool.map(partial(_check, max_pixels=max_pixels), unique), strict=True
+        ):
+            if isinstance(checked, str):
+                faults.append(checked)
+            else:
+                infos[item] = checked
+    return infos, faults
+
+
+def _check(item: Pair | Path, max_pixels: int) -> str | dict[Path, FileInfo]:
+    """Check one item of `check_files`: its fault, or what was recorded of its files."""
+    try:
+        if isinstance(item, Path):
+            check_size(item, max_pixels)
+            return {item: _file_info(read_image(item))}
+        check_size(item.image_path, max_pixels)
+        check_size(item.mask_path, max_pixels)
+        image, reading = interpret_pair(item)
+    except FileError as error:
+        return str(error)
+    return {item.image_path: _file_info(image), item.mask_path: _file_info(reading.mask, reading)}
+
+
+def _file_info(array: np.ndarray, reading: MaskReading | None = None) -> FileInfo:
+    pixels = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
+    pixels.update(repr(array.shape).encode())
+    size = (array.shape[0], array.shape[1])
+    if reading is None:
+        return FileInfo(size, pixels.hexdigest())
+    return FileInfo(size, pixels.hexdigest(), float(array.mean()), reading.level, reading.colors)
