@@ -540,9 +540,13 @@ def _iterate(loader: DataLoader[Any], sample_bytes: int) -> Iterator[Any]:
     if loader.num_workers:
         _require_shared_memory(sample_bytes)
     others = set(multiprocessing.active_children())
-    iterator = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    runtime.watch_data_workers(workers)
+    try:
+        iterator = iter(loader)
+    except OSError as error:  # the system has no more processes, files or memory
+        raise UserError(f"the data workers cannot be started ({error}); use fewer --num_workers") from error
+    finally:
+        workers = set(multiprocessing.active_children()) - others
+        runtime.watch_data_workers(workers)
     while True:
         asked = time.monotonic()
         try:

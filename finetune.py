@@ -190,7 +190,10 @@ def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
     if keep and runtime.is_main():
         by_epoch = sorted(folder.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
         for path in by_epoch[:-keep]:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error
 
 
 # --- Training ---------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def load_any(path: Path) -> tuple[Sam, str]:
 
     Raises UserError, which names the file, if it cannot be read or fits no model type.
     """
-    weights = checkpoint.load_weights(path)
+    weights = checkpoint.load_weights(Path(path))
     model_type = detect_model_type(weights)
     if model_type is None:
         raise UserError(f"{path} holds weights of none of {', '.join(VARIANTS)}")

@@ -231,18 +231,24 @@ def user_message(error: Exception, memory_hint: str) -> str | None:
     type for the memory of a CPU: only there the text is looked at, for the name of the allocator.
     `memory_hint` names the flags that need less memory.
     """
-    if isinstance(error, UserError):
-        return str(error)
     first_line = str(error).strip().partition("\n")[0]
     is_cpu_memory = type(error) is RuntimeError and "DefaultCPUAllocator" in first_line
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_cpu_memory:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu_memory:
         return f"out of memory ({first_line or type(error).__name__}); {memory_hint}"
-    if isinstance(error, RuntimeError) and any(process.exitcode for process in _data_workers):
+    # PyTorch's error may also come amid a write, which turns it into a UserError, or be one of a broken pipe.
+    origin = error.__cause__ or error
+    if isinstance(origin, RuntimeError | OSError | EOFError) and _has_dead_data_worker():
         return (
             f"a process that prepares data died, possibly out of memory ({first_line}); "
             "fewer --num_workers need less memory"
         )
-    return None
+    return str(error) if isinstance(error, UserError) else None
+
+
+def _has_dead_data_worker() -> bool:
+    for process in _data_workers:
+        process.join(timeout=0.1)  # its exit code may not be there yet
+    return any(process.exitcode for process in _data_workers)
 
 
 # --- Signals ----------------------------------------------------------------------------------

@@ -84,7 +84,12 @@ def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
         raise FileError(f"--prompt {path}: cannot be read ({error})") from error
     except KeyError as error:
         raise FileError(f"--prompt {path}: {error} is missing; {EXPECTED}") from error
-    except (ValueError, TypeError, csv.Error) as error:  # a value of a wrong kind, or no CSV or JSON at all
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # a value of a wrong kind, or no CSV or JSON at all
         raise FileError(f"--prompt {path}: {error}; {EXPECTED}") from error
 
 

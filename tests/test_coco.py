@@ -147,6 +147,7 @@ def test_coco_boxes_and_keypoints(tmp_path):
         ("p.csv", ""),
         ("p.csv", "x,y,image\n1,2\n"),
         ("p.json", "{"),
+        ("p.json", "[" * 200_000),
         ("p.json", "[]"),
         ("p.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'),
         ("p.json", '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}'),

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved or fed with garbage: nothing is lost, and all is said."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 import zlib
 from itertools import pairwise
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import numpy as np
@@ -545,6 +547,21 @@ def test_data_workers_that_do_not_answer_end_the_run(config, tiny_weights, monke
     assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1) == 1
     error = capsys.readouterr().err
     assert "no data came from the data workers for 1 s" in error and "--num_workers 0" in error
+
+
+def test_data_workers_that_cannot_be_started_end_the_run(config, tiny_weights, monkeypatch, capsys):
+    launch, calls = popen_fork.Popen._launch, []
+
+    def fail_in_third(self, process):
+        calls.append(process)
+        if len(calls) == 3:  # the first is of the test set
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return launch(self, process)
+
+    monkeypatch.setattr(popen_fork.Popen, "_launch", fail_in_third)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 2) == 1
+    assert "use fewer --num_workers" in capsys.readouterr().err
+    assert len(calls) == 3 and multiprocessing.active_children() == []
 
 
 def test_too_little_shared_memory_is_named(config, tiny_weights, monkeypatch, capsys):

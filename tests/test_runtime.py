@@ -71,6 +71,9 @@ class EndedProcess:
     def __init__(self, exitcode):
         self.exitcode = exitcode
 
+    def join(self, timeout):
+        assert timeout < 1
+
 
 @pytest.mark.parametrize(("exitcode", "is_named"), [(0, False), (1, True), (-9, True)])
 def test_the_death_of_a_data_worker_is_told_from_a_bug(exitcode, is_named):
