@@ -253,7 +253,6 @@ def _has_dead_data_worker() -> bool:
 
 # --- Signals ----------------------------------------------------------------------------------
 
-
 # SIGHUP comes when the terminal closes, as with a lost ssh connection; Windows has none.
 STOP_SIGNALS = [SIGINT, SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
@@ -291,8 +290,7 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        if (
-            number not in (SIGINT, SIGTERM) and sys.stderr.isatty()
-        ):  # the terminal is gone: printing would fail
+        is_hangup = number not in (SIGINT, SIGTERM)
+        if is_hangup and sys.stderr.isatty():  # the terminal is gone, and printing to it would fail
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
         print(f"\n{signal.Signals(number).name}: the run ends once its state is saved", file=sys.stderr)
