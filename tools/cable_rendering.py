@@ -1,10 +1,10 @@
 """Render tubes that lie on each other: an image, and the exact mask of those that are cables.
 
-A strand is a tube along a curve. Its surface has the coordinates `along` (distance from the start in radii) and
-`across` (-1 to 1, from one edge to the other). The surface is sampled densely, and each sample falls into one
-pixel of a grid that is `OVERSAMPLING` times as fine as the image. Samples of higher parts replace those of lower
-parts. Only then, the visible samples are shaded. The image is the average of the fine pixels, and the mask is
-where at least half of them are cable.
+A strand is a tube along a curve. Its surface has the coordinates `along` (distance from the start in radii)
+and `across` (-1 to 1, from one edge to the other). The surface is sampled densely, and each sample falls into
+one pixel of a grid that is `OVERSAMPLING` times as fine as the image. Samples of higher parts replace those
+of lower parts. Only then, the visible samples are shaded. The image is the average of the fine pixels, and the
+mask is where at least half of them are cable.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 OVERSAMPLING = 3
 SAMPLE_STEP = 0.7  # in fine pixels; below 1 / sqrt(2), so that samples leave no pixel out
-LEVEL_STEP = 0.12  # strands are painted in layers of this height
+LEVEL_STEP = 0.08  # strands are painted in layers of this height
 ROWS_AT_ONCE = 384
 
 
@@ -72,7 +72,7 @@ def render(
         size: (h, w) of the image.
         background: RGB in 0..1.
         light: the same for all strands.
-        grain: float32 (256, 64), noise of mean 0 and standard deviation 1 that repeats along its first axis.
+        grain: float32 (256, 256), noise of mean 0 and standard deviation 1.
 
     Returns:
         Image RGB uint8 (h, w, 3) and mask bool (h, w).
@@ -131,11 +131,8 @@ def sample_rows(strands: Sequence[Strand]) -> Rows:
         level = np.floor(np.interp(at, distance, height) / LEVEL_STEP).astype(int)
         normal = tangent[:, ::-1] * (-1, 1)
         parts.append((center, normal, row_radius, np.cumsum(step / row_radius), level, np.full(n, index)))
-    center, normal, row_radius, along, level, strand_index = (
-        np.concatenate(p) for p in zip(*parts, strict=True)
-    )
-    floats = (array.astype(np.float32) for array in (center, normal, row_radius, along))
-    return Rows(*floats, level, strand_index)
+    arrays = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return Rows(*(array.astype(np.float32) for array in arrays[:4]), *arrays[4:])
 
 
 def painting_order(rows: Rows) -> Iterator[np.ndarray]:
@@ -148,7 +145,7 @@ def painting_order(rows: Rows) -> Iterator[np.ndarray]:
 
 
 class Canvas:
-    """What is visible in each fine pixel: the row (-1 for none), the place across, and how deep the shadow is."""
+    """What is visible in each fine pixel: the row (-1 for none), the place across it, the depth of shadow."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -191,7 +188,7 @@ class Canvas:
             self.shadow[pixel[hit]] = np.maximum(self.shadow[pixel[hit]], value)
 
     def _pixels(self, rows: Rows, chunk: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Flat indices of the pixels at `offset` (rows, n) from the axis, and of their samples; inside only."""
+        """Flat indices of the pixels at `offset` (rows, n) from the axis, and of the samples in them."""
         position = rows.center[chunk, :, None] + rows.normal[chunk, :, None] * offset[:, None]
         x, y = (np.floor(position[:, axis]).astype(np.int32).reshape(-1) for axis in (0, 1))
         height, width = self.size
@@ -219,19 +216,30 @@ def shade_samples(
     colors: np.ndarray = np.empty((len(row), 3), np.float32)
     for group in np.split(order, np.flatnonzero(np.diff(strand[order])) + 1):
         if len(group):
-            look = strands[strand[group[0]]].look
-            colors[group] = shade(look, along[group], across[group], facing[group], light.side, grain)
+            painted = strands[strand[group[0]]]
+            fineness = max(5.0, float(np.mean(painted.radius)))  # a grain is at most a pixel
+            places = along[group], across[group], facing[group]
+            colors[group] = shade(painted.look, *places, light.side, grain, fineness)
     colors *= 1 - canvas.shadow[covered][:, None]
     return np.rint(255 * colors.clip(0, 1)).astype(np.uint8)
 
 
 def shade(
-    look: Look, along: np.ndarray, across: np.ndarray, facing: np.ndarray, side: float, grain: np.ndarray
+    look: Look,
+    along: np.ndarray,
+    across: np.ndarray,
+    facing: np.ndarray,
+    side: float,
+    grain: np.ndarray,
+    fineness: float,
 ) -> np.ndarray:
-    """Colors float32 (n, 3) of a strand at (n,) places; `facing` is the cosine of light and normal."""
+    """Colors float32 (n, 3) of a strand at (n,) places.
+
+    `facing` is the cosine of light and normal, and `fineness` the number of grains per radius.
+    """
     angle = np.arcsin(across)  # around the axis
     brightness = (1 - look.limb * np.abs(across) ** look.limb_power) * (1 + side * facing * across)
-    noise = grain[(along * 8).astype(int) % 256, (10 * (angle + np.pi / 2)).astype(int) % 64]
+    noise = grain[(along * fineness).astype(int) % 256, ((angle + 2) * fineness).astype(int) % 256]
     slow = grain[(along / 6).astype(int) % 256, 0]
     brightness *= 1 + look.grain * (noise + 0.3 * slow)
     color = np.broadcast_to(look.color.astype(np.float32), (len(along), 3))
@@ -253,7 +261,7 @@ def shade(
 
 
 def weave_pattern(look: Look, along: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How deep each place lies between threads (0 to 1), and whether it is on every other thread; both (n,)."""
+    """How deep each place is between threads (0 to 1), and whether it is on every other thread; both (n,)."""
     one = look.weave_pitch * (0.7 * along + angle)
     if look.weave == "helix":
         return 1 - np.abs(np.sin(one)), (one / np.pi).astype(int) % 2 == 0

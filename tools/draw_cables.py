@@ -2,10 +2,10 @@
 
     python tools/draw_cables.py --out data/drawn --n 500
 
-Writes imgs/ and masks/ with N pairs of PNG files. The pictures show cables of many shapes, widths, colors and
-materials on a plain background: single wires, ribbons, harnesses with ties, twisted pairs, ropes, coiled cords.
-The masks contain cables, ties and tape on them, but no plugs, ferrules and bare ends. A picture depends only on
-the seed, its number and the size.
+Writes imgs/ and masks/ with N pairs of PNG files. The images show cables of many shapes, widths, colors and
+materials on a plain background: single wires, ribbons, harnesses with ties, twisted pairs, ropes and coiled
+cords. The masks contain cables, and ties and tape on them, but no plugs, ferrules and bare ends. An image
+depends only on the seed, its number and the size.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +30,7 @@ from imaging.media import write_image
 
 REFERENCE_SIZE = 640  # the side of an image for which lengths below are given, in pixels
 WIDTHS = (3.0, 60.0)
+MIN_WIDTH = 2.0  # in pixels of any image
 MAX_CABLES = 8
 MAX_COVERAGE = 0.4  # of the area of an image, counted without overlaps
 COLORS = {  # RGB in 0..1
@@ -103,9 +105,11 @@ def random_weave(rng: Rng) -> dict[str, object]:
 
 
 def smooth_noise(rng: Rng, n: int, spacing: float) -> np.ndarray:
-    """Noise (n,) of standard deviation 1 at knots that are `spacing` values apart, linear in between."""
+    """Noise (n,) of standard deviation 1 at knots that are `spacing` values apart, and smooth in between."""
     knots = rng.normal(0, 1, int(n / spacing) + 3)
-    return np.interp(np.arange(n), np.arange(len(knots)) * spacing - rng.uniform(0, spacing), knots)
+    at = np.arange(n) / spacing + rng.uniform(0, 1)
+    left, share = at.astype(int), at % 1
+    return knots[left] + (knots[left + 1] - knots[left]) * share**2 * (3 - 2 * share)
 
 
 def random_curvature(rng: Rng, n: int, scale: float) -> np.ndarray:
@@ -172,25 +176,27 @@ def shifted(curve: np.ndarray, offset: np.ndarray) -> np.ndarray:
 def single_cable(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
     radius = width / 2
     curve = random_curve(rng, size, radius, rng.uniform(2, 5))
-    rise = height + 0.7 * smooth_noise(rng, len(curve), 120 * size / REFERENCE_SIZE)
-    strand = Strand(curve, radius, rise, random_look(rng))
-    bands = [random_band(rng, curve, np.zeros((1, len(curve))), radius)] if rng.random() < 0.12 else []
+    strand = Strand(curve, radius, height, random_look(rng))
+    bands = (
+        [random_band(rng, curve, np.zeros((1, len(curve))), radius, height)] if rng.random() < 0.12 else []
+    )
     return [strand, *bands, *random_end(rng, strand, 0), *random_end(rng, strand, -1)]
 
 
 def bundle(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
-    """A flat ribbon or a harness: parallel wires with gaps of at most 2 pixels, which may part at the ends."""
+    """A ribbon or a harness: parallel wires with gaps of at most 2 pixels, which may part at the ends."""
     scale = size / REFERENCE_SIZE
     n = int(rng.integers(2, 13))
-    radius = max(min(width, 0.3 * size / n), WIDTHS[0] * scale) / 2
+    radius = max(min(width, 0.3 * size / n), WIDTHS[0] * scale, MIN_WIDTH) / 2
     flat = rng.random() < 0.5
     pitch = (2 * radius + rng.uniform(0, 2) * scale) * (1.0 if flat else rng.uniform(0.6, 1.0))
-    curve = random_curve(rng, size, n * pitch / 2 + radius, 2.0)
+    half_width = n * pitch / 2 + radius
+    curve = random_curve(rng, size, half_width, 2.0)
     lanes = (rng.permutation(n) - (n - 1) / 2)[:, None] * pitch * np.ones(len(curve))
     if not flat:
         lanes += [radius * smooth_noise(rng, len(curve), 150 * scale) for _ in range(n)]
     if rng.random() < 0.6:
-        lanes = fan_out(rng, lanes, size)
+        lanes = fan_out(rng, lanes, half_width)
     looks = [random_look(rng)] * n
     if rng.random() < 0.5:  # one material in several colors
         looks = [replace(look, color=random_color(rng)) for look in looks]
@@ -199,14 +205,15 @@ def bundle(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
         looks = [palette[rng.integers(len(palette))] for _ in range(n)]
     end_seed = int(rng.integers(2**32))  # all wires end in the same way
     strands = []
-    for lane, look in zip(lanes, looks, strict=True):
-        rise = height + (0 if flat else 0.3) * smooth_noise(rng, len(curve), 80 * scale)
+    for i, (lane, look) in enumerate(zip(lanes, looks, strict=True)):
         start, end = (0, len(curve)) if flat else trimmed(rng, len(curve))
-        strand = Strand(shifted(curve, lane)[start:end], radius, rise[start:end], look)
+        points = gaussian_filter1d(shifted(curve, lane), 0.7 * radius, axis=0, mode="nearest")
+        rise = height + (0 if flat else 0.6 * i / n)
+        strand = Strand(points[start:end], radius, rise, look)
         strands.append(strand)
         for end in (0, -1):
             strands += random_end(np.random.default_rng(end_seed), strand, end)
-    bands = [random_band(rng, curve, lanes, radius) for _ in range(int(rng.integers(0, 5)))]
+    bands = [random_band(rng, curve, lanes, radius, height) for _ in range(int(rng.integers(0, 5)))]
     return strands + bands
 
 
@@ -215,17 +222,16 @@ def trimmed(rng: Rng, n: int) -> tuple[int, int]:
     return int(rng.uniform(0, n / 8)), n - int(rng.uniform(0, n / 8))
 
 
-def fan_out(rng: Rng, lanes: np.ndarray, size: int) -> np.ndarray:
+def fan_out(rng: Rng, lanes: np.ndarray, half_width: float) -> np.ndarray:
     """Spread the lanes (wires, n) at one end or both."""
     n = lanes.shape[1]
-    reach = min(n / 3, rng.uniform(0.1, 0.35) * size)
-    from_end = [np.arange(n), np.arange(n)[::-1]][: int(rng.integers(1, 3))]
     growth: np.ndarray = np.zeros(lanes.shape)
-    for distance in from_end:
+    for distance in [np.arange(n), np.arange(n)[::-1]][: int(rng.integers(1, 3))]:
+        spread = rng.uniform(0.3, 2.5)
+        reach = min(n / 2, half_width * rng.uniform(2, 4) * (0.5 + spread))
         share = np.clip(1 - distance / reach, 0, 1) ** 2
-        growth += share * rng.normal(1, 0.3, (len(lanes), 1)) * rng.uniform(1, 4)
-    own = np.array([smooth_noise(rng, n, 90) for _ in lanes]) * np.abs(lanes).max() * 0.1
-    return lanes * (1 + growth) + own * growth
+        growth += share * spread * rng.normal(1, 0.25, (len(lanes), 1))
+    return lanes * (1 + growth)
 
 
 def twisted(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
@@ -234,15 +240,16 @@ def twisted(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
     around = {2: 1.0, 3: 1.16, 4: 1.42}[n]  # distance of touching strands from the axis, in their radii
     radius = width / 2 / (1 + around) * (1.5 if n == 2 else 1.0)
     curve = random_curve(rng, size, radius * (1 + around), 3.0)
-    phase = 2 * np.pi * np.arange(len(curve)) / (radius * rng.uniform(8, 22))
+    phase = 2 * np.pi * np.arange(len(curve)) / (radius * rng.uniform(6, 22))
     phase = phase + 0.6 * smooth_noise(rng, len(curve), 100)
     looks = [random_look(rng)] * n
     if rng.random() < 0.5:
         looks = [random_look(rng) for _ in range(n)]
-    rise = height + 0.3 * smooth_noise(rng, len(curve), 120)
     turns = [phase + 2 * np.pi * i / n for i in range(n)]
     return [
-        Strand(shifted(curve, radius * around * np.cos(turn)), radius, rise + 0.4 * np.sin(turn), look)
+        Strand(
+            shifted(curve, radius * around * np.cos(turn)), radius, height + 0.35 + 0.3 * np.sin(turn), look
+        )
         for turn, look in zip(turns, looks, strict=True)
     ]
 
@@ -261,23 +268,25 @@ def coiled_cord(rng: Rng, size: int, width: float, height: float) -> list[Strand
     tangent = unit_normals(center)[:, ::-1] * (1, -1)
     points = shifted(center, wound * around * np.cos(phase))
     points = points + tangent * (wound * around * rng.uniform(0.1, 0.4) * np.sin(phase))[:, None]
-    return [Strand(points, radius, height + 0.4 * wound * np.sin(phase), random_look(rng))]
+    return [Strand(points, radius, height + 0.35 + 0.3 * wound * np.sin(phase), random_look(rng))]
 
 
 # --- Ties and ends -----------------------------------------------------------------------------
 
 
-def random_band(rng: Rng, curve: np.ndarray, lanes: np.ndarray, radius: float) -> Strand:
+def random_band(rng: Rng, curve: np.ndarray, lanes: np.ndarray, radius: float, height: float) -> Strand:
     """A cable tie or a wrap of tape around the wires at `lanes` (wires, n) beside the curve."""
     at = int(rng.uniform(0.15, 0.85) * len(curve))
     low, high = lanes[:, at].min() - radius, lanes[:, at].max() + radius
     half_width = (high - low) / 2
     length = rng.uniform(0.3, 0.7) * radius + 1.5 if rng.random() < 0.6 else rng.uniform(0.7, 3) * half_width
     part = curve[max(0, at - int(length / 2) - 1) : at + int(length / 2) + 2]
-    look = replace(random_look(rng), printed=False, weave="")
+    look = replace(random_look(rng), printed=False, weave="", second_color=None)
     if rng.random() < 0.6:
-        look = replace(look, color=rng.choice([0.04, 0.85]) * np.ones(3), second_color=None)
-    return Strand(shifted(part, np.full(len(part), (low + high) / 2)), half_width * 1.02 + 0.5, 50.0, look)
+        look = replace(look, color=rng.choice([0.04, 0.85]) * np.ones(3))
+    return Strand(
+        shifted(part, np.full(len(part), (low + high) / 2)), half_width * 1.02 + 0.5, height + 0.95, look
+    )
 
 
 def random_end(rng: Rng, strand: Strand, end: int) -> list[Strand]:
@@ -326,20 +335,21 @@ def draw_image(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray
     light = Light(np.array([np.cos(angle), np.sin(angle)]), rng.uniform(0, 0.4), rng.uniform(0.2, 0.65))
     strands: list[Strand] = []
     common_width = random_width(rng, size) if rng.random() < 0.5 else None
-    for number in range(int(rng.integers(1, MAX_CABLES + 1))):
+    for height in range(int(rng.integers(1, MAX_CABLES + 1))):
         width = common_width * rng.uniform(0.85, 1.2) if common_width else random_width(rng, size)
         kind = KINDS[int(rng.choice(len(KINDS), p=KIND_PROBABILITIES))]
-        cable = kind(rng, size, width, float(number))
+        cable = kind(rng, size, width, float(height))
         if strands and sum(map(area, strands + cable)) > MAX_COVERAGE * size**2:
             break
         strands += cable
     strands = in_perspective(rng, strands, size)
-    grain = rng.normal(0, 1, (256, 64)).astype(np.float32)
+    grain = rng.normal(0, 1, (256, 256)).astype(np.float32)
     return render(strands, (size, size), contrasting_color(rng, strands), light, grain)
 
 
 def random_width(rng: Rng, size: int) -> float:
-    return float(np.exp(rng.uniform(*np.log(WIDTHS)))) * size / REFERENCE_SIZE
+    """Draw a width in pixels; thin widths are as frequent as thick ones on a logarithmic scale."""
+    return max(MIN_WIDTH, float(np.exp(rng.uniform(*np.log(WIDTHS)))) * size / REFERENCE_SIZE)
 
 
 def area(strand: Strand) -> float:
@@ -372,7 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write imgs/ and masks/ to")
     parser.add_argument("--n", type=positive_int, default=500, help="number of images")
     parser.add_argument("--seed", type=count, default=0, help="seed of every random choice")
-    side = number(int, lambda value: 64 <= value <= 4096, "a whole number from 64 to 4096")
+    side = number(int, lambda value: 256 <= value <= 4096, "a whole number from 256 to 4096")
     parser.add_argument("--size", type=side, default=REFERENCE_SIZE, help="side of an image, in pixels")
     return parser.parse_args(argv)
 
