@@ -3,7 +3,7 @@
 A strand is a tube along a curve. Its surface has the coordinates `along` (distance from the start in radii)
 and `across` (-1 to 1, from one edge to the other). The surface is sampled densely, and each sample falls into
 one pixel of a grid that is `OVERSAMPLING` times as fine as the image. Samples of higher parts replace those
-of lower parts. Only then, the visible samples are shaded. The image is the average of the fine pixels, and the
+of lower parts. Only then, the visible samples are shaded. The image is the average of the fine pixels. The
 mask is where at least half of them are cable.
 """
 
@@ -122,7 +122,7 @@ def sample_rows(strands: Sequence[Strand]) -> Rows:
         turn = np.abs(np.gradient(heading)) if len(heading) > 1 else np.zeros(len(heading))
         distance = np.append(0, np.cumsum(lengths + turn * radius[1:]))
         n = max(2, int(distance[-1] / SAMPLE_STEP) + 2)
-        at = np.linspace(0, distance[-1], n)
+        at = np.linspace(0.5, max(0.5, distance[-1] - 0.5), n)  # a pixel is painted if its center is inside
         center = np.column_stack([np.interp(at, distance, points[:, axis]) for axis in (0, 1)])
         tangent = np.gradient(center, axis=0)
         tangent /= np.maximum(np.hypot(tangent[:, 0], tangent[:, 1]), 1e-9)[:, None]
@@ -163,7 +163,7 @@ class Canvas:
         if len(chunk) == 0:
             return
         self._paint_shadow(rows, chunk, shadow_width, light)
-        # The outermost samples are half a pixel inside, so that a pixel is painted if its center is inside.
+        # The outermost samples are half a fine pixel inside: a pixel is painted if its center is inside.
         n = int(np.ceil(2 * radius.max() / SAMPLE_STEP)) + 1
         offset = np.linspace(-1, 1, n, dtype=np.float32) * np.maximum(radius - 0.5, 0)[:, None]
         pixel, sample = self._pixels(rows, chunk, offset)

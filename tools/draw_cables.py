@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
@@ -31,6 +32,7 @@ from imaging.media import write_image
 REFERENCE_SIZE = 640  # the side of an image for which lengths below are given, in pixels
 WIDTHS = (3.0, 60.0)
 MIN_WIDTH = 2.0  # in pixels of any image
+MAX_BUNDLE_WIDTH = 0.18  # of the side of an image
 MAX_CABLES = 8
 MAX_COVERAGE = 0.4  # of the area of an image, counted without overlaps
 COLORS = {  # RGB in 0..1
@@ -93,7 +95,7 @@ def random_look(rng: Rng) -> Look:
     return replace(look, printed=not look.weave and rng.random() < 0.12)
 
 
-def random_weave(rng: Rng) -> dict[str, object]:
+def random_weave(rng: Rng) -> dict[str, Any]:
     return {
         "weave": str(rng.choice(["helix", "braid"], p=(0.3, 0.7))),
         "weave_depth": rng.uniform(0.2, 0.7),
@@ -187,7 +189,7 @@ def bundle(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
     """A ribbon or a harness: parallel wires with gaps of at most 2 pixels, which may part at the ends."""
     scale = size / REFERENCE_SIZE
     n = int(rng.integers(2, 13))
-    radius = max(min(width, 0.3 * size / n), WIDTHS[0] * scale, MIN_WIDTH) / 2
+    radius = max(min(width, MAX_BUNDLE_WIDTH * size / n), WIDTHS[0] * scale, MIN_WIDTH) / 2
     flat = rng.random() < 0.5
     pitch = (2 * radius + rng.uniform(0, 2) * scale) * (1.0 if flat else rng.uniform(0.6, 1.0))
     half_width = n * pitch / 2 + radius
@@ -276,10 +278,13 @@ def coiled_cord(rng: Rng, size: int, width: float, height: float) -> list[Strand
 
 def random_band(rng: Rng, curve: np.ndarray, lanes: np.ndarray, radius: float, height: float) -> Strand:
     """A cable tie or a wrap of tape around the wires at `lanes` (wires, n) beside the curve."""
-    at = int(rng.uniform(0.15, 0.85) * len(curve))
+    places = (rng.uniform(0.15, 0.85, 3) * len(curve)).astype(int)
+    at = min(places.tolist(), key=lambda place: float(np.ptp(lanes[:, place])))  # where wires are close
     low, high = lanes[:, at].min() - radius, lanes[:, at].max() + radius
     half_width = (high - low) / 2
-    length = rng.uniform(0.3, 0.7) * radius + 1.5 if rng.random() < 0.6 else rng.uniform(0.7, 3) * half_width
+    length = rng.uniform(0.3, 0.7) * radius + 1.5
+    if rng.random() < 0.4:
+        length = rng.uniform(0.7, 3) * min(half_width, 5 * radius)
     part = curve[max(0, at - int(length / 2) - 1) : at + int(length / 2) + 2]
     look = replace(random_look(rng), printed=False, weave="", second_color=None)
     if rng.random() < 0.6:
