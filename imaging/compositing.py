@@ -187,7 +187,7 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
     if not mask.any():
         return np.dstack([image_and_mask, mask])
     inside = mask >= min(128, mask.max())
-    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 3)
+    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
     # A cable thinner than twice the trusted depth keeps its deepest pixels: the ridge.
     ridge = cv2.dilate(depth, np.ones((5, 5), np.uint8))
     core = inside & (depth >= np.minimum(TRUSTED_DEPTH, ridge))
@@ -199,7 +199,7 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
 
 
 def _soft_edge(mask: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Smooth the edge of a mask uint8 (H, W). Cables that are wide enough also lose the steps of its pixels."""
+    """Smooth the edge of a mask uint8 (H, W); wide cables also lose the steps of its pixels."""
     thin = cv2.GaussianBlur(mask, (0, 0), 0.7)
     wide = cv2.GaussianBlur(mask, (0, 0), 1.4).astype(np.float32)
     wide = np.clip(127.5 + EDGE_GAIN * (wide - 127.5), 0, 255).astype(np.uint8)
