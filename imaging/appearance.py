@@ -56,7 +56,7 @@ def recolor(pixels: np.ndarray, color: Color | None) -> np.ndarray:
     """
     if color is None or len(pixels) == 0:
         return pixels.astype(np.float32)
-    lab = cv2.cvtColor(np.float32(pixels[None]) / 255, cv2.COLOR_RGB2LAB)[0]
+    lab = cv2.cvtColor(pixels[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
     mean = lab[:: 1 + len(lab) // 2000].mean(axis=0)
     texture = np.clip(lab[:, 0] / max(mean[0], 8.0), 0.3, 1.8)
     turn = color.variety * np.array(
@@ -67,7 +67,7 @@ def recolor(pixels: np.ndarray, color: Color | None) -> np.ndarray:
     )
     lab[:, 1:] = color.lab[1:] + (lab[:, 1:] - mean[1:]) @ turn.T
     lab[:, 0] = np.clip(color.lab[0] * texture, 0, 100)
-    return 255 * np.clip(cv2.cvtColor(np.float32(lab[None]), cv2.COLOR_LAB2RGB)[0], 0, 1)
+    return 255 * np.clip(cv2.cvtColor(lab[None], cv2.COLOR_LAB2RGB)[0], 0, 1)
 
 
 # --- Light ------------------------------------------------------------------------------------

@@ -106,32 +106,52 @@ def composite(
 
     Raises FileError.
     """
-    longest = longest_side(size)
 
     def random_background() -> np.ndarray:
         path = backgrounds[int(rng.integers(len(backgrounds)))]
-        return random_crop(read(load_background, path, longest), size, rng)
+        return random_crop(read(load_background, path, longest_side(size)), size, rng)
 
+    def cut_out_of(index: int) -> np.ndarray:
+        return read(load_cut_out, pairs[index], longest_side(size))
+
+    if augment:
+        return _augmented_composite(random_background, cut_out_of, len(pairs), pair_index, size, rng)
     image, mask = random_background(), np.zeros(size, np.float32)
-    if not augment:
-        cut_out = resize_area(read(load_cut_out, pairs[pair_index], longest)[..., :4], size)
-        paste(premultiply(cut_out), image, mask)
-        return image, mask
-    image = recolor_scene(flip(image, rng), rng)
+    paste(premultiply(resize_area(cut_out_of(pair_index)[..., :4], size)), image, mask)
+    return image, mask
+
+
+def _augmented_composite(
+    random_background: Callable[[], np.ndarray],
+    cut_out_of: Callable[[int], np.ndarray],
+    n_pairs: int,
+    pair_index: int,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`composite` with augmentation, from functions that read the files."""
+    image, mask = recolor_scene(flip(random_background(), rng), rng), np.zeros(size, np.float32)
     if rng.random() < DISTRACTOR_PROBABILITY:
         image = add_distractors(image, random_background(), rng)
     light = draw_light(image, rng)
     n_others = rng.choice(len(CUT_OUT_PROBABILITIES), p=CUT_OUT_PROBABILITIES)
-    for index in (*rng.integers(len(pairs), size=n_others), pair_index):
-        cut_out = flip(read(load_cut_out, pairs[index], longest), rng)
-        for placement in draw_placements(cut_out, size, rng):
-            dressed = dress(cut_out, draw_color(rng), draw_shading(rng), placement.turn_back(light))
-            layer = warp(dressed, placement, size)
-            cast_shadow(layer[..., 3], image, light)
-            paste(layer, image, mask)
+    for index in (*rng.integers(n_pairs, size=n_others), pair_index):
+        paste_augmented(cut_out_of(index), image, mask, light, rng)
     if rng.random() < OCCLUDER_PROBABILITY:
         mask *= 1 - put_patch(image, random_background(), rng)
     return camera_degradation(image, rng), mask
+
+
+def paste_augmented(
+    cut_out: np.ndarray, image: np.ndarray, mask: np.ndarray, light: Light, rng: np.random.Generator
+) -> None:
+    """Paste a cut-out uint8 (H, W, 5) at random places, with random looks; see `paste`."""
+    cut_out, size = flip(cut_out, rng), (mask.shape[0], mask.shape[1])
+    for placement in draw_placements(cut_out, size, rng):
+        dressed = dress(cut_out, draw_color(rng), draw_shading(rng), placement.turn_back(light))
+        layer = warp(dressed, placement, size)
+        cast_shadow(layer[..., 3], image, light)
+        paste(layer, image, mask)
 
 
 def photo_sample(
@@ -384,7 +404,7 @@ def warp(layer: np.ndarray, placement: Placement, size: tuple[int, int]) -> np.n
     back = cv2.invertAffineTransform(matrix)
     grid = np.stack(np.meshgrid(*map(np.arange, size[::-1])), axis=-1) + placement.bend
     source = (grid @ back[:, :2].T + back[:, 2]).astype(np.float32)
-    return cv2.remap(layer, source, None, cv2.INTER_LINEAR, borderMode=placement.border)
+    return cv2.remap(layer, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=placement.border)
 
 
 def random_crop(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

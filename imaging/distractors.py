@@ -37,7 +37,8 @@ def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
     """
     height, width = image.shape[:2]
     longest = max(height, width)
-    sides = np.exp(rng.uniform(*np.log(PATCH_SIDES), 2)) * longest
+    low, high = np.log(PATCH_SIDES)
+    sides = np.exp(rng.uniform(low, high, 2)) * longest
     center, angle = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0, 180)
     shape = np.zeros((height, width), np.uint8)
     kind = rng.integers(3)
