@@ -13,7 +13,8 @@ from base.atomic import MIB, require_free_space
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
-from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
+from dataset import TestSet, TrainSet
+from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
 from embeddings import pool_spec
 from imaging.files import format_list
 from imaging.geometry import InputSpec

@@ -19,7 +19,7 @@ import runtime
 from base.atomic import MIB
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
-from dataset import file_digests
+from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
 from evaluation import run_test, train_panels
 from experiment import Experiment, prepare, preview

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import finetune
 from config import DatasetConfig
-from dataset import DatasetIndex
+from dataset_index import DatasetIndex, index_datasets
 from imaging.pairing import FileInfo, Pair
 from sam import variants
 
@@ -158,6 +158,17 @@ def config_file(data):
         return path
 
     return write
+
+
+def dataset_index(data, *, backgrounds=True, name="cables", **changes) -> DatasetIndex:
+    """Index the folder `name` of `data`; keyword arguments change keys of its config."""
+    keys = {
+        "data_dir": str(data / name),
+        "bg_paths": [str(data / "backgrounds")] if backgrounds else None,
+        **changes,
+    }
+    config = DatasetConfig.model_validate(keys, context={"yaml_dir": data})
+    return index_datasets([config])[0]
 
 
 def run_process(*command, **environment) -> subprocess.CompletedProcess:
