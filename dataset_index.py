@@ -8,8 +8,9 @@ import numpy as np
 
 from base.errors import UserError
 from config import DatasetConfig
+from imaging.checking import FileInfo, check_files
 from imaging.files import MAX_PIXELS, NO_IMAGE_FILE, format_list, image_files, unread_files
-from imaging.pairing import FileInfo, Pair, check_files, find_pairs
+from imaging.pairing import Pair, find_pairs
 
 MAX_NAMES = 5  # of files or colors in a note
 
@@ -66,8 +67,10 @@ class DatasetIndex:
         return notes
 
 
-def index_datasets(configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[DatasetIndex]:
-    """Find the files of every dataset and read each file once.
+def index_datasets(
+    configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PIXELS, show_progress: bool = False
+) -> list[DatasetIndex]:
+    """Find the files of every dataset and check each file once; see `imaging.checking.check_files`.
 
     Raises one UserError that lists what is wrong in all datasets (the first 10 faults and their number):
     empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that are
@@ -90,7 +93,7 @@ def index_datasets(configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PI
     items: list[Pair | Path] = []
     for dataset in found:
         items += [*dataset.pairs, *dataset.backgrounds]
-    infos, file_faults = check_files(items, max_pixels)
+    infos, file_faults = check_files(items, max_pixels, show_progress=show_progress)
     faults += file_faults
     for dataset in found:
         files: list[Pair | Path] = [*dataset.pairs, *dataset.backgrounds]
@@ -149,11 +152,18 @@ def _level_faults(folder: Path, levels: list[int]) -> list[str]:
     ]
 
 
-def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
-    """Images (test, train) with the same pixels. Testing on them does not measure generalization."""
-    seen = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
-    digests = ((pair.image_path, test.infos[pair.image_path].digest) for pair in test.pairs)
-    return [(path, seen[digest]) for path, digest in digests if digest in seen]
+def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
+    """Name each test photo that has the same pixels as a training photo or a training background."""
+    photos = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
+    backgrounds = {d.infos[path].digest: path for d in train for path in d.backgrounds}
+    leaks = []
+    for path in (pair.image_path for pair in test.pairs):
+        digest = test.infos[path].digest
+        if digest in photos:
+            leaks.append(f"{path} = {photos[digest]}")
+        if digest in backgrounds:
+            leaks.append(f"{path} = background {backgrounds[digest]}, so training takes its cables for none")
+    return leaks
 
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:

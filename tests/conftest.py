@@ -26,13 +26,22 @@ import checkpoint
 import finetune
 from config import DatasetConfig
 from dataset_index import DatasetIndex, index_datasets
-from imaging.pairing import FileInfo, Pair
+from imaging.checking import FileInfo
+from imaging.pairing import Pair
 from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)
 
 TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch) -> Path:
+    """A cache folder of its own for every test, also for the processes that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 def build_tiny() -> Sam:
