@@ -30,9 +30,9 @@ from imaging.files import MAX_PIXELS, FileError, check_size, read_image
 from imaging.masks import MaskReading
 from imaging.pairing import Pair, interpret_pair
 
-# Pixels that all threads decode at once. A pair of the largest files that --max_pixels allows by default has
-# as many. Decoding takes about 6 bytes per pixel, so this is 1.2 GB.
-PIXELS_AT_ONCE = 2 * MAX_PIXELS
+# Pixels that all threads decode at once. Decoding takes about 9 bytes per pixel, so this is 0.9 GB: four
+# pairs of 12 megapixels. A larger pair is decoded alone.
+PIXELS_AT_ONCE = 100_000_000
 BAR_DELAY = 1.0  # seconds until the progress bar is shown: a short check has none
 
 
@@ -139,7 +139,7 @@ def _file_info(array: np.ndarray, reading: MaskReading | None = None) -> FileInf
 
 
 class _PixelBudget:
-    """Limits the pixels that all threads decode at once. An image with more than that is decoded alone."""
+    """Limits the pixels that all threads decode at once. An item with more than that is decoded alone."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_use, self.is_closed = limit, 0, False

@@ -130,6 +130,18 @@ def test_a_changed_byte_is_seen(pairs, decoded):
     assert after[pairs[3]][pairs[3].mask_path].foreground == (mask > 0).mean()
 
 
+def test_facts_of_a_file_that_changes_during_its_check_are_not_kept(pairs, monkeypatch):
+    decode = checking._decode
+
+    def change_then_decode(item):
+        Image.new("RGB", (64, 48)).save(item.image_path)
+        return decode(item)
+
+    monkeypatch.setattr(checking, "_decode", change_then_decode)
+    assert len(checking.check_files(pairs[:1])[0]) == 1
+    assert checking._load_records() == {}
+
+
 def test_what_the_reading_depends_on_is_checked_apart(pairs, decoded, monkeypatch):
     checking.check_files(pairs[:1])
     decoded.clear()
