@@ -212,6 +212,7 @@ def from_main(make: Callable[[], Result]) -> Result:
     if not dist.is_initialized():
         return make()
     patient = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+    assert isinstance(patient, dist.ProcessGroup)  # every process is a member
     made: list[Any] = [None]
     if is_main():
         try:
