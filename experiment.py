@@ -30,8 +30,12 @@ FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Data, model and folder of a run, all checked. Nothing is written before this exists."""
+    """Data, model and folder of a run, all checked. Nothing is written before this exists.
 
+    config: the flags, with the `test_interval` of this run.
+    """
+
+    config: TrainConfig
     data: Config
     train_set: TrainSet
     test_set: TestSet | None
@@ -115,6 +119,7 @@ def prepare(config: TrainConfig) -> Experiment:
     if runtime.should_compile(config.compile, device, images_to_encode):
         net = with_compiled_decoder(net, config.batch_size)
     return Experiment(
+        config=replace(config, test_interval=find_test_interval(config, schedule, resume_state)),
         data=data,
         train_set=train_set,
         test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
@@ -125,6 +130,16 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+TESTS = 8  # of a run, at most, by default
+
+
+def find_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> int:
+    """Iterations between tests: by the flag, else as before the run was resumed, else by `TESTS`."""
+    if config.test_interval is not None:
+        return config.test_interval
+    return state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
