@@ -341,7 +341,8 @@ def encode_test_set(
     encoder_is_frozen = not any(p.requires_grad for p in net.sam.image_encoder.parameters())
     encoded: list[EncodedTestSample] = []
     progress = tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main())
-    while batch := list(itertools.islice(_until_stopped(progress, stop), batch_size)):
+    checked = _until_stopped(progress, stop)
+    while batch := list(itertools.islice(checked, batch_size)):
         embeddings: Sequence[Tensor | None] = [None] * len(batch)
         if encoder_is_frozen:
             images, sizes = (torch.stack([sample[name] for sample in batch]) for name in ("image", "size"))

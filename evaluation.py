@@ -86,9 +86,9 @@ def measure(
     pending: deque[Future[TestResult]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for test, logits in evaluate(net, tests, batch_size):
-            stop.check()
             if len(pending) == num_threads:
                 yield pending.popleft().result()
+            stop.check()
             pending.append(pool.submit(_measure, test, logits))
         for future in pending:
             stop.check()

@@ -119,7 +119,7 @@ def prepare(config: TrainConfig) -> Experiment:
     if runtime.should_compile(config.compile, device, images_to_encode):
         net = with_compiled_decoder(net, config.batch_size)
     return Experiment(
-        config=replace(config, test_interval=find_test_interval(config, schedule, resume_state)),
+        config=with_test_interval(config, schedule, resume_state),
         data=data,
         train_set=train_set,
         test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
@@ -135,11 +135,12 @@ def prepare(config: TrainConfig) -> Experiment:
 TESTS = 8  # of a run, at most, by default
 
 
-def find_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> int:
-    """Iterations between tests: by the flag, else as before the run was resumed, else by `TESTS`."""
+def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> TrainConfig:
+    """The flags with `test_interval`: by the flag, else as before the run was resumed, else by `TESTS`."""
     if config.test_interval is not None:
-        return config.test_interval
-    return state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
+        return config
+    interval = state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
+    return replace(config, test_interval=interval)
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:

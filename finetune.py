@@ -88,20 +88,7 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
         {name: torch.zeros((), device=net.device) for name in config.loss_weights},
     )
     if resume_state:
-        checkpoint.check_same_weights(
-            resume_state,
-            initial_weights=experiment.initial_weights,
-            precision=str(net.low_precision),
-            trained=trained_weights(net.sam),
-            path=config.checkpoint or Path("the published weights"),
-        )
-        load_trained_weights(net.sam, resume_state["weights"])
-        if runtime.is_main():  # the sum over all processes
-            load_gradients(net.sam, resume_state["gradients"])
-        state.load_state_dict(resume_state["train_state"])
-        if runtime.is_main():
-            best_iteration = int(state.best["iteration"]) if state.best else None
-            checkpoint.restore_best(experiment.checkpoints, best_iteration)
+        load_state(config, experiment, state, resume_state)
     if net.compiled_decode:
         net.sam.image_encoder.compile(dynamic=False)
     logger = open_logger(config, experiment, state)
@@ -116,6 +103,26 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
             stop=stop,
         )
     return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
+
+
+def load_state(
+    config: TrainConfig, experiment: Experiment, state: TrainState, resume_state: ResumeState
+) -> None:
+    """Load the state to resume into `state`, the model and the folder of the run."""
+    net = experiment.net
+    checkpoint.check_same_weights(
+        resume_state,
+        initial_weights=experiment.initial_weights,
+        precision=str(net.low_precision),
+        trained=trained_weights(net.sam),
+        path=config.checkpoint or Path("the published weights"),
+    )
+    load_trained_weights(net.sam, resume_state["weights"])
+    state.load_state_dict(resume_state["train_state"])
+    if runtime.is_main():
+        load_gradients(net.sam, resume_state["gradients"])  # the sum over all processes
+        best_iteration = int(state.best["iteration"]) if state.best else None
+        checkpoint.restore_best(experiment.checkpoints, best_iteration)
 
 
 def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
