@@ -309,7 +309,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedTestSample:
-    """A test sample, ready to decode. It is kept small: 500 images of 12 megapixels take less than 2 GB.
+    """A test sample, ready to decode. It is kept small, because there may be hundreds.
 
     embedding: (1, C, e, e) in the compute dtype, on the CPU. A frozen encoder computes it once per run.
     image: uint8 (h, w, 3), the model's input without its padding, if the encoder trains; then `embedding` is

@@ -107,12 +107,8 @@ def prepare(config: TrainConfig) -> Experiment:
     weights_path = find_weights(config)
     net, initial_state_dict = build_net(config, weights_path, device)
     train_set = make_train_set(config, train, net)
-    schedule = Schedule(
-        train_set.epoch_length,
-        config.batch_size * runtime.world_size(),
-        config.virtual_batch_size,
-        config.epoch_num,
-    )
+    batch_size = config.batch_size * runtime.world_size()
+    schedule = Schedule(train_set.epoch_length, batch_size, config.virtual_batch_size, config.epoch_num)
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
     images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse

@@ -316,7 +316,7 @@ def finish_iteration(run: Run) -> bool:
     """
     config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
-        metrics = test(run)
+        metrics = test_model(run)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
         if is_best and state.has_finite_weights():
@@ -338,7 +338,7 @@ def finish_iteration(run: Run) -> bool:
     return is_best or is_save or run.is_last
 
 
-def test(run: Run) -> dict[str, float]:
+def test_model(run: Run) -> dict[str, float]:
     """Test the model as it is now, and log the result."""
     return run_test(
         run.experiment.net,
@@ -398,7 +398,7 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     state, logger = run.state, run.logger
     try:
         if experiment.test_set and not state.iteration and state.baseline is None:
-            state.baseline = test(run)
+            state.baseline = test_model(run)
         if not state.is_finished:
             finish_iteration(run)
             save_state(run)  # so that a run that is killed soon does not log this iteration twice

@@ -40,7 +40,7 @@ def assert_same_results(one, other):
     assert all(curves[0][tag] == curves[1][tag] for tag in curves[0].keys() - NOT_REPEATABLE)
 
 
-def tested_iterations():
+def iterations_of_tests():
     lines = Path("exp/run/metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["iteration"] for line in lines]
 
@@ -65,15 +65,15 @@ def test_a_signal_during_a_test_ends_the_run_within_an_image(
     monkeypatch.setattr(evaluation, "compute_stats", signal_in_second_test)
     assert run_tiny(config, tiny_weights, *FLAGS) == 143
     assert len(calls) == 5
-    assert tested_iterations() == [0]
+    assert iterations_of_tests() == [0]
     # The resumed run is killed soon after the test that it repeats.
     at_iteration(2, kill)
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 130
-    assert tested_iterations() == [0, 6]
+    assert iterations_of_tests() == [0, 6]
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert capsys.readouterr().out.count("resumed     after iteration 6") == 2
     assert_same_results("run", "whole")
-    assert tested_iterations() == [0, 6, 12, 18, 20]
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
 
 
 def test_a_test_saves_no_state(config, tiny_weights, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_test_saves_no_state(config, tiny_weights, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_resume_state", record)
     assert run_tiny(config, tiny_weights, *FLAGS) == 0
-    assert tested_iterations() == [0, 6, 12, 18, 20]
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
     assert saved == [6, 20]  # beside the first weights, and at the end
 
 
@@ -118,5 +118,5 @@ def test_best_weights_that_are_newer_than_the_state_are_trained_again(
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert seen["resumed"] == seen["after 8"]
     assert {path.name for path in checkpoints.iterdir()} == {"best.pth", "last.pth"}
-    assert tested_iterations() == [0, 6, 12, 18, 20]
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
     assert_same_results("run", "whole")
