@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import runtime
 from base.errors import UserError
-from dataset import SampleKey, TestSet, TrainSample, TrainSet, test_loader, train_loader
+from dataset import SampleKey, TestSample, TestSet, TrainSample, TrainSet, test_loader, train_loader
 from imaging.metrics import GroundTruth
 from imaging.prompts import PROMPT_TOKENS
 from inference import LoadedSam
@@ -309,10 +309,11 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedTestSample:
-    """A test sample, ready to decode.
+    """A test sample, ready to decode. It is kept small, because there may be hundreds.
 
     embedding: (1, C, e, e) in the compute dtype, on the CPU. A frozen encoder computes it once per run.
-    image: uint8 (1, S, S, 3), the model's input, if the encoder trains; then `embedding` is None.
+    image: uint8 (h, w, 3), the model's input without its padding, if the encoder trains; then `embedding` is
+        None.
     points, labels: (1, N, 2) and (1, N), the prompt.
     size: (h, w) of the image in the model's input.
     thumbnail: RGB uint8, small enough to show.
@@ -328,9 +329,9 @@ class EncodedTestSample:
 
 
 def encode_test_set(
-    test_set: TestSet, net: LoadedSam, *, num_workers: int, stop: runtime.StopRequest
+    test_set: TestSet, net: LoadedSam, *, batch_size: int, num_workers: int, stop: runtime.StopRequest
 ) -> list[EncodedTestSample]:
-    """The share of this process of the test samples, encoded if their embeddings stay the same.
+    """The share of this process of the test samples, encoded in batches if their embeddings stay the same.
 
     Raises UserError if a sample cannot be made, and Stopped if a signal ends the run.
     """
@@ -338,19 +339,33 @@ def encode_test_set(
         test_set, num_workers=num_workers, rank=runtime.rank(), world_size=runtime.world_size()
     )
     encoder_is_frozen = not any(p.requires_grad for p in net.sam.image_encoder.parameters())
-    encoded = []
-    for sample in tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main()):
-        stop.check()
-        image, size = sample["image"][None], sample["size"]
-        encoded.append(
-            EncodedTestSample(
-                embedding=net.encode(image, size[None]).cpu() if encoder_is_frozen else None,
-                image=None if encoder_is_frozen else image,
-                points=sample["points"][None],
-                labels=sample["labels"][None],
-                size=(int(size[0]), int(size[1])),
-                ground_truth=sample["ground_truth"],
-                thumbnail=sample["thumbnail"],
-            )
-        )
+    encoded: list[EncodedTestSample] = []
+    progress = tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main())
+    checked = _until_stopped(progress, stop)
+    while batch := list(itertools.islice(checked, batch_size)):
+        embeddings: Sequence[Tensor | None] = [None] * len(batch)
+        if encoder_is_frozen:
+            images, sizes = (torch.stack([sample[name] for sample in batch]) for name in ("image", "size"))
+            # Copies, because each would keep the memory of the whole batch.
+            embeddings = [embedding.clone() for embedding in net.encode(images, sizes).cpu().split(1)]
+        encoded += map(_encoded_sample, batch, embeddings)
     return encoded
+
+
+def _until_stopped(samples: Iterable[TestSample], stop: runtime.StopRequest) -> Iterator[TestSample]:
+    for sample in samples:
+        stop.check()
+        yield sample
+
+
+def _encoded_sample(sample: TestSample, embedding: Tensor | None) -> EncodedTestSample:
+    height, width = sample["size"].tolist()
+    return EncodedTestSample(
+        embedding=embedding,
+        image=sample["image"][:height, :width].clone() if embedding is None else None,
+        points=sample["points"][None],
+        labels=sample["labels"][None],
+        size=(height, width),
+        ground_truth=sample["ground_truth"],
+        thumbnail=sample["thumbnail"],
+    )

@@ -31,8 +31,12 @@ FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Data, model and folder of a run, all checked. Nothing is written before this exists."""
+    """Data, model and folder of a run, all checked. Nothing is written before this exists.
 
+    config: the flags, with the `test_interval` of this run.
+    """
+
+    config: TrainConfig
     data: Config
     train_set: TrainSet
     test_set: TestSet | None
@@ -109,18 +113,15 @@ def prepare(config: TrainConfig) -> Experiment:
     weights_path = find_weights(config)
     net, initial_state_dict = build_net(config, weights_path, device)
     train_set = make_train_set(config, train, net)
-    schedule = Schedule(
-        train_set.epoch_length,
-        config.batch_size * runtime.world_size(),
-        config.virtual_batch_size,
-        config.epoch_num,
-    )
+    batch_size = config.batch_size * runtime.world_size()
+    schedule = Schedule(train_set.epoch_length, batch_size, config.virtual_batch_size, config.epoch_num)
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
     images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
     if runtime.should_compile(config.compile, device, images_to_encode):
         net = with_compiled_decoder(net, config.batch_size)
     return Experiment(
+        config=with_test_interval(config, schedule, resume_state),
         data=data,
         train_set=train_set,
         test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
@@ -131,6 +132,17 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+TESTS = 8  # of a run, at most, by default
+
+
+def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> TrainConfig:
+    """The flags with `test_interval`: by the flag, else as before the run was resumed, else by `TESTS`."""
+    if config.test_interval is not None:
+        return config
+    interval = state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
+    return replace(config, test_interval=interval)
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NOT_REPEATABLE, run_process, run_tiny, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import runtime
@@ -38,6 +39,16 @@ def assert_same(one, other):
         steps, values = zip(*curves[0][tag], strict=True)
         assert [step for step, _ in curves[1][tag]] == list(steps)
         assert [value for _, value in curves[1][tag]] == pytest.approx(list(values), abs=1e-5), tag
+    # The images of the whole test set are shown, in its order, and not those of the first process.
+    baselines = [first_images(f"exp/{name}") for name in (one, other)]
+    assert baselines[0] == baselines[1]
+
+
+def first_images(folder):
+    """The images of the test before training, by their tag."""
+    events = EventAccumulator(folder).Reload()
+    tags = ("test/panel", "test/worst_and_median")
+    return {tag: events.Images(tag)[0].encoded_image_string for tag in tags}
 
 
 # 9 samples in batches of 4: the last of an epoch has one sample, and the second process none.

@@ -1,5 +1,6 @@
-"""What happens before training: the check of the data, together and interrupted."""
+"""What happens before training: the check of the data, the space on the disk, the default test interval."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import run_tiny
+import yaml
+from conftest import run_tiny, tiny_config
 from PIL import Image
 
 import experiment
@@ -120,3 +122,17 @@ def test_one_process_checks_and_all_have_the_result(config_file, data, tmp_path)
     faults = [text for _, text in said if "problem" in text]
     assert faults[0] == faults[1]
     assert faults[0].startswith(f"1 problem(s) in the data:\n  {data / 'test/imgs/1.png'}: cannot be decoded")
+
+
+def test_a_run_has_about_eight_tests_by_default_and_keeps_their_interval(
+    tiny_weights, config_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = config_file(percentage=1.5)  # 9 samples in batches of 2: 5 iterations an epoch
+    assert run_tiny(config, tiny_weights, "-e", 4, "-b", 2) == 0
+    lines = [json.loads(line) for line in Path("exp/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 3, 6, 9, 12, 15, 18, 20]
+    assert yaml.safe_load(Path("exp/run/args.yaml").read_text())["test_interval"] == 3
+    for flags, expected in (((), 3), (("--test_interval", 7), 7)):
+        resumed = tiny_config(config, tiny_weights, "-n", "run", "--resume", "-e", 8, "-b", 2, *flags)
+        assert experiment.prepare(resumed).config.test_interval == expected

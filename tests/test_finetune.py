@@ -112,7 +112,9 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
 
     last = Path("exp/run/checkpoints/last.pth")
     experiment = finetune.prepare(tiny_config(config_file(), last))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
+    tests = encode_test_set(
+        experiment.test_set, experiment.net, batch_size=2, num_workers=0, stop=runtime.StopRequest()
+    )
     ours = [logits > 0 for _, logits in evaluate(experiment.net, tests, 2)]
     assert any(mask.any() for mask in ours)
     for mask, test in zip(ours, tests, strict=True):
@@ -170,7 +172,7 @@ def train_in_memory(config):
     experiment = finetune.prepare(config)
     sam = experiment.net.sam
     before = {name: tensor.detach().clone() for name, tensor in tensors_in_memory(sam).items()}
-    finetune.run_training(config, experiment, runtime.StopRequest())
+    finetune.run_training(experiment.config, experiment, runtime.StopRequest())
     after = tensors_in_memory(sam)
     assert after.keys() == before.keys()
     assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
@@ -452,12 +454,14 @@ def test_the_baseline_is_measured_at_iteration_0(tiny_weights, config_file):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "-b", 2) == 0
     measured = dict(scalars("exp/run")["test/iou"])
     experiment = finetune.prepare(tiny_config(config_file(), tiny_weights))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
+    tests = encode_test_set(
+        experiment.test_set, experiment.net, batch_size=2, num_workers=0, stop=runtime.StopRequest()
+    )
     ious = [
         compute_stats(logits, test.ground_truth).scores.iou
         for test, logits in evaluate(experiment.net, tests, 1)
     ]
-    assert measured[0] == pytest.approx(np.mean(ious), abs=1e-6) and set(measured) == {0, 3}
+    assert measured[0] == pytest.approx(np.mean(ious), abs=1e-6) and set(measured) == {0, 1, 2, 3}
 
 
 def test_empty_masks_are_trained_and_tested_on_only_if_the_config_insists(
