@@ -10,7 +10,7 @@ import multiprocessing
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -426,7 +426,7 @@ def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable
     epoch.
     """
     shapes: dict[Hashable, tuple[int, int, int]] = {}
-    uses: Counter[Hashable] = Counter()  # in an epoch
+    uses: dict[Hashable, float] = defaultdict(float)  # in an epoch
     for dataset in datasets:
         if dataset.is_constant:
             continue

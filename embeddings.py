@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -126,7 +126,8 @@ class EmbeddingPool:
     ) -> None:
         size = self.size(n_slots, shape, dtype, mask_grid)
         purpose = f"{folder}: cannot reserve {size} bytes for embeddings"
-        with _reserve(folder, size, purpose) as file, raised_in_all(purpose):  # the maps keep the file alive
+        # The maps keep the file alive.
+        with _shared_file(folder, size, purpose) as file, raised_in_all(purpose):
             self._sizes = np.memmap(file, np.int64, "r+", shape=(n_slots, 2))
             offset = self._sizes.nbytes
             self._embeddings = np.memmap(file, dtype, "r+", offset, (n_slots, *shape))
@@ -203,30 +204,34 @@ def raised_in_all(purpose: str) -> Iterator[None]:
         raise UserError(faults[0])
 
 
-def _reserve(folder: Path, size: int, purpose: str) -> IO[bytes]:
+@contextmanager
+def _shared_file(folder: Path, size: int, purpose: str) -> Iterator[IO[bytes]]:
     """A file of `size` bytes in `folder`, without a name, that all processes of this machine have open."""
     processes = pool_processes()
     is_first, is_alone = runtime.rank() == processes.start, len(processes) == 1
     file: IO[bytes] | None = None
-    with raised_in_all(purpose):
-        if is_alone:
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # the caller closes it
-        elif is_first:
-            file = tempfile.NamedTemporaryFile(dir=folder, prefix=".pool.", delete=False)  # noqa: SIM115
-    name = runtime.gather([str(file.name) if file else ""])[processes.start]
-    try:
+    with ExitStack() as files:
         with raised_in_all(purpose):
-            file = file or open(name, "r+b")  # noqa: SIM115
-    finally:
-        if is_first and not is_alone:
-            Path(name).unlink()
-    assert file is not None
-    with raised_in_all(purpose):  # a full disk must show here, not in the middle of the run
-        if is_first and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        elif is_first:
-            file.truncate(size)
-    return file
+            if is_alone:
+                file = files.enter_context(tempfile.TemporaryFile(dir=folder))
+            elif is_first:
+                file = files.enter_context(
+                    tempfile.NamedTemporaryFile(dir=folder, prefix=".pool.", delete=False)
+                )
+        name = runtime.gather([str(file.name) if file else ""])[processes.start]
+        try:
+            with raised_in_all(purpose):
+                file = file or files.enter_context(open(name, "r+b"))
+        finally:
+            if is_first and not is_alone:
+                Path(name).unlink()
+        assert file is not None
+        with raised_in_all(purpose):  # a full disk must show here, not in the middle of the run
+            if is_first and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            elif is_first:
+                file.truncate(size)
+        yield file
 
 
 Reserved = TypeVar("Reserved")
@@ -290,10 +295,16 @@ def training_batches(
     Raises UserError if a sample cannot be made.
     """
     train_set, pool = reserve_or_keep_less(train_set, partial(_make_pool, net=net, folder=folder))
-    processes = {"rank": runtime.rank(), "world_size": runtime.world_size(), "sharing": pool_processes()}
-    plans, plans_of_loader = itertools.tee(
-        plan_batches(train_set, batch_size=batch_size, epochs=epochs, start=start, **processes)
+    plan_of_run = plan_batches(
+        train_set,
+        batch_size=batch_size,
+        epochs=epochs,
+        start=start,
+        rank=runtime.rank(),
+        world_size=runtime.world_size(),
+        sharing=pool_processes(),
     )
+    plans, plans_of_loader = itertools.tee(plan_of_run)
     groups = (group for plan in plans_of_loader for group in plan.to_encode)
     samples = train_loader(train_set, groups, num_workers=num_workers, pin_memory=net.device.type == "cuda")
     for plan in plans:
