@@ -45,7 +45,7 @@ MODES_OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX
 
 # A JPEG image that is shrunk keeps at least this fraction of the longest side that is asked for. Samples ask
 # for twice their side. They enlarge a photo up to 1 / 0.6 times and a cut-out up to 3.5 times: one pixel of
-# the shrunk image becomes at most 3.5 / (2 * 0.85) = 2.1 pixels of the sample, and 2.5 are still sharp enough.
+# the shrunk image becomes at most 3.5 / (2 * 0.85) = 2.1 pixels of the sample, and 2.5 are sharp enough.
 MIN_DRAFT = 0.85
 
 MAX_LISTED = 10  # items of a list that a message shows
