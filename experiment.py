@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
 from dataset import TestSet, TrainSet
 from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
-from embeddings import pool_spec
+from embeddings import pool_spec, raised_in_all, reserve_or_keep_less
 from imaging.files import format_list
 from imaging.geometry import InputSpec
 from inference import LoadedSam
@@ -27,6 +28,7 @@ from train_config import TrainConfig
 from train_state import Schedule
 
 FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
+LOGS = 100 * MIB  # on disk: images and curves of TensorBoard, and other small files of a run; an estimate
 
 
 @dataclass(frozen=True)
@@ -207,29 +209,54 @@ def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[Lo
 
 
 def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
-    """The training samples. Raises UserError if --embedding_reuse needs more disk space than there is."""
+    """The training samples. Photos that never change are kept if the disk has space for their embeddings.
+
+    Raises UserError if --embedding_reuse needs more disk space than there is.
+    """
     spec = net.spec
     if config.train != "decoder":
         spec = replace(spec, mask_grid=FINER_LOSS_GRID * spec.mask_grid)
+    train_set = TrainSet(
+        datasets,
+        spec=spec,
+        prompt=config.prompt,
+        seed=config.seed,
+        reuse=config.embedding_reuse,
+        keep_photos=config.epoch_num > 1 and config.train == "decoder",
+        cache_bytes=config.cache_mb * MIB,
+    )
+    train_set, _ = reserve_or_keep_less(train_set, partial(require_disk_space, config=config, net=net))
+    return train_set
 
-    def make(keep_photos: bool) -> TrainSet:
-        return TrainSet(
-            datasets,
-            spec=spec,
-            prompt=config.prompt,
-            seed=config.seed,
-            reuse=config.embedding_reuse,
-            keep_photos=keep_photos,
-            cache_bytes=config.cache_mb * MIB,
+
+def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedSam) -> None:
+    """Raise UserError, in all processes, if the disk cannot hold all that a run with embeddings writes."""
+    if not train_set.n_cache_slots:
+        return
+    pool, rest = pool_spec(train_set.n_cache_slots, net).size, size_of_saves(config, net)
+    purpose = (
+        f"--embedding_reuse {config.embedding_reuse}" if config.embedding_reuse > 1 else "keeping photos"
+    )
+    with raised_in_all(purpose):
+        require_free_space(
+            config.folder,
+            pool + rest,
+            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--save_interval, "
+            "--keep_last), states and logs",
         )
 
-    train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
-    try:
-        size_of_pools = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
-        require_free_space(config.folder, size_of_pools, "keeping the embeddings")
-    except UserError as error:
-        if config.embedding_reuse > 1:
-            raise
-        warnings.warn(f"{error}: photos are encoded again in every epoch", stacklevel=2)
-        return make(keep_photos=False)
-    return train_set
+
+def size_of_saves(config: TrainConfig, net: LoadedSam) -> int:
+    """Bytes that a run with --train decoder still writes besides embeddings; an estimate from above.
+
+    A file that is replaced exists twice for a moment.
+    """
+    weights = 4 * sum(weight.numel() for weight in net.sam.state_dict().values())  # float32
+    trained = 4 * sum(parameter.numel() for parameter in net.sam.mask_decoder.parameters())
+    resume_state = 4 * trained  # weights, gradients, and two moments of AdamW
+    epochs = config.epoch_num // config.save_interval
+    if config.keep_last is not None:
+        epochs = min(epochs, config.keep_last + 1)
+    checkpoints = (epochs + 2) * weights  # best.pth and last.pth
+    written = sum(path.stat().st_size for path in config.folder.rglob("*.pth"))  # by a run that is resumed
+    return max(0, checkpoints + resume_state - written) + max(weights, resume_state) + LOGS

@@ -165,7 +165,7 @@ def summary(config: TrainConfig, experiment: Experiment) -> str:
         f"results     {experiment.folder}",
     ]
     if train_set.n_cache_slots:
-        size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
+        size = pool_spec(train_set.n_cache_slots, net).size
         lines.append(
             f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
             f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"

@@ -67,6 +67,17 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     assert_same("run", "together")
 
 
+# 9 samples of 6 photos: some occur twice in a batch, and both processes take what one of them encoded.
+def test_two_processes_share_the_embeddings_of_photos(tiny_weights, config_file):
+    config = config_file(percentage=1.5, bg_paths=None, w_aug=False)
+    common = ("-e", 3, "--lr", 3e-3, "--test_interval", 4, "--log_interval", 2)
+    assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
+    together = run_together(2, config, tiny_weights, "-b", 2, *common)
+    assert together.returncode == 0, together.stderr
+    assert_same("run", "together")
+    assert not list(Path("exp/together").glob(".*"))
+
+
 # 1 sample: the second process has none, not even in the first iteration.
 def test_fp16_with_a_process_without_samples(tiny_weights, config_file):
     config = config_file(percentage=0.1)

@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
-import experiment
 import finetune
 import inference
 import losses
@@ -325,25 +324,6 @@ def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, re
     assert {path.name for path in Path("exp/run").iterdir() if "tfevents" not in path.name} == {
         "args.yaml", "config.yaml", "checkpoints", "resume.pth",
     }  # fmt: skip
-
-
-def test_a_full_disk_refuses_reuse_before_anything_is_written(tiny_weights, config_file, monkeypatch, capsys):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    assert run_tiny(config_file(), tiny_weights, "--embedding_reuse", 2) == 2
-    assert "keeping the embeddings would take" in capsys.readouterr().err and not Path("exp").exists()
-    photos = config_file(bg_paths=None, w_aug=False)
-    with pytest.warns(UserWarning, match="photos are encoded again in every epoch"):
-        assert run_tiny(photos, tiny_weights, "-e", 2) == 0
-
-
-def test_the_check_of_disk_space_counts_the_pools_of_all_processes(tiny_weights, config_file, monkeypatch):
-    needed = []
-    monkeypatch.setattr(experiment, "require_free_space", lambda folder, size, purpose: needed.append(size))
-    for processes in (1, 3):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        experiment.prepare(tiny_config(config_file(), tiny_weights, "--embedding_reuse", 2))
-    assert needed[1] == 3 * needed[0] > 0
 
 
 def test_fp16_trains_with_a_scaler_and_resumes_it(tiny_weights, config_file):

@@ -273,11 +273,11 @@ def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     key = train_set.epoch(0)[0]
     expected, read_image, calls = train_set[key], compositing.read_image, []
 
-    def fail_once(path):
+    def fail_once(path, longest):
         calls.append(path)
         if len(calls) == 1:
             raise files.FileError("hiccup")
-        return read_image(path)
+        return read_image(path, longest)
 
     monkeypatch.setattr(compositing, "read_image", fail_once)
     assert torch.equal(train_set[key]["image"], expected["image"])
