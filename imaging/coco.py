@@ -268,24 +268,49 @@ def decode_brush(data: list[int], size: tuple[int, int]) -> np.ndarray:
     return values.reshape(*size, 4)[..., 3] > 127
 
 
-# --- Polygons ---------------------------------------------------------------------------------
+# --- Polygons and run lengths of a mask -------------------------------------------------------
+
+
+class RunLengths(TypedDict):
+    """The compressed RLE of COCO of a mask (h, w); `size` is [h, w]."""
+
+    size: list[int]
+    counts: str
 
 
 class Region(TypedDict):
     """One connected region of a mask, in the form of a COCO annotation.
 
-    segmentation: one polygon, as the flat list x1, y1, x2, y2, ...
+    segmentation: one polygon, as the flat list x1, y1, x2, y2, ..., or run lengths.
     bbox: left, top, width, height in pixels.
     area: number of pixels.
     """
 
-    segmentation: list[list[float]]
+    segmentation: list[list[float]] | RunLengths
     bbox: list[int]
     area: int
 
 
-def polygons(mask: np.ndarray) -> list[Region]:
+def run_lengths(mask: np.ndarray, min_area: int = 1) -> list[Region]:
+    """Describe every connected region (with diagonal neighbors) of a bool mask (H, W) by run lengths.
+
+    Regions of fewer than `min_area` pixels are left out.
+    """
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    regions: list[Region] = []
+    for region in range(1, count):
+        *bbox, area = (int(value) for value in stats[region])
+        if area >= min_area:
+            rle = coco_mask.encode(np.asfortranarray(labels == region, np.uint8))
+            run: RunLengths = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+            regions.append({"segmentation": run, "bbox": bbox, "area": area})
+    return regions
+
+
+def polygons(mask: np.ndarray, min_area: int = 1) -> list[Region]:
     """Describe every connected region (with diagonal neighbors) of a bool mask (H, W) by one polygon.
+
+    Regions of fewer than `min_area` pixels are left out.
 
     A COCO polygon has no holes, but a cable that crosses itself encloses some: each hole is joined to the
     outline by a slit of zero width. The origin is the outer corner of the first pixel, as in COCO. The
@@ -303,6 +328,8 @@ def polygons(mask: np.ndarray) -> list[Region]:
     regions: list[Region] = []
     for region in range(1, count):
         left, top, width, height, area = (int(value) for value in stats[region])
+        if area < min_area:
+            continue
         segmentation = np.round(_join(rings[region]).astype(float) - 0.5, 2)  # without the padding
         regions.append(
             {
@@ -356,7 +383,7 @@ def _shortest_slits(corners: np.ndarray, ring_of: np.ndarray) -> list[tuple[int,
 
 
 def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list[Any]]:
-    """Build a COCO document from the file name, the size (h, w) and the `polygons` of each image."""
+    """Build a COCO document from the file name, the size (h, w) and the regions of each image."""
     image_entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (name, (height, width), regions) in enumerate(images, 1):

@@ -11,7 +11,16 @@ from pycocotools import mask as coco_mask
 from skimage.draw import polygon2mask
 
 from base.errors import UserError
-from imaging.coco import coco_document, decode_brush, decode_rle, draw_line, paste, polygons, read_prompts
+from imaging.coco import (
+    coco_document,
+    decode_brush,
+    decode_rle,
+    draw_line,
+    paste,
+    polygons,
+    read_prompts,
+    run_lengths,
+)
 from sam.point_labels import BACKGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
 
@@ -87,6 +96,27 @@ def test_thin_lines_keep_their_width_and_place():
         assert area == pytest.approx(part["area"], abs=1)
         left, top, width, height = part["bbox"]
         assert (x.min(), y.min(), np.ptp(x), np.ptp(y)) == (left, top, width, height)
+
+
+def test_run_lengths_describe_the_same_regions_as_polygons():
+    mask = np.zeros((40, 60), bool)
+    mask[5:30, 5:8] = mask[10:12, 3:50] = True
+    mask[35, 20:24] = True
+    parts, runs = polygons(mask), run_lengths(mask)
+    assert [(part["bbox"], part["area"]) for part in parts] == [(run["bbox"], run["area"]) for run in runs]
+    decoded = [decode_rle(run["segmentation"]["counts"], mask.shape) for run in runs]
+    np.testing.assert_array_equal(np.any(decoded, axis=0), mask)
+    assert [int(region.sum()) for region in decoded] == [run["area"] for run in runs] == [163, 4]
+    json.dumps(coco_document([("a.png", mask.shape, runs)]))
+
+
+def test_regions_below_the_smallest_area_are_left_out():
+    mask = np.zeros((20, 20), bool)
+    mask[2, 2:6] = mask[8, 2:7] = mask[14, 2:8] = True
+    for describe in (polygons, run_lengths):
+        assert [region["area"] for region in describe(mask)] == [4, 5, 6]
+        assert [region["area"] for region in describe(mask, min_area=5)] == [5, 6]
+        assert describe(mask, min_area=7) == []
 
 
 def test_pixels_that_touch_at_a_corner_are_one_region():
