@@ -95,6 +95,10 @@ def run(args: argparse.Namespace) -> list[str]:
     label_format, label_files = find_label_files(args.input, args.format)
     labeled = list(read_labels(label_format, label_files, args.line_width))
     summary = Summary(count_classes(labeled))
+    if not summary.classes:
+        kinds = Counter(kind for labels in labeled for kind in labels.left_out)
+        seen = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common()) or "nothing"
+        raise UserError(f"{args.input}: expected polygons, masks or brush strokes, found {seen}")
     selected = select_classes(summary.classes, args.classes)
     root = args.images or (args.input if args.input.is_dir() else args.input.parent)
     by_image = group_by_image(labeled, root, set(label_files), summary)
@@ -266,8 +270,6 @@ def count_classes(labeled: Iterable[LabeledImage]) -> Counter[str]:
 def select_classes(classes: Counter[str], names: Sequence[str] | None) -> set[str]:
     """The classes that are cables; raises UserError if this is not clear, or if a name is unknown."""
     seen = ", ".join(f"{name} ({count})" for name, count in classes.most_common())
-    if not classes:
-        raise UserError("the labels hold no region: no polygon, mask or brush stroke")
     if names is None and len(classes) > 1:
         raise UserError(f"the labels have several classes; name those of cables with --classes: {seen}")
     unknown = set(names or ()) - classes.keys()
@@ -296,7 +298,7 @@ def write_dataset(
     for path, labels in tqdm(by_image.items(), "images", leave=False):
         summary.shapes.update(kind for one in labels for kind in one.left_out)
         try:
-            mask = draw_mask(path, labels, selected)
+            mask = draw_mask(path, labels, selected, summary.shapes)
         except FileError as error:
             summary.faults.append(f"{path}: {error}")
             continue
@@ -314,8 +316,10 @@ def write_dataset(
     write_sheet(folder / SHEET, written)
 
 
-def draw_mask(path: Path, labels: Sequence[LabeledImage], selected: set[str]) -> np.ndarray:
-    """The mask, bool (H, W), of all selected regions of an image.
+def draw_mask(
+    path: Path, labels: Sequence[LabeledImage], selected: set[str], shapes: Counter[str]
+) -> np.ndarray:
+    """The mask, bool (H, W), of all selected regions of an image. Empty regions are counted in `shapes`.
 
     Raises FileError if the image cannot be read, or if its labels are for another image or damaged.
     """
@@ -340,8 +344,7 @@ def draw_mask(path: Path, labels: Sequence[LabeledImage], selected: set[str]) ->
         for instance in one.instances:
             if instance.label in selected:
                 region = instance.draw(size)
-                if not region.any():
-                    raise FileError(f"a region of {instance.label} in {one.source} covers no pixel")
+                shapes["region that covers no pixel"] += not region.any()
                 mask |= region
     return mask
 
@@ -376,7 +379,7 @@ def print_summary(summary: Summary, selected: set[str], output: Path, *, keep_em
         print(f"              without label: {verb}")
     for name, count in summary.classes.most_common():
         print(f"regions       {count} of {name}{'' if name in selected else ' (not selected)'}")
-    for kind, count in summary.shapes.most_common():
+    for kind, count in (+summary.shapes).most_common():
         print(f"left out      {count} shape(s): {kind}")
     if summary.faults:
         print(f"left out      {len(summary.faults)} image(s):\n  {format_list(summary.faults)}")

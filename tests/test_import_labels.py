@@ -111,7 +111,8 @@ def test_polylines_need_a_width(tool, tmp_path, capsys):
     else:
         label_samples.write_labelme(tmp_path / "export", labelme_line)
     assert run(tmp_path / "export", tmp_path / "data") == 2
-    assert "hold no region" in capsys.readouterr().err
+    message = "expected polygons, masks or brush strokes, found 3 of line without a width (see --line_width)"
+    assert message in capsys.readouterr().err
     assert run(tmp_path / "export", tmp_path / "data", "--line_width", 7) == 0
     mask = read_mask(tmp_path / "data/masks/desk-2.png")
     np.testing.assert_array_equal(mask[:, 10:70], TRUTH[SECOND][:, 10:70])
@@ -383,6 +384,15 @@ def test_an_image_with_a_fault_is_left_out_and_named(tmp_path, capsys, fault, me
     assert message in text and "left out      1 image(s)" in text
     assert [path.name for path in (tmp_path / "data/imgs").iterdir()] == [SECOND]
     assert [path.name for path in (tmp_path / "data/masks").iterdir()] == ["desk-2.png"]
+
+
+def test_a_tiny_region_is_counted_and_the_others_are_imported(tmp_path, capsys):
+    path = label_samples.write_coco(tmp_path / "export")
+    change_json(path, set_value("annotations", 0, "segmentation", value=[[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]))
+    assert run(tmp_path / "export", tmp_path / "data") == 0
+    assert "left out      1 shape(s): region that covers no pixel" in capsys.readouterr().out
+    mask = read_mask(tmp_path / "data/masks/desk 1.png")
+    np.testing.assert_array_equal(mask, cable_mask(CABLES[FIRST][1]))
 
 
 def test_annotations_of_several_people_are_not_mixed(tmp_path, capsys):
