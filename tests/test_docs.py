@@ -19,7 +19,7 @@ import finetune
 import import_labels
 import predict
 from imaging.files import read_image
-from tools import bench, plot_curves, results, soak
+from tools import bench, draw_cables, plot_curves, results, soak
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +30,7 @@ SCRIPTS = {
     "import_labels.py": import_labels,
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
+    "tools/draw_cables.py": draw_cables,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
@@ -61,6 +62,10 @@ RUN_ELSEWHERE = {
     "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
+    "python tools/draw_cables.py --out data/drawn --n 500": (
+        "tests/test_draw_cables.py",
+        'draw_cables.main(["--out"',
+    ),
     "python tools/results.py --data data": (".ci/run", "tools/results.py --data data"),
     "python tools/soak.py --iterations 3000": (".ci/run", "tools/soak.py --iterations 60"),
 }
@@ -152,9 +157,8 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
             output = Path(argv[argv.index("--output") + 1])
             assert len(list(output.glob("masks/*.png"))) == 3, shlex.join(command)
     assert Path("exp/my_cables/preview/test.jpg").exists()
-    assert (
-        len(Path("exp/my_cables/metrics.jsonl").read_text().splitlines()) == 3
-    )  # baseline, run, resumed run
+    tests = Path("exp/my_cables/metrics.jsonl").read_text().splitlines()
+    assert len(tests) == 7  # the baseline, and each of the 3 iterations of the run and of the resumed run
     assert Path("exp/my_cables_vit_b/checkpoints/best.pth").exists()
     assert Path("exported/config.json").exists() and Path("cables.onnx").exists()
     assert Path("curves.png").exists()
