@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from itertools import islice
@@ -26,7 +26,7 @@ import runtime
 from base.errors import UserError
 from base.flag_types import number, positive_int
 from imaging import media
-from imaging.coco import coco_document, polygons
+from imaging.coco import Region, coco_document, polygons, run_lengths
 from imaging.files import MAX_PIXELS, read_image
 from imaging.masks import read_mask
 from imaging.media import InputImage
@@ -62,6 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
     add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
+    add("--rle", action="store_true", help="also write rle.json, a COCO file like that of --polygons")
+    area_help = "smaller regions, in pixels, are left out of --polygons and --rle"
+    add("--min_area", type=positive_int, default=1, help=area_help)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     args = parser.parse_args(argv)
@@ -118,7 +121,9 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
             images = media.read_images(paths, mask_paths, args.max_pixels, faults)
             names, stats = predict_images(predict, images, prompts, options, len(paths))
         if args.polygons:
-            write_polygons(output, names)
+            write_regions(output, names, "polygons.json", partial(polygons, min_area=args.min_area))
+        if args.rle:
+            write_regions(output, names, "rle.json", partial(run_lengths, min_area=args.min_area))
         if stats:
             report_scores(output, stats, options.threshold)
             write_worst(output, stats, {path.stem: path for path in paths}, mask_paths)
@@ -244,11 +249,16 @@ def write_prediction(
         options.output.write(name, media.encode_image(array, Path(name).suffix))
 
 
-def write_polygons(output: OutputFolder, names: Mapping[str, str]) -> None:
-    """Write `polygons.json`, a COCO file, from the masks written before; `names` are by stem."""
+def write_regions(
+    output: OutputFolder,
+    names: Mapping[str, str],
+    file_name: str,
+    describe: Callable[[np.ndarray], list[Region]],
+) -> None:
+    """Write a COCO file of the regions of the masks written before; `names` are by stem."""
     masks = ((name, read_mask(output.path / MASKS / f"{stem}.png")) for stem, name in names.items())
-    document = coco_document((name, (mask.shape[0], mask.shape[1]), polygons(mask)) for name, mask in masks)
-    output.write("polygons.json", json.dumps(document).encode())
+    document = coco_document((name, (mask.shape[0], mask.shape[1]), describe(mask)) for name, mask in masks)
+    output.write(file_name, json.dumps(document).encode())
 
 
 def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats], threshold: float) -> None:

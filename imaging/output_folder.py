@@ -15,7 +15,7 @@ from imaging.files import format_list
 LIST_NAME = "predictions.json"
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"  # folders with a file per image
 FOLDERS = (MASKS, OVERLAYS, PROBABILITIES)
-SINGLE_FILES = ("polygons.json", "measures.csv", "worst.jpg")
+SINGLE_FILES = ("polygons.json", "rle.json", "measures.csv", "worst.jpg")
 
 
 class OutputFolder:

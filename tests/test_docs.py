@@ -11,10 +11,12 @@ import pytest
 import segment_anything
 import torch
 from conftest import TINY, write_backgrounds, write_dataset
+from label_samples import WRITERS
 
 import checkpoint
 import export
 import finetune
+import import_labels
 import predict
 from imaging.files import read_image
 from tools import bench, draw_cables, plot_curves, results, soak
@@ -25,6 +27,7 @@ SCRIPTS = {
     "finetune.py": finetune,
     "predict.py": predict,
     "export.py": export,
+    "import_labels.py": import_labels,
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
     "tools/draw_cables.py": draw_cables,
@@ -32,7 +35,7 @@ SCRIPTS = {
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
 }
-RUN_HERE = ("finetune.py", "predict.py", "export.py", "tools/plot_curves.py")
+RUN_HERE = ("finetune.py", "predict.py", "export.py", "import_labels.py", "tools/plot_curves.py")
 
 # The other commands. Each has the file that runs it, perhaps in a shorter form, and the text there that does.
 RUN_ELSEWHERE = {
@@ -122,6 +125,8 @@ def arrange_data(folder: Path) -> None:
     for name in ("my_backgrounds", "data/backgrounds"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
+    for name, (write, _) in WRITERS.items():
+        write(folder / "exports" / name)
 
 
 def run(script: str, argv: list[str], tiny_weights: Path) -> int:
@@ -157,6 +162,8 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
     assert Path("exp/my_cables_vit_b/checkpoints/best.pth").exists()
     assert Path("exported/config.json").exists() and Path("cables.onnx").exists()
     assert Path("curves.png").exists()
+    imported = [Path(argv[argv.index("--output") + 1]) for _, script, *argv in COMMANDS if "import" in script]
+    assert len(imported) >= 7 and all(len(list(path.glob("masks/*.png"))) == 2 for path in imported)
 
 
 def test_every_other_command_is_listed_with_who_runs_it():
@@ -219,7 +226,12 @@ def test_flags_that_the_documents_name_exist(capsys):
 
 @pytest.mark.parametrize(
     ("script", "document"),
-    [("finetune.py", "configuration.md"), ("predict.py", "prediction.md"), ("export.py", "export.md")],
+    [
+        ("finetune.py", "configuration.md"),
+        ("predict.py", "prediction.md"),
+        ("export.py", "export.md"),
+        ("import_labels.py", "labels.md"),
+    ],
 )
 def test_every_flag_is_in_its_document(script, document, capsys):
     options = r"^  (?:-\w[^,]*, )?(--\w+)"  # "  -c CONFIG, --config CONFIG  help"

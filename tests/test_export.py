@@ -120,6 +120,7 @@ def test_the_mask_generator_takes_the_checkpoint(random_weights, tiny_sam, image
     ("output_format", "fault", "message"),
     [
         ("hf", "lite_medsam", "transformers has no model of lite_medsam"),
+        ("hf", "mobile_sam", "transformers has no model of mobile_sam; use --format onnx"),
         ("hf", "exists", "out already exists"),
         ("hf", "no folder", "cannot be created"),
         ("onnx", "missing", "checkpoint not found"),
@@ -132,6 +133,8 @@ def test_what_cannot_be_exported_ends_with_a_message(
     output, weights = tmp_path / "out", random_weights
     if fault == "lite_medsam":
         weights = variants.pretrained_path("lite_medsam")
+    elif fault == "mobile_sam":
+        checkpoint.save_weights(variants.VARIANTS["mobile_sam"].build().state_dict(), weights)
     elif fault == "exists":
         output.mkdir()
     elif fault == "no folder":

@@ -14,6 +14,7 @@ from segment_anything import SamPredictor
 import checkpoint
 import predict
 from imaging import media
+from imaging.coco import decode_rle
 from imaging.files import read_image
 from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
@@ -99,6 +100,18 @@ def test_unreadable_images_are_listed_and_the_rest_predicted(trained, data, tmp_
 def test_a_single_image(trained, data, tmp_path):
     assert run(trained, data / "test/imgs/1.png", tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["1.png"]
+
+
+def test_run_lengths_without_small_regions(trained, data, tmp_path):
+    flags = ("--rle", "--polygons", "--min_area", 20, "--threshold", 0.01)
+    assert run(trained, data / "test/imgs", tmp_path / "out", *flags) == 0
+    runs, parts = (json.loads((tmp_path / f"out/{name}.json").read_text()) for name in ("rle", "polygons"))
+    assert [entry["area"] for entry in runs["annotations"]] == [p["area"] for p in parts["annotations"]]
+    assert runs["annotations"] and all(entry["area"] >= 20 for entry in runs["annotations"])
+    for entry in runs["annotations"]:
+        region = decode_rle(entry["segmentation"]["counts"], tuple(entry["segmentation"]["size"]))
+        mask = read_mask(tmp_path / f"out/masks/{entry['image_id'] - 1}.png")
+        assert region.sum() == entry["area"] and mask[region].all()
 
 
 def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
