@@ -19,6 +19,7 @@ from torch import Tensor
 from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
+from train_config import MAY_CHANGE_ON_RESUME
 
 RESUME_FILE = "resume.pth"  # in exp/NAME
 LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
@@ -75,25 +76,6 @@ def _load(path: Path) -> Any:
 
 
 # --- Resuming ---------------------------------------------------------------------------------
-
-# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
-# learning rates of the remaining steps. Another `device` must compute in the same precision.
-MAY_CHANGE_ON_RESUME = (
-    "config",
-    "epoch_num",
-    "device",
-    "num_workers",
-    "cache_mb",
-    "grad_checkpointing",
-    "save_interval",
-    "keep_last",
-    "resume_interval",
-    "max_bad_steps",
-    "max_pixels",
-    "test_interval",
-    "log_interval",
-)
-
 
 # The value of `--amp` that asks for a precision.
 AMP_CHOICES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}

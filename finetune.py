@@ -5,8 +5,15 @@
 The YAML file describes the data, the flags describe the training. See README.md.
 """
 
-import json
 import sys
+
+from base.flag_types import answer_first
+from train_config import TrainConfig, parse_args
+
+if __name__ == "__main__":
+    answer_first(parse_args)
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
@@ -34,7 +41,6 @@ from sam.trainable import (
     prepare_training,
     trained_weights,
 )
-from train_config import TrainConfig, parse_args
 from train_state import Schedule, TrainState, learning_rate
 
 MEMORY_HINT = (
@@ -398,14 +404,15 @@ def main(argv: list[str] | None = None) -> int:
     runtime.init()
     config = parse_args(argv)
     try:
-        if config.preview:
-            preview(config)
-            return 0
-        experiment = prepare(config)
-        runtime.barrier()
-    except KeyboardInterrupt:
-        print("interrupted; nothing was trained", file=sys.stderr)
-        return 128 + SIGINT
+        with runtime.interrupt_on_signals():
+            if config.preview:
+                preview(config)
+                return 0
+            experiment = prepare(config)
+            runtime.barrier()
+    except runtime.Interrupted as signal:
+        print(f"interrupted by {signal.name}: nothing was trained", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:

@@ -8,12 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import runtime
-from base.flag_types import count, decay, fraction, not_negative, positive, positive_int
-from checkpoint import MAY_CHANGE_ON_RESUME
+# Nothing here imports PyTorch, so that `--help` is quick.
+from base.flag_types import count, decay, fraction, not_negative, path, positive, positive_int
 from imaging.files import MAX_PIXELS
 from imaging.prompts import PROMPT_KINDS
-from sam.variants import VARIANTS
 
 
 def folder_name(text: str) -> str:
@@ -26,7 +24,8 @@ def folder_name(text: str) -> str:
 
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // runtime.local_world_size() - 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine
+    return max(1, min(16, cores // processes - 1))
 
 
 # --- Flags ------------------------------------------------------------------------------------
@@ -34,6 +33,25 @@ def default_workers() -> int:
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
+MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam"]  # the keys of sam.variants.VARIANTS
+
+# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
+# learning rates of the remaining steps. Another `device` must compute in the same precision.
+MAY_CHANGE_ON_RESUME = (
+    "config",
+    "epoch_num",
+    "device",
+    "num_workers",
+    "cache_mb",
+    "grad_checkpointing",
+    "save_interval",
+    "keep_last",
+    "resume_interval",
+    "max_bad_steps",
+    "max_pixels",
+    "test_interval",
+    "log_interval",
+)
 RESUME_HELP = f"continue exp/EXP_NAME; flags that may change: {', '.join(MAY_CHANGE_ON_RESUME)}"
 
 
@@ -48,7 +66,7 @@ class TrainConfig:
 
     # fmt: off
     # run
-    config: Path = flag(MISSING, Path, "YAML file that describes the data", short="-c")
+    config: Path = flag(MISSING, path, "YAML file that describes the data", short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
@@ -68,8 +86,8 @@ class TrainConfig:
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
-    model_type: str = flag("vit_b", VARIANTS, "SAM variant")
-    checkpoint: Path | None = flag(None, Path, "weights to start from (default: the published weights)")
+    model_type: str = flag("vit_b", MODEL_TYPES, "SAM variant")
+    checkpoint: Path | None = flag(None, path, "weights to start from (default: the published weights)")
     train: str = flag("decoder", TRAIN, "the mask decoder; also adapters in the encoder; also all of it")
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
     lora_alpha: float = flag(16.0, positive, "the adapters' output is multiplied by alpha / rank")

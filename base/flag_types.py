@@ -1,8 +1,26 @@
-"""Types of command-line flags for argparse: numbers in a range."""
+"""Command-line flags: types for argparse, and their reading before slow imports."""
 
 import argparse
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+
+def answer_first(parse_args: Callable[[], object]) -> None:
+    """Read the command line of a script before its slow imports; `--help` and wrong flags end the process.
+
+    From here on, Ctrl-C ends the process at once and without a traceback, until the script handles it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parse_args()
+
+
+def path(text: str) -> Path:
+    """An argparse type for paths. If `text` itself does not exist, `~` and `$NAME` in it are expanded."""
+    return Path(text if os.path.lexists(text) else os.path.expandvars(os.path.expanduser(text)))
 
 
 def number(

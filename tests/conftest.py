@@ -28,6 +28,9 @@ from config import DatasetConfig
 from dataset import DatasetIndex
 from imaging.pairing import FileInfo, Pair
 from sam import variants
+from train_config import MODEL_TYPES
+
+MODEL_TYPES.append("tiny")  # `tiny_weights` builds it
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)
