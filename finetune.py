@@ -372,8 +372,8 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
         if not state.is_finished:
             finish_iteration(run)
         train(run)
-    except Exception:
-        save_last_state(run)
+    except Exception as error:
+        save_last_state(run, error)
         raise
     finally:
         logger.bar.close()
@@ -381,15 +381,16 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     logger.close()
 
 
-def save_last_state(run: Run) -> None:
-    """Save the state of the last iteration, if it is whole, before an error is raised further."""
+def save_last_state(run: Run, reason: Exception) -> None:
+    """Save the state of the last iteration, if it is whole, before the error `reason` is raised further."""
     # Several processes do not fail in the same iteration, and saving needs all of them.
     if not run.state.iteration or not run.state.is_consistent or runtime.world_size() > 1:
         return
     try:
         save_state(run)
     except UserError as error:  # the disk is full, for example
-        print(f"error: {error}", file=sys.stderr)
+        if str(error) != str(reason):
+            print(f"error: {error}", file=sys.stderr)
 
 
 # --- Command ----------------------------------------------------------------------------------

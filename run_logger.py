@@ -1,7 +1,11 @@
 """What a run shows and logs: TensorBoard, metrics.jsonl, console. Silent in every process but the first."""
 
+import io
 import json
+import os
+import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from base.atomic import write_text
@@ -29,6 +34,56 @@ NOT_IN_HPARAMS = {
 }  # fmt: skip
 
 
+class EventFile:
+    """A file of TensorBoard events in a folder.
+
+    PyTorch's `SummaryWriter` writes in a thread, whose errors show as tracebacks. Here, `flush` writes, and
+    raises OSError. If the file was deleted, `flush` gives a warning and continues in a new one.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        """Open a new file. TensorBoard ignores earlier events from `purge_step` on."""
+        self._folder, self._pending = folder, io.BytesIO()
+        self.path = self._new_path()
+        self.path.touch(exist_ok=False)
+        self._add(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add(self, content: Any, step: int = 0) -> None:
+        """Add what a function of `torch.utils.tensorboard.summary` returned."""
+        self._add(Event(summary=content, step=step))
+
+    def flush(self) -> None:
+        """Append all events to the file. If this fails, the file stays as it was, and they are kept."""
+        if not self.path.exists():
+            deleted, self.path = self.path, self._new_path()
+            warnings.warn(f"{deleted} was deleted; the curves go on in {self.path.name}", stacklevel=2)
+            events = self._pending.getvalue()
+            self._pending = io.BytesIO()
+            self._add(Event(file_version="brain.Event:2"))
+            self._pending.write(events)
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            rest = self._pending.getvalue()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]  # a disk that fills up may take a part
+            except OSError:
+                file.truncate(size)
+                raise
+        self._pending = io.BytesIO()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._pending).write(event.SerializeToString())
+
+    def _new_path(self) -> Path:
+        # TensorBoard reads files in the order of their names, which begins with the time.
+        return self._folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+
+
 class RunLogger:
     """Logs of one run in `folder`. With `enabled` false every method does nothing.
 
@@ -42,18 +97,19 @@ class RunLogger:
     """
 
     def __init__(self, folder: Path, *, iterations: int, done: int, resumed: bool, enabled: bool) -> None:
-        self.folder, self.enabled = folder, enabled
+        self.folder, self.enabled, self._has_metrics = folder, enabled, False
         self.bar = tqdm(total=iterations, initial=done, unit="it", dynamic_ncols=True, disable=not enabled)
         if enabled:
             with self._writing():
-                self.writer = SummaryWriter(folder, purge_step=done + 1 if resumed else None)
-                if resumed:
-                    _drop_later_lines(folder / METRICS_FILE, done)
+                self.events = EventFile(folder, purge_step=done + 1 if resumed else None)
+            if resumed:
+                _drop_later_lines(folder / METRICS_FILE, done)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
+            self.events.flush()
         except OSError as error:  # TensorBoard's names no file
             raise UserError(f"writing to {self.folder} failed: {error}") from error
 
@@ -70,11 +126,11 @@ class RunLogger:
             write_text(self.folder / name, text)
         with self._writing():
             text = yaml.safe_dump(flags, sort_keys=False)
-            self.writer.add_text("flags", f"```\n{text}```", iteration)
+            self.events.add(summary.text("flags", f"```\n{text}```"), iteration)
             shown = {name: value for name, value in flags.items() if name not in NOT_IN_HPARAMS}
             best = {f"best/{name}": 0.0 for name in BEST_METRICS}
-            for summary in hparams(shown, best)[:2]:  # the third would say that the run has ended
-                self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+            for part in summary.hparams(shown, best)[:2]:  # the third would say that the run has ended
+                self.events.add(part)
 
     def training(self, scalars: dict[str, float], iteration: int) -> None:
         """Write scalars under `train/`, and show the main ones beside the progress bar."""
@@ -82,7 +138,7 @@ class RunLogger:
             return
         with self._writing():
             for name, value in scalars.items():
-                self.writer.add_scalar(f"train/{name}", value, iteration)
+                self._scalar(f"train/{name}", value, iteration)
         self.bar.set_postfix_str(
             f"loss {scalars['loss']:.3f}, lr {scalars['lr']:.1e}, "
             f"{scalars['images_per_s']:.2f} images/s, {scalars['data_wait']:.0%} data wait"
@@ -104,15 +160,22 @@ class RunLogger:
             return
         with self._writing():
             for name, value in metrics.items():
-                self.writer.add_scalar(f"test/{name}", value, iteration)
+                self._scalar(f"test/{name}", value, iteration)
             self._precision_recall(stats, iteration)
             by_iou = np.argsort(ious, kind="stable")
             chosen = [panels[by_iou[0]], panels[by_iou[len(by_iou) // 2]]]
             self._image("test/panel", sheet(panels[:PANELS]), iteration)
             self._image("test/worst_and_median", sheet(chosen), iteration)
-            with (self.folder / METRICS_FILE).open("a") as file:
-                file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+            self._metrics({"iteration": iteration} | metrics)
         self.print(f"iteration {iteration}: test IoU {metrics['iou']:.4f}, Dice {metrics['dice']:.4f}")
+
+    def _metrics(self, line: dict[str, float]) -> None:
+        path = self.folder / METRICS_FILE
+        if self._has_metrics and not path.exists():
+            warnings.warn(f"{path} was deleted; it goes on without the earlier tests", stacklevel=2)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._has_metrics = True
 
     def _precision_recall(self, stats: list[ImageStats], iteration: int) -> None:
         """Precision and recall of all pixels together, at the thresholds of `imaging.metrics`."""
@@ -126,16 +189,15 @@ class RunLogger:
             background - false_positives,
             foreground - true_positives,
         )
-        self.writer.add_pr_curve_raw(
-            "test/pixels", *counts, precision, recall, iteration, num_thresholds=len(true_positives)
-        )
+        curve = summary.pr_curve_raw("test/pixels", *counts, precision, recall, len(true_positives))
+        self.events.add(curve, iteration)
 
     def best(self, metrics: dict[str, float], iteration: int) -> None:
         """Write the metrics of a new best test."""
         if self.enabled:
             with self._writing():
                 for name in BEST_METRICS:
-                    self.writer.add_scalar(f"best/{name}", metrics[name], iteration)
+                    self._scalar(f"best/{name}", metrics[name], iteration)
 
     def training_panels(self, panels: list[np.ndarray], iteration: int) -> None:
         """Show samples of a training batch."""
@@ -144,18 +206,20 @@ class RunLogger:
                 self._image("train/panel", sheet(panels), iteration)
 
     def _image(self, tag: str, image: np.ndarray, iteration: int) -> None:
-        self.writer.add_image(tag, image, iteration, dataformats="HWC")
+        self.events.add(summary.image(tag, image, dataformats="HWC"), iteration)
+
+    def _scalar(self, tag: str, value: float, iteration: int) -> None:
+        self.events.add(summary.scalar(tag, value), iteration)
 
     def flush(self) -> None:
+        """Write again what could not be written."""
         if self.enabled:
             with self._writing():
-                self.writer.flush()
+                pass
 
     def close(self) -> None:
         self.bar.close()
-        if self.enabled:
-            with self._writing():
-                self.writer.close()
+        self.flush()
 
 
 def remove_logs(folder: Path) -> None:

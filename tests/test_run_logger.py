@@ -2,9 +2,11 @@
 
 import json
 import re
+import resource
 
 import numpy as np
 import pytest
+from conftest import scalars
 
 import run_logger
 from base.errors import UserError
@@ -60,6 +62,60 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
     with pytest.raises(UserError, match=re.escape(f"writing to {tmp_path / 'run'} failed")):
         RunLogger(tmp_path / "run", iterations=2, done=0, resumed=False, enabled=True)
+
+
+def curve(folder):
+    return scalars(folder).get("train/loss", [])
+
+
+def train_to(logger, first, last):
+    for iteration in range(first, last + 1):
+        logger.training(SCALARS | {"loss": float(iteration)}, iteration)
+
+
+def test_curves_go_on_in_a_new_file_if_theirs_is_deleted(tmp_path, capsys):
+    logger = RunLogger(tmp_path, iterations=9, done=0, resumed=False, enabled=True)
+    log_everything(logger)
+    (first,) = tmp_path.glob("events.out.tfevents.*")
+    first.unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=f"{first.name} was deleted; the curves go on in events"):
+        train_to(logger, 3, 4)
+    with pytest.warns(UserWarning, match="jsonl was deleted"):
+        log_everything(logger)
+    (second,) = tmp_path.glob("events.out.tfevents.*")
+    assert second.name > first.name
+    assert curve(tmp_path) == [(1, 1.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_resumed_logger_replaces_later_events(tmp_path):
+    logger = RunLogger(tmp_path, iterations=9, done=0, resumed=False, enabled=True)
+    train_to(logger, 1, 6)
+    logger = RunLogger(tmp_path, iterations=9, done=3, resumed=True, enabled=True)
+    train_to(logger, 4, 5)
+    assert curve(tmp_path) == [(n, float(n)) for n in range(1, 6)]
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(True)` lets no file grow above 2000 bytes, `full_disk(False)` lets them."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else limits[0], limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_gives_one_error_and_no_half_event(tmp_path, full_disk, capfd):
+    logger = RunLogger(tmp_path, iterations=99, done=0, resumed=False, enabled=True)
+    full_disk(True)
+    with pytest.raises(UserError, match=re.escape(f"writing to {tmp_path} failed: ") + ".*File too large"):
+        train_to(logger, 1, 99)
+    before = curve(tmp_path)
+    assert 2 < len(before) < 30 and before == [(n, float(n)) for n in range(1, len(before) + 1)]
+    assert "Traceback" not in capfd.readouterr().err
+    full_disk(False)
+    logger.flush()  # what was left
+    train_to(logger, len(before) + 2, 40)
+    assert curve(tmp_path) == [(n, float(n)) for n in range(1, 41)]
 
 
 # --- time ---
