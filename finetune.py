@@ -377,7 +377,9 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
         raise
     finally:
         logger.bar.close()
-    logger.print(result_summary(state.baseline, state.best, experiment.checkpoints))
+    shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
+    images = shown.config.data_dir / "imgs"
+    logger.print(result_summary(state.baseline, state.best, experiment.folder, images))
     logger.close()
 
 

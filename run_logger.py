@@ -3,7 +3,11 @@
 import io
 import json
 import os
+import shlex
+import shutil
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -311,16 +315,39 @@ def _shorten(text: str, length: int) -> str:
 
 
 def result_summary(
-    baseline: dict[str, float] | None, best: dict[str, float] | None, checkpoints: Path
+    baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
 ) -> str:
-    """The closing lines of a run: baseline against best, and where the files are."""
+    """The closing lines of a run: baseline against best, where the files are, and how to predict `images`."""
+    best_weights, last_weights = folder / "checkpoints/best.pth", folder / "checkpoints/last.pth"
     lines = []
     if baseline and best:
         lines += [
             f"baseline -> fine-tuned: IoU {baseline['iou']:.4f} -> {best['iou']:.4f}, "
             f"Dice {baseline['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})",
-            f"best weights     {checkpoints / 'best.pth'}",
+            f"best weights     {best_weights}",
         ]
-    if (checkpoints / "last.pth").exists():
-        lines.append(f"last weights     {checkpoints / 'last.pth'}")
-    return "\n".join([*lines, f"curves           tensorboard --logdir {checkpoints.parent}"])
+    if last_weights.exists():
+        lines.append(f"last weights     {last_weights}")
+    lines.append(f"curves           {shell_command('tensorboard', '--logdir', folder)}")
+    weights = next((path for path in (best_weights, last_weights) if path.exists()), None)
+    if weights:
+        flags = ("--checkpoint", weights, "--input", images, "--output", Path("predictions") / folder.name)
+        lines.append(f"next             {tool_command('predict.py', *flags)}")
+    return "\n".join(lines)
+
+
+def tool_command(script: str, *arguments: str | Path) -> str:
+    """The command line to paste into a shell, which runs a script of this tool in the current directory."""
+    in_path = shutil.which("python")
+    python = "python" if in_path == sys.executable else Path(sys.executable)
+    return shell_command(python, Path(__file__).parent / script, *arguments)
+
+
+def shell_command(*parts: str | Path) -> str:
+    """A command line, quoted where a shell needs it. Paths below the current directory are relative to it."""
+    here = Path.cwd()
+    texts = [
+        str(part.relative_to(here)) if isinstance(part, Path) and part.is_relative_to(here) else str(part)
+        for part in parts
+    ]
+    return shlex.join(texts) if os.name == "posix" else subprocess.list2cmdline(texts)

@@ -20,7 +20,12 @@ def answer_first(parse_args: Callable[[], object]) -> None:
 
 def path(text: str) -> Path:
     """An argparse type for paths. If `text` itself does not exist, `~` and `$NAME` in it are expanded."""
-    return Path(text if os.path.lexists(text) else os.path.expandvars(os.path.expanduser(text)))
+    return Path(text if os.path.lexists(text) else expand(text))
+
+
+def expand(text: str) -> str:
+    """Replace a leading `~` and every `$NAME` of a variable that exists, as a shell does."""
+    return os.path.expandvars(os.path.expanduser(text))
 
 
 def number(

@@ -3,15 +3,20 @@
 import json
 import re
 import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import scalars
 
+import predict
 import run_logger
 from base.errors import UserError
 from imaging.metrics import GroundTruth, aggregate, compute_stats
-from run_logger import RunLogger, Throughput, Timer
+from run_logger import RunLogger, Throughput, Timer, result_summary, tool_command
 
 SCALARS = {"loss": 1.0, "lr": 1e-3, "images_per_s": 2.0, "data_wait": 0.5}
 
@@ -116,6 +121,34 @@ def test_a_full_disk_gives_one_error_and_no_half_event(tmp_path, full_disk, capf
     logger.flush()  # what was left
     train_to(logger, len(before) + 2, 40)
     assert curve(tmp_path) == [(n, float(n)) for n in range(1, 41)]
+
+
+# --- summaries ---
+
+
+def test_the_summary_ends_with_a_command_that_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "it's data" / "imgs"
+    (tmp_path / "exp/my run/checkpoints").mkdir(parents=True)
+    folder = Path("exp/my run")
+    assert "next" not in result_summary(None, None, folder, images)
+    for name in ("last.pth", "best.pth"):
+        (folder / "checkpoints" / name).touch()
+        last_line = result_summary(None, None, folder, images).splitlines()[-1]
+        python, script, *argv = shlex.split(last_line.removeprefix("next "))
+        assert shutil.which(python) == sys.executable and Path(script).samefile(predict.__file__)
+        args = predict.parse_args(argv)
+        assert (args.checkpoint, args.input) == (folder / "checkpoints" / name, Path("it's data/imgs"))
+        assert args.output == Path("predictions/my run")
+
+
+def test_commands_name_paths_as_seen_from_the_current_directory(monkeypatch):
+    monkeypatch.chdir(Path(predict.__file__).parent)
+    monkeypatch.setattr(sys, "executable", str(Path(".venv/bin/python").absolute()))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/python")
+    assert tool_command("export.py", "a b") == ".venv/bin/python export.py 'a b'"
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    assert tool_command("export.py", Path("a")) == "python export.py a"
 
 
 # --- time ---
