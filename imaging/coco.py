@@ -110,7 +110,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
             if is_box:
                 yield name, _Box(*numbers)
             else:
-                yield name, _Point(*numbers, _parse_label(row.get("label") or FOREGROUND_POINT))
+                x, y = numbers
+                yield name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
 
 
 def _read_coco(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
