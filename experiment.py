@@ -22,7 +22,7 @@ from preview import write_preview
 from sam.decoder import decode
 from sam.encoder import move_to_device
 from sam.variants import VARIANTS, load_state_dict, pretrained_path
-from train_config import TrainConfig
+from train_config import CONFIG_FILE, TrainConfig
 from train_state import Schedule
 
 FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Experiment:
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
-    data = load_config(config.config)
+    data = load_data_config(config)
     if resume_state:
         checkpoint.check_same_settings(
             resume_state,
@@ -125,6 +125,18 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+def load_data_config(config: TrainConfig) -> Config:
+    """The YAML file that describes the data. Raises UserError."""
+    try:
+        return load_config(config.config)
+    except UserError as error:
+        if config.config != config.folder / CONFIG_FILE:
+            raise
+        raise UserError(
+            f"{error}\nIf the data was moved, give --config with a YAML file of its new paths."
+        ) from error
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:

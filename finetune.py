@@ -8,7 +8,7 @@ The YAML file describes the data, the flags describe the training. See README.md
 import sys
 
 from base.flag_types import answer_first
-from train_config import TrainConfig, parse_args
+from train_config import ARGS_FILE, TrainConfig, parse_args
 
 if __name__ == "__main__":
     answer_first(parse_args)
@@ -31,7 +31,16 @@ from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec
 from evaluation import run_test, train_panels
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
-from run_logger import RunLogger, Throughput, Timer, dataset_table, remove_logs, result_summary
+from run_logger import (
+    RunLogger,
+    Throughput,
+    Timer,
+    dataset_table,
+    remove_logs,
+    result_summary,
+    shell_command,
+    tool_command,
+)
 from sam.encoder import valid_pixels
 from sam.trainable import (
     export_state_dict,
@@ -414,7 +423,8 @@ def main(argv: list[str] | None = None) -> int:
             experiment = prepare(config)
             runtime.barrier()
     except runtime.Interrupted as signal:
-        print(f"interrupted by {signal.name}: nothing was trained", file=sys.stderr)
+        if runtime.is_main():
+            print(f"interrupted by {signal.name}: nothing was trained", file=sys.stderr)
         return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
@@ -456,10 +466,11 @@ def print_resume_hint(config: TrainConfig) -> None:
         return
     state = config.folder / RESUME_FILE
     where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
-    print(
-        f"{where}; to continue, run the same command with --exp_name {config.exp_name} --resume",
-        file=sys.stderr,
-    )
+    flags = ("--exp_name", config.exp_name, "--resume")
+    command = tool_command("finetune.py", *flags, processes=runtime.local_world_size())
+    if not (config.folder / ARGS_FILE).exists():
+        command = f"run the same command with {shell_command(*flags)}"
+    print(f"{where}; to continue: {command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

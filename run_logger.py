@@ -27,6 +27,7 @@ from base.errors import UserError
 from dataset import DatasetIndex
 from imaging.metrics import ImageStats
 from imaging.visualize import sheet
+from train_config import ARGS_FILE, CONFIG_FILE
 
 METRICS_FILE = "metrics.jsonl"
 PANELS = 4  # how many images of the test set and of a training batch are shown
@@ -125,7 +126,7 @@ class RunLogger:
         """Write `args.yaml` and `config.yaml`; show the flags as text and as this run's row in HPARAMS."""
         if not self.enabled:
             return
-        for name, values in (("config.yaml", config), ("args.yaml", flags)):
+        for name, values in ((CONFIG_FILE, config), (ARGS_FILE, flags)):
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             write_text(self.folder / name, text)
         with self._writing():
@@ -336,11 +337,11 @@ def result_summary(
     return "\n".join(lines)
 
 
-def tool_command(script: str, *arguments: str | Path) -> str:
+def tool_command(script: str, *arguments: str | Path, processes: int = 1) -> str:
     """The command line to paste into a shell, which runs a script of this tool in the current directory."""
-    in_path = shutil.which("python")
-    python = "python" if in_path == sys.executable else Path(sys.executable)
-    return shell_command(python, Path(__file__).parent / script, *arguments)
+    python = "python" if shutil.which("python") == sys.executable else Path(sys.executable)
+    start = [python] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shell_command(*start, Path(__file__).parent / script, *arguments)
 
 
 def shell_command(*parts: str | Path) -> str:

@@ -264,8 +264,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
+        super().__init__(number)
         self.name, self.exit_code = signal.Signals(number).name, 128 + number
-        super().__init__(self.name)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 import argparse
 import os
 import re
+import sys
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 # Nothing here imports PyTorch, so that `--help` is quick.
 from base.flag_types import count, decay, fraction, not_negative, path, positive, positive_int
@@ -36,9 +39,11 @@ TRAIN = ("decoder", "lora", "encoder")
 MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam"]  # the keys of sam.variants.VARIANTS
 
 # Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
-# learning rates of the remaining steps. Another `device` must compute in the same precision.
+# learning rates of the remaining steps. Another `device` must compute in the same precision. The files under
+# other paths of `config` and `checkpoint` must have the same content.
 MAY_CHANGE_ON_RESUME = (
     "config",
+    "checkpoint",
     "epoch_num",
     "device",
     "num_workers",
@@ -52,7 +57,9 @@ MAY_CHANGE_ON_RESUME = (
     "test_interval",
     "log_interval",
 )
-RESUME_HELP = f"continue exp/EXP_NAME; flags that may change: {', '.join(MAY_CHANGE_ON_RESUME)}"
+RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
+# The flags and the data of a run, in exp/NAME.
+ARGS_FILE, CONFIG_FILE = "args.yaml", "config.yaml"
 
 
 def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str | None = None) -> Any:
@@ -168,9 +175,13 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag."""
+    """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag.
+
+    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first.
+    """
     parser = build_parser()
-    flags = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    flags = vars(parser.parse_args([*_flags_of_resumed_run(parser, argv), *argv]))
     for name, (if_frozen, if_trained) in DEFAULTS_BY_TRAIN.items():
         if flags[name] is None:
             flags[name] = if_frozen if flags["train"] == "decoder" else if_trained
@@ -178,8 +189,40 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         flags["encoder_lr"] = flags["lr"] * (2 if flags["train"] == "lora" else 0.5)
     if flags["embedding_reuse"] > 1 and flags["train"] != "decoder":
         parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {flags['train']}")
-    if flags["resume"] and flags["exp_name"] is None:
-        parser.error("--resume needs the --exp_name of the run that it continues")
     if flags["exp_name"] is None:
         flags["exp_name"] = f"{flags['config'].stem}_{datetime.now():%Y%m%d-%H%M%S}"
     return TrainConfig(**flags)
+
+
+def _flags_of_resumed_run(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The flags that a run was started with, as a command line; empty without --resume."""
+    resume_parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    resume_parser.add_argument("--resume", action="store_true")
+    resume_parser.add_argument("--exp_name", "-n", type=folder_name)
+    try:
+        flags, _ = resume_parser.parse_known_args(argv)
+    except argparse.ArgumentError:  # `parser` says which
+        return []
+    if not flags.resume:
+        return []
+    if flags.exp_name is None:
+        parser.error("--resume needs the --exp_name of the run that it continues")
+    folder = Path("exp") / flags.exp_name
+    if not folder.is_dir():
+        parser.error(f"{folder}: there is no such run to resume (--exp_name, --resume)")
+    path = folder / ARGS_FILE
+    if not path.exists():  # the run died early: it starts again with the flags that are given
+        return []
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"{path}: cannot be read ({error}); expected the flags of the run")
+    if not isinstance(stored, dict):
+        parser.error(f"{path}: expected the flags of the run, one in each line")
+    if (folder / CONFIG_FILE).exists():
+        stored["config"] = folder / CONFIG_FILE
+    names = {f.name for f in fields(TrainConfig)} - {"exp_name"}
+    shown = {name: value for name, value in stored.items() if name in names and value not in (None, "")}
+    return [f"--{name}={value}" for name, value in shown.items() if not isinstance(value, bool)] + [
+        f"--{name}" for name, value in shown.items() if value is True
+    ]

@@ -336,7 +336,7 @@ def test_other_data_does_not_go_on(config, tiny_weights, data, capsys):
     changed = data / "backgrounds/bg 1.jpg"
     Image.new("RGB", (90, 70)).save(changed)
     assert run_tiny(config, tiny_weights, "-e", 2, "--resume") == 2
-    assert f"added, removed or changed since it began:\n  {changed}" in capsys.readouterr().err
+    assert "since it began:\n  changed: dataset 1: bg_paths[0]/bg 1.jpg\n" in capsys.readouterr().err
 
 
 # --- hostile input: each through the real command ---
