@@ -1,5 +1,6 @@
 """What a run works with: its data, its model and its folder, all checked before anything is written."""
 
+import hashlib
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, i
 from embeddings import pool_spec
 from imaging.files import format_list
 from imaging.geometry import InputSpec
+from imaging.pairing import Pair, normalized
 from inference import LoadedSam
 from preview import write_preview
 from sam.decoder import decode
@@ -53,7 +55,7 @@ class Experiment:
 
 def preview(config: TrainConfig) -> None:
     """What `--preview` does, without weights. Raises UserError as `prepare` does."""
-    train, test = find_data(load_config(config.config), config.max_pixels)
+    train, test = find_data(load_config(config.config), config)
     variant = VARIANTS[config.model_type]
     write_preview(
         train,
@@ -65,11 +67,23 @@ def preview(config: TrainConfig) -> None:
     )
 
 
-def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
+def find_data(data: Config, config: TrainConfig) -> tuple[list[DatasetIndex], DatasetIndex | None]:
     """The datasets to train on and the one to test on, all checked. Warns of images that are in both."""
+    if data.dataset.test and config.val_percentage:
+        raise UserError(
+            f"--val_percentage {config.val_percentage:g}: the YAML file has a test set already; "
+            "leave out dataset.test or the flag"
+        )
+    if config.patience and not data.dataset.test and not config.val_percentage:
+        raise UserError(
+            f"--patience {config.patience}: needs a test set; "
+            "add dataset.test to the YAML file, or the flag --val_percentage"
+        )
     configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
-    datasets = index_datasets(configs, max_pixels=max_pixels)
+    datasets = index_datasets(configs, max_pixels=config.max_pixels)
     test = datasets.pop() if data.dataset.test else None
+    if config.val_percentage:
+        datasets, test = split_off_test(datasets, config.val_percentage)
     leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
     if leaks and runtime.is_main():
         warnings.warn(
@@ -78,6 +92,37 @@ def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], Datase
             stacklevel=2,
         )
     return datasets, test
+
+
+def split_off_test(
+    datasets: list[DatasetIndex], percentage: float
+) -> tuple[list[DatasetIndex], DatasetIndex]:
+    """Take about `percentage` percent of the pairs of each dataset for a test set of photos as they are.
+
+    A hash of the stem decides, so a photo stays on its side when others are added. At least one pair of each
+    dataset is taken, and one is left.
+    """
+    train, tested = [], {}
+    for dataset in datasets:
+        by_hash = sorted((_stem_hash(pair), number) for number, pair in enumerate(dataset.pairs))
+        count = sum(hashed < percentage / 100 for hashed, _ in by_hash)
+        count = min(max(1, count), len(by_hash) - 1)
+        numbers = {number for _, number in by_hash[:count]}
+        tested |= {pair.image_path: pair for n, pair in enumerate(dataset.pairs) if n in numbers}
+        rest = tuple(pair for n, pair in enumerate(dataset.pairs) if n not in numbers)
+        train.append(replace(dataset, pairs=rest))
+    if not tested:
+        raise UserError(f"--val_percentage {percentage:g}: no dataset has more than one pair")
+    plain = {"bg_paths": (), "w_aug": False, "aug_details": None, "percentage": 1.0}
+    infos = {path: info for dataset in datasets for path, info in dataset.infos.items()}
+    config = datasets[0].config.model_copy(update=plain)
+    return train, DatasetIndex(config, tuple(tested.values()), (), infos)
+
+
+def _stem_hash(pair: Pair) -> float:
+    """A number in 0..1 that depends on nothing but the stem of the image."""
+    stem = normalized(pair.image_path.stem).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(stem, digest_size=6).digest(), "big") / 2**48
 
 
 def prepare(config: TrainConfig) -> Experiment:
@@ -96,7 +141,7 @@ def prepare(config: TrainConfig) -> Experiment:
             world_size=runtime.world_size(),
             folder=folder,
         )
-    train, test = find_data(data, config.max_pixels)
+    train, test = find_data(data, config)
     if resume_state:
         checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
 
@@ -107,7 +152,7 @@ def prepare(config: TrainConfig) -> Experiment:
         train_set.epoch_length,
         config.batch_size * runtime.world_size(),
         config.virtual_batch_size,
-        config.epoch_num,
+        find_epochs(config, resume_state),
     )
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
@@ -125,6 +170,17 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+UNMEASURED_EPOCHS = 10**6  # of a run of --minutes, until its speed is known
+
+
+def find_epochs(config: TrainConfig, state: ResumeState | None) -> int:
+    """How many epochs the run has, as far as this is known."""
+    if config.minutes is None:
+        return config.epoch_num
+    measured = state["train_state"]["counters"]["epochs"] if state else None
+    return measured or UNMEASURED_EPOCHS
 
 
 def load_data_config(config: TrainConfig) -> Config:
@@ -170,10 +226,16 @@ def require_iterations_left(state: ResumeState, schedule: Schedule, config: Trai
     """Raise UserError if a run that is to be resumed has done all its iterations."""
     counters = state["train_state"]["counters"]
     done = counters["iteration"]
-    if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
+    if config.patience and counters["is_finished"] and counters["tests_without_gain"] >= config.patience:
         raise UserError(
-            f"{config.folder} has done {done} iterations; --epoch_num {config.epoch_num} asks for "
-            f"{schedule.iterations}: give a larger --epoch_num"
+            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain; "
+            f"--patience {config.patience} asks for no more: give a larger --patience"
+        )
+    if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
+        asked = f"--minutes {config.minutes:g}" if config.minutes else f"--epoch_num {config.epoch_num}"
+        way = "start a new run from its weights" if config.minutes else "give a larger --epoch_num"
+        raise UserError(
+            f"{config.folder} has done {done} iterations; {asked} asks for {schedule.iterations}: {way}"
         )
 
 

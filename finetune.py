@@ -14,7 +14,8 @@ if __name__ == "__main__":
     answer_first(parse_args)
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT
 
@@ -32,6 +33,7 @@ from evaluation import run_test, train_panels
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from run_logger import (
+    Budget,
     RunLogger,
     Throughput,
     Timer,
@@ -66,16 +68,27 @@ class Run:
 
     config: TrainConfig
     experiment: Experiment
-    schedule: Schedule
     state: TrainState
     logger: RunLogger
     stop: runtime.StopRequest
     tests: list[EncodedTestSample]
+    budget: Budget
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, with the number of epochs of `--minutes` once it is known."""
+        schedule = self.experiment.schedule
+        return replace(schedule, epochs=self.state.epochs) if self.state.epochs else schedule
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many tests in a row brought no gain that the run ends."""
+        return self.state.tests_without_gain >= (self.config.patience or math.inf)
 
     @property
     def is_last(self) -> bool:
         """Whether the current iteration is the last one."""
-        return self.state.iteration == self.schedule.iterations
+        return self.state.iteration == self.schedule.iterations or self.is_out_of_patience
 
     @property
     def is_test(self) -> bool:
@@ -85,7 +98,9 @@ class Run:
 
 def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> Run:
     """Make trainable what trains, load the state to resume if there is one, and open the folder."""
-    net, resume_state = experiment.net, experiment.resume_state
+    net, resume_state, train_set = experiment.net, experiment.resume_state, experiment.train_set
+    encoding = experiment.schedule.batches_per_epoch if train_set.n_cache_slots else 0
+    budget = Budget(config.minutes, encoding)
     torch.manual_seed(config.seed)
     groups = prepare_training(
         net.sam,
@@ -121,7 +136,7 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
     tests: list[EncodedTestSample] = []
     if experiment.test_set:
         tests = encode_test_set(experiment.test_set, net, num_workers=config.num_workers, stop=stop)
-    return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
+    return Run(config, experiment, state, logger, stop, tests, budget)
 
 
 def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
@@ -131,14 +146,14 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
         remove_logs(experiment.folder)  # of a run that died before its first state
     logger = RunLogger(
         experiment.folder,
-        iterations=experiment.schedule.iterations,
+        iterations=None if is_unmeasured(config, state) else experiment.schedule.iterations,
         done=state.iteration,
         resumed=resumed,
         enabled=is_main,
     )
     flags = config.flags()
     logger.settings(flags, json.loads(experiment.data.model_dump_json()), state.iteration)
-    logger.print(summary(config, experiment))
+    logger.print(summary(config, experiment, is_unmeasured(config, state)))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
     elif config.resume:
@@ -146,17 +161,27 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
     return logger
 
 
-def summary(config: TrainConfig, experiment: Experiment) -> str:
+def is_unmeasured(config: TrainConfig, state: TrainState) -> bool:
+    """Whether the run has as many epochs as fit into `--minutes`, and this number is not known yet."""
+    return config.minutes is not None and state.epochs is None
+
+
+def summary(config: TrainConfig, experiment: Experiment, unmeasured: bool) -> str:
     """What is about to run, in a few lines."""
     net, train_set, test_set = experiment.net, experiment.train_set, experiment.test_set
     schedule = experiment.schedule
     trainable = sum(p.numel() for p in net.sam.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.sam.parameters()) - trainable
     precision = str(net.low_precision).removeprefix("torch.") if net.low_precision else "float32"
+    length = (
+        f"{schedule.epochs} epochs of {schedule.epoch_length} samples: "
+        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps"
+    )
+    if unmeasured:
+        length = f"epochs of {schedule.epoch_length} samples, as many as fit into {config.minutes:g} minutes"
     lines = [
         dataset_table(train_set.datasets, test_set.dataset if test_set else None),
-        f"training    {schedule.epochs} epochs of {schedule.epoch_length} samples: "
-        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps",
+        f"training    {length}",
         f"model       {config.model_type}, prompt {config.prompt}, --train {config.train}: "
         f"{trainable / 1e6:.2f} M parameters train, {frozen / 1e6:.2f} M are frozen",
         f"device      {net.device}, {precision}{', compiled' * bool(net.compiled_decode)}, "
@@ -237,7 +262,7 @@ def train(run: Run) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 state.step,
-                total_steps=schedule.steps,
+                total_steps=run.schedule.steps,
                 peak=group["peak_lr"],
                 warmup=config.warmup_steps,
                 power=config.lr_power,
@@ -285,24 +310,46 @@ def train(run: Run) -> None:
         state.count_iteration(losses, samples)
         throughput.count(samples, batch["data_wait"])
         logger.bar.update()
+        epochs = measured_epochs(run, state.iteration - first_iteration + 1)
         if is_log := state.iteration % config.log_interval == 0 or run.is_last:
             logger.training(training_scalars(state, loss_weights) | throughput.rates(), state.iteration)
         if is_log or state.iteration == first_iteration:  # the first iteration warms up: it is not timed
             throughput.restart()
 
         # test and save; this time is not part of images per second
-        with throughput.paused():
+        with throughput.paused(), run.budget.paused():
             saves_weights = finish_iteration(run)
             is_due = since_save.seconds() >= 60 * config.resume_interval
-            signal, save_now = runtime.all_reduce_max([run.stop.signal or 0, int(is_due)])
-            if saves_weights or save_now or signal:
+            signal, save_now, epochs = runtime.all_reduce_max([run.stop.signal or 0, int(is_due), epochs])
+            if epochs:
+                fix_epochs(run, epochs)
+            if saves_weights or save_now or signal or epochs:
                 save_state(run)
                 since_save.restart()
             if run.is_test and logger.enabled:  # reads files again, so the state is saved first
                 logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
         if signal:
             run.stop.signal = signal
+        if signal or run.is_last:
             return
+
+
+def measured_epochs(run: Run, done: int) -> int:
+    """How many epochs fit into `--minutes`, in process 0 and only once; else 0.
+
+    done: iterations of this process.
+    """
+    if run.state.epochs or not runtime.is_main():
+        return 0
+    return run.budget.epochs(done, run.state.iteration, run.schedule, run.config.test_interval)
+
+
+def fix_epochs(run: Run, epochs: int) -> None:
+    """Fix the number of epochs of a run of `--minutes`. A resumed run keeps it."""
+    run.state.epochs = epochs
+    iterations = run.schedule.iterations
+    run.logger.bar.total = iterations
+    run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
 
 
 def finish_iteration(run: Run) -> bool:
@@ -315,6 +362,7 @@ def finish_iteration(run: Run) -> bool:
         metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
+        state.tests_without_gain = 0 if is_best else state.tests_without_gain + 1
         if is_best and state.has_finite_weights():
             state.best = metrics
             logger.best(metrics, state.iteration)
@@ -377,15 +425,20 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     state, logger = run.state, run.logger
     try:
         if experiment.test_set and not state.iteration and state.baseline is None:
+            before = run.budget.elapsed.seconds()
             state.baseline = run_test(experiment.net, run.tests, config.batch_size, 0, logger, stop)
+            run.budget.test_seconds = run.budget.elapsed.seconds() - before
         if not state.is_finished:
             finish_iteration(run)
-        train(run)
+        if not run.is_last:
+            train(run)
     except Exception as error:
         save_last_state(run, error)
         raise
     finally:
         logger.bar.close()
+    if run.is_out_of_patience:
+        logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
     images = shown.config.data_dir / "imgs"
     logger.print(result_summary(state.baseline, state.best, experiment.folder, images))

@@ -28,6 +28,7 @@ from dataset import DatasetIndex
 from imaging.metrics import ImageStats
 from imaging.visualize import sheet
 from train_config import ARGS_FILE, CONFIG_FILE
+from train_state import Schedule
 
 METRICS_FILE = "metrics.jsonl"
 PANELS = 4  # how many images of the test set and of a training batch are shown
@@ -96,12 +97,14 @@ class RunLogger:
 
     Args:
         folder: exp/NAME.
-        iterations: how many the whole run has.
+        iterations: how many the whole run has; None if that is not known yet.
         done: how many of them are done.
         resumed: whether earlier logs are there; what they hold after iteration `done` is dropped.
     """
 
-    def __init__(self, folder: Path, *, iterations: int, done: int, resumed: bool, enabled: bool) -> None:
+    def __init__(
+        self, folder: Path, *, iterations: int | None, done: int, resumed: bool, enabled: bool
+    ) -> None:
         self.folder, self.enabled, self._has_metrics = folder, enabled, False
         self.bar = tqdm(total=iterations, initial=done, unit="it", dynamic_ncols=True, disable=not enabled)
         if enabled:
@@ -290,6 +293,47 @@ class Throughput:
         return self._timer.paused()
 
 
+WARM_UP = 3  # iterations that are not timed: memory is allocated, kernels are chosen
+MIN_TIMED = 10  # iterations
+MIN_SHARE, MAX_SHARE = 0.05, 0.5  # of the minutes that measuring takes
+
+
+class Budget:
+    """Measures the speed of a run of `--minutes`, from which its number of epochs follows.
+
+    test_seconds: how long a test takes.
+    """
+
+    def __init__(self, minutes: float | None, encoding: int) -> None:
+        """`encoding` is the number of first iterations that are slow, because they encode for later ones."""
+        self._seconds, self._encoding = 60 * minutes if minutes else None, encoding
+        self.elapsed, self._timer, self._untimed = Timer(), Timer(), 0
+        self.test_seconds = 0.0
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose time does not count as that of iterations."""
+        return self._timer.paused()
+
+    def epochs(self, done: int, iteration: int, schedule: Schedule, test_interval: int) -> int:
+        """How many epochs the run has, at least the current one; 0 as long as this is not measured.
+
+        done, iteration: iterations that this process and the run have done.
+        """
+        if self._seconds is None:
+            return 0
+        if done in (WARM_UP, self._encoding):
+            self._timer.restart()
+            self._untimed = done
+        timed, share = done - self._untimed, self.elapsed.seconds() / self._seconds
+        is_exact = self._untimed >= self._encoding and timed >= MIN_TIMED and share >= MIN_SHARE
+        if not timed or not (is_exact or share >= MAX_SHARE):
+            return 0
+        seconds = self._timer.seconds() / timed + self.test_seconds / test_interval
+        possible = iteration + max(0.0, self._seconds - self.elapsed.seconds()) / seconds
+        length = schedule.batches_per_epoch
+        return max(iteration // length + 1, int(possible // length))
+
+
 # --- Summaries --------------------------------------------------------------------------------
 
 
@@ -315,6 +359,13 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else "..." + text[3 - length :]
 
 
+EMPTY_IOU = 5e-5  # a test IoU that shows as 0.0000
+EMPTY_HINT = (
+    "warning: the predictions are empty or find no cable (test IoU 0.0000); train for more epochs "
+    "(--epoch_num) or with --train encoder, and check the data with --preview"
+)
+
+
 def result_summary(
     baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
 ) -> str:
@@ -327,6 +378,8 @@ def result_summary(
             f"Dice {baseline['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})",
             f"best weights     {best_weights}",
         ]
+        if best["iou"] < EMPTY_IOU:
+            lines.append(EMPTY_HINT)
     if last_weights.exists():
         lines.append(f"last weights     {last_weights}")
     lines.append(f"curves           {shell_command('tensorboard', '--logdir', folder)}")

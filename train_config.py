@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 # Nothing here imports PyTorch, so that `--help` is quick.
-from base.flag_types import count, decay, fraction, not_negative, path, positive, positive_int
+from base.flag_types import count, decay, fraction, not_negative, path, percentage, positive, positive_int
 from imaging.files import MAX_PIXELS
 from imaging.prompts import PROMPT_KINDS
 
@@ -55,6 +55,7 @@ MAY_CHANGE_ON_RESUME = (
     "max_bad_steps",
     "max_pixels",
     "test_interval",
+    "patience",
     "log_interval",
 )
 RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
@@ -79,6 +80,8 @@ class TrainConfig:
     seed: int = flag(0, count, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels of an image; larger ones are refused")
     test_interval: int = flag(100, positive_int, "iterations (batches) between tests")
+    patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
+    val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, without a test set")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")
     # saving
     resume: bool = flag(False, bool, RESUME_HELP)
@@ -102,6 +105,7 @@ class TrainConfig:
     prompt: str = flag("none", PROMPT_KINDS, "prompt of each sample; mixed: none, point or box at random")
     # optimization
     epoch_num: int = flag(50, positive_int, "number of epochs", short="-e")
+    minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
     batch_size: int = flag(None, positive_int, "samples per batch (default: 4; encoder, lora: 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
     lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")

@@ -51,3 +51,6 @@ positive = number(float, lambda value: 0 < value < float("inf"), "a number above
 not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 decay = number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+percentage = number(
+    float, lambda value: value == 0 or 1 <= value <= 90, "0 or a percentage from 1 to 90, where 20 is a fifth"
+)

@@ -16,7 +16,8 @@ import predict
 import run_logger
 from base.errors import UserError
 from imaging.metrics import GroundTruth, aggregate, compute_stats
-from run_logger import RunLogger, Throughput, Timer, result_summary, tool_command
+from run_logger import Budget, RunLogger, Throughput, Timer, result_summary, tool_command
+from train_state import Schedule
 
 SCALARS = {"loss": 1.0, "lr": 1e-3, "images_per_s": 2.0, "data_wait": 0.5}
 
@@ -126,6 +127,14 @@ def test_a_full_disk_gives_one_error_and_no_half_event(tmp_path, full_disk, capf
 # --- summaries ---
 
 
+def test_predictions_that_stay_empty_are_said_with_the_way_out(tmp_path):
+    for iou, is_said in ((0.0, True), (0.00004, True), (0.001, False)):
+        metrics = {"iou": iou, "dice": iou, "iteration": 9}
+        text = result_summary(metrics, metrics, tmp_path, tmp_path)
+        assert ("warning: the predictions are empty" in text) is is_said
+        assert is_said == all(flag in text for flag in ("--epoch_num", "--train encoder", "--preview"))
+
+
 def test_the_summary_ends_with_a_command_that_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "it's data" / "imgs"
@@ -190,3 +199,39 @@ def test_throughput_counts_images_and_the_share_of_waiting(clock):
     clock(2)
     throughput.count(4, data_wait=0.0)
     assert throughput.rates() == {"images_per_s": 2.0, "data_wait": 0.0}
+
+
+def epochs_of(budget, clock, seconds, pause=0.0):
+    """(iteration, epochs) once `budget` knows them, for iterations of so many seconds: 5 make an epoch."""
+    schedule = Schedule(epoch_length=10, batch_size=2, virtual_batch_size=1, epochs=99)
+    for iteration in range(1, 99):
+        clock(seconds(iteration))
+        epochs = budget.epochs(iteration, iteration, schedule, test_interval=4)
+        with budget.paused():
+            clock(pause)
+        if epochs:
+            return iteration, epochs
+    return None
+
+
+def test_epochs_follow_from_the_speed_of_the_first_iterations(clock):
+    assert epochs_of(Budget(None, 0), clock, lambda iteration: 1) is None
+    # 60 s: 3 iterations take 6 s and are not timed, 10 take 10 s, and 44 s are left
+    assert epochs_of(Budget(1, 0), clock, lambda iteration: 1 if iteration > 3 else 2) == (13, (13 + 44) // 5)
+    # with tests: 47 s are left after the 13th iteration, and 4 s of a test are 1 s an iteration
+    budget = Budget(1, 0)
+    budget.test_seconds = 4.0
+    assert epochs_of(budget, clock, lambda iteration: 1) == (13, (13 + 47 // 2) // 5)
+    # pauses count as time of the run, but not of an iteration: 60 - 13 - 12 = 35 s are left
+    assert epochs_of(Budget(1, 0), clock, lambda iteration: 1, pause=1.0) == (13, (13 + 35) // 5)
+    # long runs measure for a twentieth of their time
+    assert epochs_of(Budget(10, 0), clock, lambda iteration: 1) == (30, 600 // 5)
+
+
+def test_a_budget_does_not_count_on_the_speed_of_iterations_that_encode_for_later_ones(clock):
+    # the first epoch takes 2 s an iteration, later ones 0.5 s; timing starts after it
+    found = epochs_of(Budget(1, 5), clock, lambda iteration: 2 if iteration <= 5 else 0.5)
+    assert found == (15, (15 + 45 * 2) // 5)
+    # if the first epoch takes too long, what is known after half the time counts
+    assert epochs_of(Budget(1, 50), clock, lambda iteration: 4) == (8, (8 + 28 // 4) // 5)
+    assert epochs_of(Budget(0.1, 50), clock, lambda iteration: 9) == (1, 1)  # at least the current epoch
