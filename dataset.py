@@ -198,7 +198,7 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
     """Pixel hash of every file by its place in the data, such as `dataset 1: imgs/a`, wherever that lies."""
-    digests = {}
+    digests: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         names = {pair.image_path: f"imgs/{pair.image_path.stem}" for pair in dataset.pairs}
         names |= {pair.mask_path: f"masks/{pair.mask_path.stem}" for pair in dataset.pairs}

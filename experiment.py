@@ -102,7 +102,8 @@ def split_off_test(
     A hash of the stem decides, so a photo stays on its side when others are added. At least one pair of each
     dataset is taken, and one is left.
     """
-    train, tested = [], {}
+    train: list[DatasetIndex] = []
+    tested: dict[Path, Pair] = {}
     for dataset in datasets:
         by_hash = sorted((_stem_hash(pair), number) for number, pair in enumerate(dataset.pairs))
         count = sum(hashed < percentage / 100 for hashed, _ in by_hash)
