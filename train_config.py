@@ -70,7 +70,10 @@ def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str |
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device."""
+    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device.
+
+    `test_interval` is None until `experiment.prepare` knows the number of iterations.
+    """
 
     # fmt: off
     # run
@@ -79,7 +82,7 @@ class TrainConfig:
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels of an image; larger ones are refused")
-    test_interval: int = flag(100, positive_int, "iterations (batches) between tests")
+    test_interval: int = flag(None, positive_int, "iterations (batches) between tests (default: 1/8 of all)")
     patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
     val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, without a test set")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")

@@ -163,5 +163,5 @@ def test_a_signal_before_the_training_ends_with_a_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiment, "index_datasets", lambda *args, **_: os.kill(os.getpid(), signal.SIGTERM))
     assert run_tiny(config_file(), tiny_weights, *flags) == 143
-    assert capsys.readouterr().err == "interrupted by SIGTERM: nothing was trained\n"
+    assert capsys.readouterr().err == "SIGTERM: nothing was trained\n"
     assert not Path("exp").exists()
