@@ -12,8 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from base.flag_types import answer_first, number, path, positive_int
-from imaging.files import MAX_PIXELS
+from base.flag_types import MAX_PIXELS, answer_first, number, path, positive_int
 
 tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
 finite = number(float, math.isfinite, "a finite number")

@@ -12,8 +12,17 @@ from typing import Any
 import yaml
 
 # Nothing here imports PyTorch, so that `--help` is quick.
-from base.flag_types import count, decay, fraction, not_negative, path, percentage, positive, positive_int
-from imaging.files import MAX_PIXELS
+from base.flag_types import (
+    MAX_PIXELS,
+    count,
+    decay,
+    fraction,
+    not_negative,
+    path,
+    percentage,
+    positive,
+    positive_int,
+)
 from imaging.prompts import PROMPT_KINDS
 
 

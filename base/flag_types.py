@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Larger images are refused before they are decoded: a file of a few kilobytes can claim gigabytes.
+MAX_PIXELS = 100_000_000
+
 
 def answer_first(parse_args: Callable[[], object]) -> None:
     """Read the command line of a script before its slow imports; `--help` and wrong flags end the process.
