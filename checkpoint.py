@@ -4,6 +4,7 @@ Loads never run code from a file (`weights_only=True`). Writes are atomic.
 """
 
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -19,6 +20,7 @@ from torch import Tensor
 from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
+from train_config import MAY_CHANGE_ON_RESUME
 
 RESUME_FILE = "resume.pth"  # in exp/NAME
 LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
@@ -76,25 +78,6 @@ def _load(path: Path) -> Any:
 
 # --- Resuming ---------------------------------------------------------------------------------
 
-# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
-# learning rates of the remaining steps. Another `device` must compute in the same precision.
-MAY_CHANGE_ON_RESUME = (
-    "config",
-    "epoch_num",
-    "device",
-    "num_workers",
-    "cache_mb",
-    "grad_checkpointing",
-    "save_interval",
-    "keep_last",
-    "resume_interval",
-    "max_bad_steps",
-    "max_pixels",
-    "test_interval",
-    "log_interval",
-)
-
-
 # The value of `--amp` that asks for a precision.
 AMP_CHOICES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
@@ -105,8 +88,8 @@ class ResumeState(TypedDict):
     train_state: `TrainState.state_dict()`.
     weights: everything that trains, by name.
     gradients: the sum so far of an unfinished optimizer step, by name; else empty.
-    flags, config, files: what the run was started with: flags by name, the data's config as JSON, and pixel
-        hashes of the files by path.
+    flags, config, files: what the run was started with: flags by name, the data's config as JSON, and
+        `dataset.file_digests`.
     initial_weights, precision, world_size: hash of the weights file, dtype of mixed precision, and number of
         processes.
 
@@ -148,10 +131,36 @@ def check_same_settings(
     ]
     if state["world_size"] != world_size:
         faults.append(f"processes: were {state['world_size']}, are now {world_size}")
-    if state["config"] != config:
-        faults.append(f"the data: was {state['config']}, is now {config}")
+    faults += _changed_keys(json.loads(state["config"])["dataset"], json.loads(config)["dataset"])
     if faults:
         raise UserError("\n  ".join([f"{folder} cannot be resumed with other settings:", *faults]))
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the data of two configs, except the paths of folders: they may have been moved."""
+    before, now = _by_dataset(before), _by_dataset(now)
+    faults = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if old is None or new is None:
+            was, is_now = (keys["data_dir"] if keys else "missing" for keys in (old, new))
+            faults.append(f"{name}: was {was}, is now {is_now}")
+            continue
+        for keys in (old, new):
+            keys.pop("data_dir")
+            keys["bg_paths"] = f"{len(keys['bg_paths'])} folder(s)"
+        faults += [
+            f"{name}.{key}: was {old.get(key)}, is now {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+    return faults
+
+
+def _by_dataset(data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of every dataset, by its name in the YAML file."""
+    train = {f"dataset.train[{number}]": keys for number, keys in enumerate(data["train"])}
+    return train | ({"dataset.test": data["test"]} if data["test"] else {})
 
 
 def check_same_weights(
@@ -176,14 +185,20 @@ def check_same_weights(
 
 
 def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
-    """Raise UserError that names the files which were added, removed or changed."""
+    """Raise UserError that names the files which were added, removed or changed, and the way on."""
     before = state["files"]
-    changed = sorted(path for path in before.keys() | digests.keys() if before.get(path) != digests.get(path))
-    if changed:
-        raise UserError(
-            f"{folder} cannot be resumed: these files were added, removed or changed since it began:\n  "
-            f"{format_list(changed)}"
-        )
+    faults = [f"changed: {name}" for name in digests if before.get(name, digests[name]) != digests[name]]
+    faults += [f"added: {name}" for name in digests if name not in before]
+    faults += [f"removed: {name}" for name in before if name not in digests]
+    if not faults:
+        return
+    names = [folder / "checkpoints" / name for name in ("last.pth", "best.pth")]
+    weights = next((f" and --checkpoint {path}" for path in names if path.exists()), "")
+    raise UserError(
+        f"{folder} cannot be resumed, because its data has changed since it began:\n  "
+        f"{format_list(faults)}\n"
+        f"To train with the data as it is now, start a new run with another --exp_name{weights}."
+    )
 
 
 @contextmanager

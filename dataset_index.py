@@ -167,5 +167,12 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
 
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
-    """Pixel hash of every file, by its path."""
-    return {str(path): info.digest for dataset in datasets for path, info in dataset.infos.items()}
+    """Pixel hash of every file by its place in the data, such as `dataset 1: imgs/a`, wherever that lies."""
+    digests: dict[str, str] = {}
+    for number, dataset in enumerate(datasets, 1):
+        names = {pair.image_path: f"imgs/{pair.image_path.stem}" for pair in dataset.pairs}
+        names |= {pair.mask_path: f"masks/{pair.mask_path.stem}" for pair in dataset.pairs}
+        folders = {folder: index for index, folder in enumerate(dataset.config.bg_paths)}
+        names |= {path: f"bg_paths[{folders[path.parent]}]/{path.name}" for path in dataset.backgrounds}
+        digests |= {f"dataset {number}: {name}": dataset.infos[path].digest for path, name in names.items()}
+    return digests

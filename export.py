@@ -7,12 +7,39 @@ The tools of segment_anything load the checkpoint without conversion.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+from base.flag_types import answer_first, path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a checkpoint for other tools.")
+    parser.add_argument(
+        "--checkpoint",
+        type=path,
+        required=True,
+        help="any checkpoint of this tool; the model type is detected",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["hf", "onnx"],
+        required=True,
+        help="hf: a folder for transformers; onnx: an ONNX file",
+    )
+    parser.add_argument(
+        "--output", type=path, required=True, help="folder or file to write; it must not exist yet"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_first(parse_args)
+
 import os
 import re
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,35 +56,16 @@ ONNX_OPSET = 18
 ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint for other tools.")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="any checkpoint of this tool; the model type is detected",
-    )
-    parser.add_argument(
-        "--format",
-        choices=["hf", "onnx"],
-        required=True,
-        help="hf: a folder for transformers; onnx: an ONNX file",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder or file to write; it must not exist yet"
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit code of docs/export.md. Without 0, no output is left behind."""
     runtime.init()
     args = parse_args(argv)
     try:
-        run(args.checkpoint, args.format, args.output)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+        with runtime.interrupt_on_signals():
+            run(args.checkpoint, args.format, args.output)
+    except runtime.Interrupted as signal:
+        print(f"interrupted by {signal.name}: nothing was written", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:

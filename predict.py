@@ -7,39 +7,15 @@ the true masks.
 """
 
 import argparse
-import csv
-import io
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
+from base.flag_types import MAX_PIXELS, answer_first, number, path, positive_int
 
-import inference
-import runtime
-from base.errors import UserError
-from base.flag_types import number, positive_int
-from imaging import media
-from imaging.coco import Region, coco_document, polygons, run_lengths
-from imaging.files import MAX_PIXELS, read_image
-from imaging.masks import read_mask
-from imaging.media import InputImage
-from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
-from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
-from imaging.prompts import NO_PROMPT, Prompt
-from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
-
-MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
-N_WORST = 4  # images in worst.jpg
 tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
 finite = number(float, math.isfinite, "a finite number")
-SCORE_NAMES = [field.name for field in fields(Scores)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,16 +24,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add_path = partial(add, type=Path, required=True, default=argparse.SUPPRESS)
+    add_path = partial(add, type=path, required=True, default=argparse.SUPPRESS)
     add_path("--checkpoint", help="any checkpoint of this tool; the model type is detected")
     add_path("--input", help="an image, a folder of images, or a video")
     add_path("--output", help="folder for the results: masks/, overlays/ and others")
-    add("--masks", type=Path, help="folder of true masks, matched by stem; scores are printed")
+    add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
     add("--threshold", type=finite, default=0.0, help="a pixel is cable if its logit is above it")
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
-    add("--prompt", type=Path, help=prompt_help)
+    add("--prompt", type=path, help=prompt_help)
     tiles_help = "cut images into overlapping tiles of this side"
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
@@ -73,18 +49,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    answer_first(parse_args)
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import islice
+
+import numpy as np
+from tqdm import tqdm
+
+import inference
+import runtime
+from base.errors import UserError
+from imaging import media
+from imaging.coco import Region, coco_document, polygons, run_lengths
+from imaging.files import read_image
+from imaging.masks import read_mask
+from imaging.media import InputImage
+from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
+from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
+from imaging.prompts import NO_PROMPT, Prompt
+from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
+
+MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
+N_WORST = 4  # images in worst.jpg
+SCORE_NAMES = [field.name for field in fields(Scores)]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns an exit code of docs/prediction.md. A bug raises."""
     runtime.init()
     args = parse_args(argv)
     faults: list[str] = []
     try:
-        run(args, faults)
-    except KeyboardInterrupt:
+        with runtime.interrupt_on_signals():
+            run(args, faults)
+    except runtime.Interrupted as signal:
         written = args.output / LIST_NAME
         lists = f"{written} lists the files written so far" if written.exists() else "nothing was written"
-        print(f"interrupted: {lists}", file=sys.stderr)
-        return 130
+        print(f"interrupted by {signal.name}: {lists}", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:

@@ -69,6 +69,8 @@ class TrainState:
     bad_steps, bad_steps_in_a_row: skipped optimizer steps of the run, and those since the last good step.
     baseline, best: metrics of the first and of the best test, with their iteration.
     last_test: iteration of the last test.
+    tests_without_gain: tests since the best one.
+    epochs: how many fit into --minutes; None until that is measured, and without --minutes.
     is_finished: whether the tests and checkpoints of the current iteration are done.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
     """
@@ -84,6 +86,8 @@ class TrainState:
     baseline: dict[str, float] | None = None
     best: dict[str, float] | None = None
     last_test: int = 0
+    tests_without_gain: int = 0
+    epochs: int | None = None
     is_finished: bool = True
     is_consistent: bool = True
 

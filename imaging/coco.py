@@ -55,7 +55,8 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
     """Read the prompts of each image, by the stem of the image: one for all its points, one for each box.
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
-    background) or per box (`image,x1,y1,x2,y2`). In a COCO file, an annotation gives its visible
+    background) or per box (`image,x1,y1,x2,y2`). It may be separated by semicolons or tabs, and then have
+    decimal commas. In a COCO file, an annotation gives its visible
     keypoints, or its box if it has no keypoints. All coordinates are pixels of the image.
 
     Raises FileError, which says what is wrong with the file and what is expected.
@@ -96,17 +97,22 @@ def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=header.count)
+        rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
         if rows.fieldnames is None or "image" not in rows.fieldnames:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
         for row in rows:
             name = _require_text(row["image"])
+            texts = [row[column] or "" for column in (("x1", "y1", "x2", "y2") if is_box else ("x", "y"))]
+            numbers = _finite(text if delimiter == "," else text.replace(",", ".") for text in texts)
             if is_box:
-                yield name, _Box(*_finite(row[name] for name in ("x1", "y1", "x2", "y2")))
+                yield name, _Box(*numbers)
             else:
-                x, y = _finite((row["x"], row["y"]))
+                x, y = numbers
                 yield name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
 
 

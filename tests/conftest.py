@@ -29,6 +29,9 @@ from dataset_index import DatasetIndex, index_datasets
 from imaging.checking import FileInfo
 from imaging.pairing import Pair
 from sam import variants
+from train_config import MODEL_TYPES
+
+MODEL_TYPES.append("tiny")  # `tiny_weights` builds it
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)

@@ -1,11 +1,20 @@
+"""Saved weights, and what a resumed run takes from the files of the run."""
+
 import os
 import pickle
+import shlex
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import draw_cable, rng, run_finetune, run_tiny, write_dataset
+from PIL import Image
 
 import checkpoint
 from base.errors import UserError
+from train_config import parse_args
 
 
 def test_round_trip(tmp_path):
@@ -50,3 +59,102 @@ def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.pth"):
         checkpoint.load_weights(tmp_path / "gone.pth")
+
+
+# --- resuming ---
+
+FLAGS = ("-b", 2, "--lr", 1e-2, "--prompt", "mixed", "--test_interval", 4, "--seed", 3)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def last_weights(name):
+    return checkpoint.load_weights(Path(f"exp/{name}/checkpoints/last.pth"))
+
+
+def test_the_printed_command_resumes_with_the_files_of_the_run(
+    tiny_weights, config_file, in_tmp_path, at_iteration, capsys
+):
+    config = config_file()
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3, "-n", "whole") == 0
+    at_iteration(5, lambda batch, net: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3) == 143
+    config.unlink()
+    _, command = capsys.readouterr().err.rstrip().split("to continue: ")
+    _, script, *argv = shlex.split(command)
+    assert Path(script).name == "finetune.py" and argv == ["--exp_name", "run", "--resume"]
+    assert run_finetune(*argv) == 0
+    assert "resumed     after iteration 5" in capsys.readouterr().out
+    whole, resumed = last_weights("whole"), last_weights("run")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_flags_of_a_resumed_run_come_from_its_files_and_then_from_the_command(
+    tiny_weights, config_file, in_tmp_path, capsys
+):
+    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1, "--grad_checkpointing") == 0
+    config = parse_args(["--resume", "--exp_name=run", "--log_interval", "3", "-e", "2"])
+    assert (config.lr, config.seed, config.num_workers, config.prompt) == (1e-2, 3, 0, "mixed")
+    assert config.grad_checkpointing and config.keep_last is None and config.resume
+    assert (config.log_interval, config.epoch_num) == (3, 2)
+    assert (config.checkpoint, config.config) == (tiny_weights, Path("exp/run/config.yaml"))
+    assert run_finetune("--resume", "-n", "run", "-e", 2, "--lr", 7) == 2
+    assert "--lr: was 0.01, is now 7.0" in capsys.readouterr().err
+    Path("exp/run/args.yaml").write_text("- no flags")
+    assert run_finetune("--resume", "-n", "run") == 2
+    assert "exp/run/args.yaml: expected the flags of the run" in capsys.readouterr().err
+    assert run_finetune("--resume", "-n", "nothing") == 2
+    assert "exp/nothing: there is no such run to resume" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_data_and_weights_that_were_moved(
+    tiny_weights, config_file, in_tmp_path, data, capsys
+):
+    config = config_file()
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    for name in ("cables", "test", "backgrounds"):
+        (data / name).rename(data / f"moved {name}")
+    assert run_finetune("--resume", "-n", "run", "-e", 2) == 2
+    error = capsys.readouterr().err
+    assert "no such folder" in error and "If the data was moved, give --config" in error
+    document = yaml.safe_load(config.read_text())
+    train = document["dataset"]["train"][0]
+    train |= {"data_dir": "moved cables", "bg_paths": ["moved backgrounds"]}
+    document["dataset"]["test"]["data_dir"] = "moved test"
+    (data / "new.yaml").write_text(yaml.safe_dump(document))
+    weights = tiny_weights.rename(tiny_weights.with_name("moved.pth"))
+    argv = ("--resume", "-n", "run", "-e", 2, "--config", data / "new.yaml", "--checkpoint", weights)
+    assert run_finetune(*argv) == 0
+    assert "resumed     after iteration 3" in capsys.readouterr().out
+    train["bg_paths"] *= 2
+    document["dataset"]["train"].append(train)
+    (data / "new.yaml").write_text(yaml.safe_dump(document))
+    assert run_finetune(*argv[:-2], "-e", 3) == 2
+    error = capsys.readouterr().err
+    assert "dataset.train[0].bg_paths: was 1 folder(s), is now 2 folder(s)" in error
+    assert f"dataset.train[1]: was missing, is now {data}/moved cables" in error and "{" not in error
+
+
+def test_photos_that_were_added_or_removed_are_named_with_the_way_on(
+    tiny_weights, config_file, in_tmp_path, data, capsys
+):
+    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1) == 0
+    write_dataset(data / "new", 1, seed=5)
+    for kind in ("imgs", "masks"):
+        (data / f"new/{kind}/0.png").rename(data / f"cables/{kind}/extra.png")
+        (data / f"test/{kind}/1.png").unlink()
+    Image.fromarray(draw_cable(rng(7), (48, 64), 5)).save(data / "cables/masks/2.png")
+    capsys.readouterr()
+    assert run_finetune("--resume", "-n", "run", "-e", 2) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:-1] == [
+        "  changed: dataset 1: masks/2",
+        "  added: dataset 1: imgs/extra",
+        "  added: dataset 1: masks/extra",
+        "  removed: dataset 2: imgs/1",
+        "  removed: dataset 2: masks/1",
+    ]
+    assert lines[-1].endswith("another --exp_name and --checkpoint exp/run/checkpoints/last.pth.")

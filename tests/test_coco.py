@@ -144,6 +144,39 @@ def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
     assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffimage,x,y,label\na.png,3.5,4,0\n",  # with a byte order mark, as Excel writes it
+        "\ufeffimage;x;y;label\r\na.png;3,5;4;0\r\n",
+        "image; x; y; label\na.png; 3.5; 4; 0\n",
+        "image\tx\ty\tlabel\na.png\t3,5\t4\t0\n",
+    ],
+)
+def test_csv_files_as_spreadsheets_write_them(tmp_path, text):
+    path = tmp_path / "points.csv"
+    path.write_bytes(text.encode())
+    (prompt,) = read_prompts(path)["a"]
+    assert prompt.points[0].tolist() == [3.5, 4] and prompt.labels[0] == BACKGROUND_POINT
+
+
+def test_a_comma_in_a_number_of_a_csv_with_commas_is_refused(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text('image,x,y\na.png,"1,234",4\n')
+    with pytest.raises(UserError, match=r"points\.csv: could not convert"):
+        read_prompts(path)
+
+
+def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "boxes.json"
+    document = {
+        "images": [{"id": 1, "file_name": "ü.png"}],
+        "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}],
+    }
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(document).encode())
+    assert read_prompts(path)["ü"][0].points.tolist() == [[1, 2], [3, 5]]
+
+
 def test_every_box_is_a_prompt(tmp_path):
     path = tmp_path / "boxes.csv"
     path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,5,6,7,8\n")

@@ -13,13 +13,13 @@ import torch
 from conftest import TINY, write_backgrounds, write_dataset
 from label_samples import WRITERS
 
-import checkpoint
 import export
 import finetune
 import import_labels
 import predict
 from imaging.files import read_image
 from tools import bench, draw_cables, plot_curves, results, soak
+from train_config import MAY_CHANGE_ON_RESUME
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -244,7 +244,7 @@ def test_every_flag_is_in_its_document(script, document, capsys):
 def test_the_flags_that_may_change_on_resume_are_listed():
     text = PROSE[ROOT / "docs/configuration.md"]
     (paragraph,) = [p for p in text.split("\n\n") if p.startswith("These flags may change on resume:")]
-    assert re.findall(r"`--(\w+)`", paragraph) == list(checkpoint.MAY_CHANGE_ON_RESUME)
+    assert re.findall(r"`--(\w+)`", paragraph) == list(MAY_CHANGE_ON_RESUME)
 
 
 def heading_anchors(path: Path) -> set[str]:

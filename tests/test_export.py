@@ -1,5 +1,7 @@
 """Exported models compute the logits of SAM in transformers and onnxruntime."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +192,11 @@ def test_a_link_to_nowhere_is_not_replaced(random_weights, tmp_path, capsys):
     assert (tmp_path / "out").is_symlink()
 
 
-def test_ctrl_c_leaves_nothing(random_weights, tmp_path, monkeypatch, capsys):
-    def interrupt(sam):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "hf_config", interrupt)
-    assert run(random_weights, "hf", tmp_path / "new/out") == 130
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(random_weights, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(export, "hf_config", lambda sam: os.kill(os.getpid(), number))
+    assert run(random_weights, "hf", tmp_path / "new/out") == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}: nothing was written\n"
     assert not (tmp_path / "new").exists()
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import cv2
 import numpy as np
@@ -270,21 +272,31 @@ def test_an_output_that_would_lose_files_is_refused(trained, data, tmp_path, cap
     assert snapshot(tmp_path) == before
 
 
-def test_ctrl_c_ends_with_a_line_and_the_written_files_are_listed(
-    trained, data, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_with_a_line_and_the_written_files_are_listed(
+    trained, data, tmp_path, capsys, monkeypatch, number
 ):
-    encode_image = media.encode_image
-    monkeypatch.setattr(media, "encode_image", lambda *args: (_interrupt_third(), encode_image(*args))[1])
-    calls = iter(range(100))
+    handler = signal.getsignal(number)
+    calls = []
 
-    def _interrupt_third():
-        if next(calls) == 2:
-            raise KeyboardInterrupt
+    def signal_in_fifth_call(file):  # amid a write
+        calls.append(file)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
 
-    assert run(trained, data / "test/imgs", tmp_path / "out", "--batch_size", 1) == 130
-    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
-    assert written_files(tmp_path / "out") == ["masks/0.png", "overlays/0.jpg"]
-    assert run(trained, data / "test/imgs", tmp_path / "out") == 0
+    monkeypatch.setattr(os, "fsync", signal_in_fifth_call)
+
+    output = tmp_path / "out"
+    assert run(trained, data / "test/imgs", output, "--batch_size", 1) == 128 + number
+    line = f"interrupted by {number.name}: {output / 'predictions.json'} lists the files written so far"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    written = {
+        str(path.relative_to(output)) for path in output.rglob("*.*") if "predictions" not in path.name
+    }
+    assert written == set(written_files(output)) and 0 < len(written) < 6
+    assert all(read_image(output / name).shape == (48, 64, 3) for name in written)
+    assert signal.getsignal(number) is handler
+    assert run(trained, data / "test/imgs", output) == 0
 
 
 def test_a_killed_prediction_can_be_repeated(trained, data, tmp_path, monkeypatch):
