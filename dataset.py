@@ -87,6 +87,11 @@ class DatasetIndex:
         """Mean over the masks of the fraction of their pixels that are foreground."""
         return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
 
+    def summary(self) -> dict[str, Any]:
+        """The keys of the config, and the numbers of pairs and backgrounds, as plain values of JSON."""
+        counts = {"pairs": len(self.pairs), "backgrounds": len(self.backgrounds)}
+        return self.config.model_dump(mode="json") | counts
+
     def notes(self) -> list[str]:
         """What a user should know about the files: lines of text."""
         notes = []

@@ -1,6 +1,7 @@
-"""The test during training, and the panels that TensorBoard shows."""
+"""What a run measures: the test, the width of the cables; and the panels that TensorBoard shows."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 import runtime
 from dataset import TrainSet
 from embeddings import EncodedTestSample, TrainBatch
-from imaging.metrics import ImageStats, aggregate, compute_stats
+from imaging.metrics import ImageStats, aggregate, compute_stats, robust_threshold
 from imaging.visualize import draw_points, panel, shrink
 from inference import LoadedSam, decode_logits
 from run_logger import PANELS, RunLogger
 from sam.decoder import upscale
+from sidecar import median_cable_width
 
 
 def evaluate(
@@ -49,7 +51,7 @@ def run_test(
     logger: RunLogger,
     stop: runtime.StopRequest,
 ) -> dict[str, float]:
-    """Measure the model on the test set and log it; returns the metrics, with the iteration.
+    """Measure the model on the test set and log it; returns the metrics, iteration and `robust_threshold`.
 
     Raises Stopped after the current image if a signal ends the run.
     """
@@ -62,7 +64,7 @@ def run_test(
     all_stats = runtime.gather(stats)
     metrics = aggregate(all_stats)
     logger.test(metrics, all_stats, panels, [s.scores.iou for s in stats], iteration)
-    return {"iteration": iteration} | metrics
+    return {"iteration": iteration, "threshold": robust_threshold(all_stats)} | metrics
 
 
 def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
@@ -87,3 +89,23 @@ def train_panels(net: LoadedSam, train_set: TrainSet, batch: TrainBatch, logits:
         )
         panels.append(panel(image, ground_truth, prediction))
     return panels
+
+
+WIDTH_SAMPLES = 32  # training samples that the width of cables is measured on
+WIDTH_GRID = 1024  # largest side of the grid that it is measured on
+
+
+def training_cable_width(train_set: TrainSet) -> float | None:
+    """Median width of the cables in the first samples of the training, in pixels of the model's input.
+
+    The samples are made once more, on a grid that is up to four times as fine as the input, because thin
+    cables are no wider than a pixel of it. None if no cable is seen.
+    """
+    spec = train_set.spec
+    grid = max(spec.mask_grid, min(4 * spec.img_size, WIDTH_GRID))
+    fine = TrainSet(
+        train_set.datasets, spec=replace(spec, mask_grid=grid), prompt="none", seed=train_set.seed
+    )
+    targets = (fine[key]["target"][0].numpy() for key in fine.epoch(0)[:WIDTH_SAMPLES])
+    width = median_cable_width(target > 127 for target in targets)
+    return width and width * spec.img_size / grid

@@ -21,7 +21,7 @@ from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from dataset import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
-from evaluation import run_test, train_panels
+from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from run_logger import RunLogger, Throughput, Timer, dataset_table, remove_logs, result_summary
@@ -34,6 +34,7 @@ from sam.trainable import (
     prepare_training,
     trained_weights,
 )
+from sidecar import Sidecar, sidecar_path, write_sidecar
 from train_config import TrainConfig, parse_args
 from train_state import Schedule, TrainState, learning_rate
 
@@ -47,7 +48,10 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
+    """A run under way: what it computes with, where it stands, what it shows, and who may stop it.
+
+    cable_width: see `evaluation.training_cable_width`; None in every process but the first.
+    """
 
     config: TrainConfig
     experiment: Experiment
@@ -56,6 +60,7 @@ class Run:
     logger: RunLogger
     stop: runtime.StopRequest
     tests: list[EncodedTestSample]
+    cable_width: float | None
 
     @property
     def is_last(self) -> bool:
@@ -106,7 +111,8 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
     tests: list[EncodedTestSample] = []
     if experiment.test_set:
         tests = encode_test_set(experiment.test_set, net, num_workers=config.num_workers, stop=stop)
-    return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
+    cable_width = training_cable_width(experiment.train_set) if runtime.is_main() else None
+    return Run(config, experiment, experiment.schedule, state, logger, stop, tests, cable_width)
 
 
 def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
@@ -179,10 +185,34 @@ def save_state(run: Run) -> None:
     checkpoint.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
 
 
-def save_checkpoint(experiment: Experiment, name: str) -> None:
+def save_checkpoint(run: Run, name: str) -> None:
+    """Save the weights, and beside them what is known of them."""
     if runtime.is_main():
-        state_dict = export_state_dict(experiment.net.sam, experiment.initial_state_dict)
-        checkpoint.save_weights(state_dict, experiment.checkpoints / name)
+        path = run.experiment.checkpoints / name
+        state_dict = export_state_dict(run.experiment.net.sam, run.experiment.initial_state_dict)
+        checkpoint.save_weights(state_dict, path)
+        write_sidecar(describe_checkpoint(run), path)
+
+
+def describe_checkpoint(run: Run) -> Sidecar:
+    """What is known of the weights as they are now."""
+    config, experiment, metrics = run.config, run.experiment, run.state.last_metrics or {}
+    test_set = experiment.test_set
+    return Sidecar(
+        model_type=config.model_type,
+        input_size=experiment.net.spec.img_size,
+        train=config.train,
+        prompt=config.prompt,
+        iteration=run.state.iteration,
+        threshold=metrics.get("threshold", 0.0),
+        cable_width=run.cable_width,
+        metrics=metrics,
+        flags=config.flags(),
+        data={
+            "train": [dataset.summary() for dataset in experiment.train_set.datasets],
+            "test": test_set.dataset.summary() if test_set else None,
+        },
+    )
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
@@ -192,6 +222,7 @@ def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
         for path in by_epoch[:-keep]:
             try:
                 path.unlink()
+                sidecar_path(path).unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error
 
@@ -298,19 +329,19 @@ def finish_iteration(run: Run) -> bool:
     config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
         metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
-        state.last_test = state.iteration
+        state.last_test, state.last_metrics = state.iteration, metrics
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
         if is_best and state.has_finite_weights():
             state.best = metrics
             logger.best(metrics, state.iteration)
-            save_checkpoint(experiment, "best.pth")
+            save_checkpoint(run, "best.pth")
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
     is_save = batch_index == 0 and epoch % config.save_interval == 0
     if is_save:
-        save_checkpoint(experiment, f"epoch_{epoch:04d}.pth")
+        save_checkpoint(run, f"epoch_{epoch:04d}.pth")
         remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
-        save_checkpoint(experiment, "last.pth")
+        save_checkpoint(run, "last.pth")
     state.is_finished = True
     return run.is_test or is_save
 
