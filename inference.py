@@ -1,4 +1,9 @@
-"""Prediction: from images to mask logits with a loaded SAM, whole or in tiles, with prompts or without.
+"""Prediction: from images to masks with a loaded SAM, whole or in tiles, with prompts or without.
+
+    from inference import load
+
+    segment = load("exp/NAME/checkpoints/best.pth")
+    mask = segment(image)  # bool (H, W), of an image that is RGB uint8 (H, W, 3)
 
 The test during training, predict.py and Python callers all compute their logits here.
 """
@@ -8,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,8 +27,9 @@ from imaging.geometry import InputSpec, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
 from sam.encoder import encode, move_to_device
-from sam.point_labels import ABSENT
+from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
+from sidecar import Sidecar, read_sidecar
 
 TILE_OVERLAP = 0.25  # of a tile's side, with each neighbor
 
@@ -91,20 +98,6 @@ def load_any(path: Path) -> tuple[Sam, str]:
     sam = VARIANTS[model_type].build()
     load_state_dict(sam, weights, model_type, path)
     return sam, model_type
-
-
-def load(
-    path: Path,
-    device: torch.device,
-    low_precision: torch.dtype | None,
-    *,
-    prompt_batch_size: int | None = None,
-) -> PredictLogits:
-    """`predict_logits` with the SAM of a checkpoint. Raises UserError as `load_any` does."""
-    sam, model_type = load_any(path)
-    move_to_device(sam, device, low_precision)
-    net = LoadedSam(sam, model_type, low_precision)
-    return partial(predict_logits, net, prompt_batch_size=prompt_batch_size)
 
 
 @torch.inference_mode()
@@ -188,6 +181,131 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
         points[i, : len(prompt.labels)] = torch.from_numpy(prompt.points) * scale
         labels[i, : len(prompt.labels)] = torch.from_numpy(prompt.labels)
     return points, labels
+
+
+# --- Segmenter --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A loaded checkpoint that segments images. `load` makes it.
+
+    threshold: a pixel is cable if its logit is above it.
+    tiles: side in pixels of the tiles that images are cut into; None predicts whole images.
+    batch_size: how many images, tiles or prompts are computed together.
+    sidecar: what is known of the checkpoint, if it has a sidecar.
+    """
+
+    net: LoadedSam
+    threshold: float = 0.0
+    tiles: int | None = None
+    batch_size: int = 4
+    sidecar: Sidecar | None = None
+
+    @overload
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[Prompt] | None = None, *, return_probs: bool = False
+    ) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[Prompt]] | None = None,
+        *,
+        return_probs: bool = False,
+    ) -> list[np.ndarray]: ...
+
+    def __call__(self, images, prompts=None, *, return_probs=False):  # type: ignore[no-untyped-def]
+        """The mask of an image, bool (H, W); of a list of images, the list of their masks.
+
+        Args:
+            images: RGB uint8 (H, W, 3), or a list of such, of any sizes.
+            prompts: those of the image (see `box_prompt`), or a list with those of each image. The mask of
+                an image is the union of the masks of its prompts. By default there are none.
+            return_probs: return probabilities instead, float32 (H, W) in 0..1.
+
+        Raises:
+            UserError: an image is no such array, or there are prompts and tiles.
+        """
+        if isinstance(images, np.ndarray):
+            return self([images], prompts and [prompts], return_probs=return_probs)[0]
+        for number, image in enumerate(images):
+            _check_image(image, number)
+        logits = self.logits(images, prompts)
+        return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
+
+    def logits(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call."""
+        if self.tiles and prompts is not None:
+            raise UserError(
+                f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
+            )
+        given = prompts or [NO_PROMPT] * len(images)
+        predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
+        for first in range(0, len(images), self.batch_size):
+            batch = list(images[first : first + self.batch_size])
+            if self.tiles:
+                for image in batch:
+                    yield predict_logits_tiled(
+                        predict, image, tile_size=self.tiles, batch_size=self.batch_size
+                    )
+            else:
+                yield from predict(batch, list(given[first : first + self.batch_size]))
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    threshold: float | None = None,
+    *,
+    tiles: int | None = None,
+    batch_size: int = 4,
+    amp: str = "auto",
+) -> Segmenter:
+    """Load a checkpoint of any model type.
+
+    Args:
+        device: "auto" takes the first available of cuda, mps, cpu.
+        threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
+        tiles, batch_size: see `Segmenter`.
+        amp: precision: "auto" (what the hardware computes fast), "bf16", "fp16", or "off" for float32.
+
+    Raises:
+        UserError: the file cannot be read or fits no model type, or there is no such device.
+    """
+    path = Path(path)
+    device = runtime.pick_device(device) if isinstance(device, str) else device
+    low_precision = runtime.amp_dtype(amp, device)
+    sam, model_type = load_any(path)
+    sidecar = read_sidecar(path, model_type)
+    move_to_device(sam, device, low_precision)
+    if threshold is None:
+        threshold = sidecar.threshold if sidecar else 0.0
+    return Segmenter(LoadedSam(sam, model_type, low_precision), threshold, tiles, batch_size, sidecar)
+
+
+def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:
+    """The prompt that is a box, in pixels of the image."""
+    return Prompt(np.array([[x1, y1], [x2, y2]], np.float32), np.array([BOX_CORNER_1, BOX_CORNER_2]))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in 0..1 of logits, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def _check_image(image: object, number: int) -> None:
+    """Raise UserError unless it is RGB uint8 (H, W, 3) with at least one pixel."""
+    if not isinstance(image, np.ndarray):
+        found = type(image).__name__
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        found = f"{image.dtype} {image.shape}"
+    else:
+        return
+    raise UserError(f"image {number}: expected a NumPy array, RGB uint8 (H, W, 3), got {found}")
 
 
 # --- Tiles ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import checkpoint
 import export
 import finetune
 import predict
+import runtime
 from imaging.files import read_image
 from tools import bench, plot_curves, results, soak
 
@@ -191,6 +192,7 @@ def test_the_python_example_runs_and_both_ways_give_one_mask(tiny_weights, data,
         return sam
 
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: None)  # float32, as in that package
     monkeypatch.chdir(tmp_path)
     for name in ("my_cables", "my_cables_vit_b"):
         Path(f"exp/{name}/checkpoints").mkdir(parents=True)
