@@ -229,7 +229,8 @@ class Segmenter:
             UserError: an image is no such array, or there are prompts and tiles.
         """
         if isinstance(images, np.ndarray):
-            return self([images], prompts and [prompts], return_probs=return_probs)[0]
+            prompts = None if prompts is None else [prompts]
+            return self([images], prompts, return_probs=return_probs)[0]
         for number, image in enumerate(images):
             _check_image(image, number)
         logits = self.logits(images, prompts)
@@ -243,7 +244,11 @@ class Segmenter:
             raise UserError(
                 f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
             )
-        given = prompts or [NO_PROMPT] * len(images)
+        given = [NO_PROMPT] * len(images) if prompts is None else prompts
+        if len(given) != len(images):
+            raise UserError(
+                f"{len(images)} images but {len(given)} lists of prompts; expected one list for each"
+            )
         predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
         for first in range(0, len(images), self.batch_size):
             batch = list(images[first : first + self.batch_size])
@@ -267,6 +272,9 @@ def load(
 ) -> Segmenter:
     """Load a checkpoint of any model type.
 
+    From then on, this process keeps freed memory (see `runtime.keep_freed_memory`). On a GPU, a blank image
+    is predicted once, so that the first real one is not slower than the next.
+
     Args:
         device: "auto" takes the first available of cuda, mps, cpu.
         threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
@@ -276,6 +284,7 @@ def load(
     Raises:
         UserError: the file cannot be read or fits no model type, or there is no such device.
     """
+    runtime.keep_freed_memory()
     path = Path(path)
     device = runtime.pick_device(device) if isinstance(device, str) else device
     low_precision = runtime.amp_dtype(amp, device)
@@ -284,7 +293,10 @@ def load(
     move_to_device(sam, device, low_precision)
     if threshold is None:
         threshold = sidecar.threshold if sidecar else 0.0
-    return Segmenter(LoadedSam(sam, model_type, low_precision), threshold, tiles, batch_size, sidecar)
+    net = LoadedSam(sam, model_type, low_precision)
+    if device.type != "cpu":
+        list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
+    return Segmenter(net, threshold, tiles, batch_size, sidecar)
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:
