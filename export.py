@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import inference
 import runtime
 from base.errors import UserError
 from sam import decoder, encoder
+from sidecar import read_sidecar
 
 MEMORY_HINT = "export on a machine with more memory"
 ONNX_OPSET = 18
-ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
+ONNX_LIMIT = 1_500_000_000  # bytes of weights in one file; protobuf allows 2 GiB, and vit_h has 2.5 GB
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,14 +76,15 @@ def run(checkpoint: Path, output_format: str, output: Path) -> None:
     Raises:
         UserError: the checkpoint cannot be read or converted, `output` exists or cannot be written.
     """
-    if os.path.lexists(output):
-        raise UserError(f"--output {output} already exists: choose a new path, or remove it first")
+    for path in (output, external_data_path(output)) if output_format == "onnx" else (output,):
+        if os.path.lexists(path):
+            raise UserError(f"--output {path} already exists: choose a new path, or remove it first")
     require_writable(output)
     sam, model_type = inference.load_any(checkpoint)
     if output_format == "hf":
         export_hf(sam, model_type, output)
     else:
-        export_onnx(sam, model_type, output)
+        export_onnx(sam, model_type, output, onnx_metadata(sam, model_type, checkpoint))
 
 
 def require_writable(output: Path) -> None:
@@ -246,14 +249,51 @@ class WithoutPrompt(nn.Module):
         return decoder.decode(self.sam, embeddings, no_points, no_labels)[0]
 
 
-def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
-    """Write `WithoutPrompt` as one ONNX file, for batches of any size. Changes `sam` in place.
+def onnx_metadata(sam: Sam, model_type: str, checkpoint: Path) -> dict[str, str]:
+    """What a program that runs the ONNX file must know; strings, as `metadata_props` holds them."""
+    sidecar = read_sidecar(checkpoint, model_type)
+    metadata = {
+        "model_type": model_type,
+        "input_size": str(sam.image_encoder.img_size),
+        "color_order": "RGB",
+        "resize_filter": "Pillow BILINEAR (antialiased), longest side to input_size",
+        "padding": "bottom and right",
+        "normalization": "none: it is part of the graph, whose input is uint8",
+        "threshold": repr(sidecar.threshold if sidecar else 0.0),
+    }
+    if sidecar and sidecar.cable_width:
+        metadata["cable_width"] = repr(sidecar.cable_width)
+    return metadata
 
-    Raises:
-        UserError: the weights do not fit in one ONNX file, or the file cannot be written.
+
+def external_data_path(output: Path) -> Path:
+    """The file with the weights of an ONNX file that is too large to hold them."""
+    return output.with_name(f"{output.name}.data")
+
+
+def export_onnx(sam: Sam, model_type: str, output: Path, metadata: Mapping[str, str]) -> None:
+    """Write `WithoutPrompt` as ONNX, for batches of any size. Changes `sam` in place.
+
+    Weights of more than ONNX_LIMIT bytes go to a second file, see `external_data_path`.
+    Raises UserError if a file cannot be written.
     """
-    if sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT:
-        raise UserError(f"--format onnx: {model_type} has more than the 2 GB that fit in one ONNX file")
+    is_large = sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT
+    onnx = to_onnx(sam, model_type)
+    onnx.model.metadata_props.update(metadata)
+    make_parent(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+            complete = Path(temporary) / output.name
+            onnx.save(complete, external_data=is_large)
+            if is_large:  # first, because nobody looks for it before the other file is there
+                external_data_path(complete).rename(external_data_path(output))
+            complete.rename(output)
+    except OSError as error:
+        raise not_written(output, error) from error
+
+
+def to_onnx(sam: Sam, model_type: str) -> torch.onnx.ONNXProgram:
+    """`WithoutPrompt` as an ONNX graph whose first axes are named "batch". Changes `sam` in place."""
     prepare_for_onnx(sam.image_encoder)
     side = sam.image_encoder.img_size
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8), torch.full((2, 2), side)
@@ -272,16 +312,16 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
             verbose=False,
         )
     assert onnx is not None  # None only for the old exporter
-    serialized = onnx.model_proto.SerializeToString()
-
-    make_parent(output)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-            complete = Path(temporary) / output.name
-            complete.write_bytes(serialized)
-            complete.rename(output)
-    except OSError as error:
-        raise not_written(output, error) from error
+    # The exporter names the axis after a symbol such as "s34", also in the shapes of all other values.
+    graph = onnx.model.graph
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    known_shapes = [value.shape for value in values if value.shape is not None]
+    symbol = known_shapes[0][0]
+    for shape in known_shapes:
+        for axis, length in enumerate(shape):
+            if length == symbol:
+                shape[axis] = "batch"
+    return onnx
 
 
 def prepare_for_onnx(net: nn.Module) -> None:

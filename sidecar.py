@@ -1,7 +1,7 @@
 """What is known of a checkpoint beside its weights: `best.json` beside `best.pth`. Nothing requires it."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ class Sidecar(BaseModel):
     iteration: int | None = None
     threshold: float = 0.0
     cable_width: Annotated[float, Field(gt=0)] | None = None
-    metrics: dict[str, float | None] = {}
+    metrics: Mapping[str, float | None] = {}
     flags: dict[str, Any] = {}
     data: dict[str, Any] = {}
 
@@ -60,17 +60,20 @@ def read_sidecar(checkpoint_path: Path, model_type: str) -> Sidecar | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return _ignored(path, f"it cannot be read ({error.strerror})")
+        _warn_of_ignored(path, f"it cannot be read ({error.strerror})")
+        return None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        return _ignored(path, f"it is damaged ({f'{key}: ' * bool(key)}{first['msg']})")
+        _warn_of_ignored(path, f"it is damaged ({f'{key}: ' * bool(key)}{first['msg']})")
+        return None
     if sidecar.model_type != model_type:
-        return _ignored(path, f"it describes {sidecar.model_type}, but the weights are {model_type}")
+        _warn_of_ignored(path, f"it describes {sidecar.model_type}, but the weights are {model_type}")
+        return None
     return sidecar
 
 
-def _ignored(path: Path, reason: str) -> None:
+def _warn_of_ignored(path: Path, reason: str) -> None:
     warnings.warn(f"{path} is ignored: {reason}. The defaults are used instead.", stacklevel=4)
 
 
