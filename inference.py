@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ from torch import Tensor
 import checkpoint
 import runtime
 from base.errors import UserError
-from imaging.geometry import InputSpec, to_model_input
+from imaging.geometry import InputSpec, fit_size, resize_image, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
 from sam.encoder import encode, move_to_device
 from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
-from sidecar import Sidecar, read_sidecar
+from sidecar import Sidecar, median_cable_width, read_sidecar, sidecar_path
 
 TILE_OVERLAP = 0.25  # of a tile's side, with each neighbor
 
@@ -185,20 +185,27 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
 
 # --- Segmenter --------------------------------------------------------------------------------
 
+Tiles = int | Literal["auto"] | None
+COARSE_SIDE = 1024  # longest side of the image in which "auto" looks for cables, if the input is no larger
+MAX_ENLARGEMENT = 2
+
 
 @dataclass(frozen=True)
 class Segmenter:
     """A loaded checkpoint that segments images. `load` makes it.
 
     threshold: a pixel is cable if its logit is above it.
-    tiles: side in pixels of the tiles that images are cut into; None predicts whole images.
+    tiles: side in pixels of the tiles that images are cut into; None predicts whole images; "auto" chooses
+        it for each image, see `tile_size`.
+    cable_width: median width of the cables in training, in pixels of the model's input; "auto" needs it.
     batch_size: how many images, tiles or prompts are computed together.
     sidecar: what is known of the checkpoint, if it has a sidecar.
     """
 
     net: LoadedSam
     threshold: float = 0.0
-    tiles: int | None = None
+    tiles: Tiles = None
+    cable_width: float | None = None
     batch_size: int = 4
     sidecar: Sidecar | None = None
 
@@ -237,9 +244,15 @@ class Segmenter:
         return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
 
     def logits(
-        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[Prompt]] | None = None
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[Prompt]] | None = None,
+        tile_sizes: Sequence[int | None] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call."""
+        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call.
+
+        tile_sizes: the `tile_size` of each image, if the caller has it already.
+        """
         if self.tiles and prompts is not None:
             raise UserError(
                 f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
@@ -251,14 +264,36 @@ class Segmenter:
             )
         predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
         for first in range(0, len(images), self.batch_size):
-            batch = list(images[first : first + self.batch_size])
-            if self.tiles:
-                for image in batch:
-                    yield predict_logits_tiled(
-                        predict, image, tile_size=self.tiles, batch_size=self.batch_size
-                    )
-            else:
-                yield from predict(batch, list(given[first : first + self.batch_size]))
+            chunk = slice(first, first + self.batch_size)
+            batch = list(images[chunk])
+            sizes = [self.tile_size(image) for image in batch] if tile_sizes is None else tile_sizes[chunk]
+            if not any(sizes):
+                yield from predict(batch, list(given[chunk]))
+                continue
+            for image, size in zip(batch, sizes, strict=True):
+                side = size or max(image.shape[:2])
+                yield predict_logits_tiled(predict, image, tile_size=side, batch_size=self.batch_size)
+
+    def tile_size(self, image: np.ndarray) -> int | None:
+        """Side in pixels of the tiles that an image, RGB uint8 (H, W, 3), is cut into; None: it stays whole.
+
+        "auto" predicts the whole image first, and measures the median width of the cables found. In tiles
+        of the side that it chooses, cables are as wide for the model as in training. A tile is enlarged at
+        most by MAX_ENLARGEMENT. An image in which no cable is found stays whole.
+        """
+        if self.tiles != "auto":
+            return self.tiles
+        assert self.cable_width  # `load` requires it
+        side, longest = self.net.spec.img_size, max(image.shape[:2])
+        coarse_longest = min(longest, max(side, COARSE_SIDE))
+        coarse = resize_image(image, fit_size((image.shape[0], image.shape[1]), coarse_longest))
+        (logits,) = predict_logits(self.net, [coarse], [NO_PROMPT])
+        width = median_cable_width([logits > self.threshold])
+        if width is None:
+            return None
+        size = round(width * longest / coarse_longest * side / self.cable_width)
+        size = max(size, side // MAX_ENLARGEMENT)
+        return size if size < longest else None
 
 
 def load(
@@ -266,7 +301,8 @@ def load(
     device: str | torch.device = "auto",
     threshold: float | None = None,
     *,
-    tiles: int | None = None,
+    tiles: Tiles = None,
+    cable_width: float | None = None,
     batch_size: int = 4,
     amp: str = "auto",
 ) -> Segmenter:
@@ -279,10 +315,12 @@ def load(
         device: "auto" takes the first available of cuda, mps, cpu.
         threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
         tiles, batch_size: see `Segmenter`.
+        cable_width: see `Segmenter`; None takes that of the sidecar.
         amp: precision: "auto" (what the hardware computes fast), "bf16", "fp16", or "off" for float32.
 
     Raises:
-        UserError: the file cannot be read or fits no model type, or there is no such device.
+        UserError: the file cannot be read or fits no model type, there is no such device, or `tiles` is
+            "auto" and the width of the cables is not known.
     """
     runtime.keep_freed_memory()
     path = Path(path)
@@ -293,10 +331,21 @@ def load(
     move_to_device(sam, device, low_precision)
     if threshold is None:
         threshold = sidecar.threshold if sidecar else 0.0
+    if cable_width is None and sidecar:
+        cable_width = sidecar.cable_width
+    if tiles == "auto" and not cable_width:
+        raise _unknown_cable_width(path)
     net = LoadedSam(sam, model_type, low_precision)
     if device.type != "cpu":
         list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
-    return Segmenter(net, threshold, tiles, batch_size, sidecar)
+    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
+
+
+def _unknown_cable_width(path: Path) -> UserError:
+    return UserError(
+        f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not say it: "
+        "give --cable_width PIXELS, in pixels of the model's input"
+    )
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:

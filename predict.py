@@ -24,7 +24,7 @@ from tqdm import tqdm
 import inference
 import runtime
 from base.errors import UserError
-from base.flag_types import number, positive_int
+from base.flag_types import number, positive, positive_int
 from imaging import media
 from imaging.coco import coco_document, polygons
 from imaging.files import MAX_PIXELS, read_image
@@ -38,7 +38,11 @@ from sidecar import sidecar_path
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
-tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+tile_size = number(
+    lambda text: text if text == "auto" else int(text),
+    lambda value: value == "auto" or value >= 16,
+    "a whole number of at least 16, or auto",
+)
 finite = number(float, math.isfinite, "a finite number")
 SCORE_NAMES = [field.name for field in fields(Scores)]
 
@@ -60,8 +64,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=Path, help=prompt_help)
-    tiles_help = "cut images into overlapping tiles of this side"
+    tiles_help = "cut images into overlapping tiles of this side; auto: cables as wide as in training"
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
+    add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
     add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
@@ -69,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv, argparse.Namespace(threshold=None))
     if args.tiles and args.prompt:
         parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
+    if args.cable_width and args.tiles != "auto":
+        parser.error("--cable_width is for --tiles auto")
     return args
 
 
@@ -133,6 +141,7 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
         args.device,
         args.threshold,
         tiles=args.tiles,
+        cable_width=args.cable_width,
         batch_size=args.batch_size,
         amp=args.amp,
     )
@@ -214,27 +223,42 @@ def predict_images(
     """
     names: dict[str, str] = {}
     stats: dict[str, ImageStats] = {}
+    tile_sizes: list[int | None] = []
     with tqdm(total=n_images, unit=" images", dynamic_ncols=True) as progress:
         while batch := list(islice(images, options.batch_size)):
             options.output.announce(name for image in batch for name in options.names(image.stem))
-            for image, logits in zip(batch, predict_batch(segment, batch, prompts), strict=True):
+            for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
                 write_prediction(image, logits, options, video)
                 names[image.stem] = image.name
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
                 progress.update()
+    if segment.tiles == "auto":
+        print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     return names, stats
 
 
 def predict_batch(
-    segment: inference.Segmenter, batch: list[InputImage], prompts: Mapping[str, Sequence[Prompt]]
+    segment: inference.Segmenter,
+    batch: list[InputImage],
+    prompts: Mapping[str, Sequence[Prompt]],
+    tile_sizes: list[int | None],
 ) -> Iterator[np.ndarray]:
-    """Yield the logits float32 (H, W) of each image."""
+    """The logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
     images = [image.image for image in batch]
-    return segment.logits(images, [prompts[image.stem] for image in batch] if prompts else None)
+    sizes = [segment.tile_size(image) for image in images]
+    tile_sizes += sizes
+    return segment.logits(images, [prompts[image.stem] for image in batch] if prompts else None, sizes)
+
+
+def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
+    """A line about the tiles that --tiles auto chose."""
+    sides = [side for side in tile_sizes if side]
+    tiled = f"{len(sides)} images in tiles of {min(sides)} to {max(sides)} px, " if sides else ""
+    return f"tiles auto: {tiled}{len(tile_sizes) - len(sides)} images whole"
 
 
 def write_prediction(

@@ -105,6 +105,76 @@ def test_prompts_in_chunks_give_the_same_logits(tiny_weights, tiny_sam):
     np.testing.assert_allclose(in_chunks, together, atol=1e-5)
 
 
+# --- The size of tiles ------------------------------------------------------------------------
+
+
+def by_brightness(net, images, prompts, **options):
+    """A model that finds every bright pixel, at any scale."""
+    return by_pixel(images, prompts)
+
+
+def cables(size, width):
+    """A photo of dark ground with two straight bright cables of `width` pixels."""
+    image = np.zeros((*size, 3), np.uint8)
+    for part in (0.3, 0.7):
+        top = round(part * size[0])
+        image[top : top + width] = 255
+    return image
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "width_in_training", "expected"),
+    [
+        ((900, 1200), 24, 6, 256),  # 64 px of input for 24 / 6 times as many pixels of the photo
+        ((900, 1200), 24, 3, 512),
+        ((2400, 3200), 60, 5, 768),
+        ((1200, 900), 24, 6, 256),
+        ((900, 1200), 33, 1.6, None),  # at least as wide in the whole photo
+        ((900, 1200), 60, 1.6, None),
+        ((900, 1200), 3, 20, 32),  # an input of 64 px is enlarged at most twice
+        ((900, 1200), 0, 6, None),  # nothing is found
+        ((30, 20), 2, 20, None),  # smaller than the smallest tile
+    ],
+)
+def test_tiles_make_cables_as_wide_as_in_training(
+    tiny_weights, monkeypatch, size, width, width_in_training, expected
+):
+    segment = load(tiny_weights, "cpu", tiles="auto", cable_width=width_in_training)
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    chosen = segment.tile_size(cables(size, width))
+    assert chosen == expected if expected is None else chosen == pytest.approx(expected, rel=0.1)
+
+
+def test_images_of_one_batch_have_tiles_of_their_own(tiny_weights, monkeypatch):
+    """The mask of each is that of its own tile size, also if one stays whole."""
+    segment = load(tiny_weights, "cpu", tiles="auto", cable_width=6)
+    shapes = []
+
+    def recorded(net, images, prompts, **options):
+        shapes.append({image.shape[:2] for image in images})
+        return by_pixel(images, prompts)
+
+    monkeypatch.setattr(inference, "predict_logits", recorded)
+    images = [cables((300, 400), width) for width in (12, 0, 24)]
+    masks = segment(images)
+    for image, mask in zip(images, masks, strict=True):
+        np.testing.assert_array_equal(mask, image[..., 0] > 100)
+    sides = [segment.tile_size(image) for image in images]
+    assert sides[0] < sides[2] and sides[1] is None
+    assert {(sides[0], sides[0])} in shapes and {(sides[2], sides[2])} in shapes
+
+
+def test_the_width_in_training_is_that_of_the_sidecar(tiny_weights):
+    with pytest.raises(UserError, match=r"--tiles auto needs the width .*tiny.json does not say it"):
+        load(tiny_weights, "cpu", tiles="auto")
+    write_sidecar(Sidecar(model_type="tiny", input_size=64), tiny_weights)
+    with pytest.raises(UserError, match="--cable_width PIXELS"):
+        load(tiny_weights, "cpu", tiles="auto")
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4.5), tiny_weights)
+    assert load(tiny_weights, "cpu", tiles="auto").cable_width == 4.5
+    assert load(tiny_weights, "cpu", tiles="auto", cable_width=7).cable_width == 7
+
+
 # --- The Python API ---------------------------------------------------------------------------
 
 

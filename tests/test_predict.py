@@ -195,6 +195,33 @@ def test_a_tile_is_predicted_like_an_image_of_its_own(trained, data, tmp_path):
         run(trained, large, tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
 
 
+def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, capsys, monkeypatch):
+    def by_brightness(net, images, prompts, **options):
+        return [image.mean(axis=2, dtype=np.float32) - 100 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    (tmp_path / "photos").mkdir()
+    for stem, width in (("thin", 8), ("thick", 40), ("none", 0)):
+        image = np.zeros((300, 400, 3), np.uint8)
+        image[100 : 100 + width] = 255
+        Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
+    flags = ("--tiles", "auto", "--cable_width", 4)
+    assert run(trained, tmp_path / "photos", tmp_path / "out", *flags) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    side = int(line.split()[7])
+    assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
+    assert side == pytest.approx(8 * 64 / 4, rel=0.15)
+    assert read_mask(tmp_path / "out/masks/thin.png").sum() == 8 * 400
+
+
+def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--tiles", "auto") == 2
+    assert "--cable_width PIXELS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(trained, data / "test/imgs", tmp_path / "out", "--tiles", 64, "--cable_width", 4)
+    assert "--cable_width is for --tiles auto" in capsys.readouterr().err
+
+
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
     frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)]
     write_video(tmp_path / "clip.avi", frames)
