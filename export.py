@@ -8,7 +8,6 @@ The tools of segment_anything load the checkpoint without conversion.
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 import inference
 import runtime
 from base.errors import UserError
+from checkpoint import hf_name
 from sam import decoder, encoder
-from sidecar import read_sidecar
+from sidecar import Sidecar, read_sidecar, write_sidecar
 
 MEMORY_HINT = "export on a machine with more memory"
 ONNX_OPSET = 18
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         required=True,
-        help="any checkpoint of this tool; the model type is detected",
+        help="a checkpoint of this tool or of another one; the model type is detected",
     )
     parser.add_argument(
         "--format",
@@ -82,7 +82,7 @@ def run(checkpoint: Path, output_format: str, output: Path) -> None:
     require_writable(output)
     sam, model_type = inference.load_any(checkpoint)
     if output_format == "hf":
-        export_hf(sam, model_type, output)
+        export_hf(sam, model_type, output, read_sidecar(checkpoint, model_type))
     else:
         export_onnx(sam, model_type, output, onnx_metadata(sam, model_type, checkpoint))
 
@@ -114,37 +114,11 @@ def not_written(output: Path, error: Exception) -> UserError:
 
 # --- Hugging Face -----------------------------------------------------------------------------
 
-# Patterns in the official names of weights, and what transformers has in their place; applied in this order.
-HF_NAMES = (
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"patch_embed\.proj\.", "patch_embed.projection."),
-    (r"vision_encoder\.blocks\.", "vision_encoder.layers."),
-    (r"neck\.0\.", "neck.conv1."),
-    (r"neck\.1\.", "neck.layer_norm1."),
-    (r"neck\.2\.", "neck.conv2."),
-    (r"neck\.3\.", "neck.layer_norm2."),
-    (r"\.norm(\d)\.", r".layer_norm\1."),
-    (r"norm_final_attn", "layer_norm_final_attn"),
-    (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
-    (r"point_embeddings\.", "point_embed."),
-    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
-    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
-    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
-    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
-    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
-    (r"output_upscaling\.0\.", "upscale_conv1."),
-    (r"output_upscaling\.1\.", "upscale_layer_norm."),
-    (r"output_upscaling\.3\.", "upscale_conv2."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-)
 
-
-def export_hf(sam: Sam, model_type: str, output: Path) -> None:
+def export_hf(sam: Sam, model_type: str, output: Path, sidecar: Sidecar | None) -> None:
     """Write a folder for `SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
 
-    The folder appears under its name only when it is complete.
+    It also holds the sidecar. The folder appears under its name only when it is complete.
 
     Raises:
         UserError: transformers has no model of this variant, or the folder cannot be written.
@@ -165,6 +139,8 @@ def export_hf(sam: Sam, model_type: str, output: Path) -> None:
             complete = Path(temporary) / output.name
             hf.save_pretrained(complete)
             processor.save_pretrained(complete)
+            if sidecar:
+                write_sidecar(sidecar, complete)
             complete.rename(output)
     except (OSError, SafetensorError) as error:
         raise not_written(output, error) from error
@@ -183,11 +159,7 @@ def hf_sizes(sam: Sam) -> dict[str, Any]:
 
 def hf_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an official `state_dict`, under the names that transformers' SamModel uses."""
-    renamed = {}
-    for name, weight in state_dict.items():
-        for pattern, replacement in HF_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = weight
+    renamed = {hf_name(name): weight for name, weight in state_dict.items()}
     shared = renamed["prompt_encoder.shared_embedding.positional_embedding"]
     return renamed | {"shared_image_embedding.positional_embedding": shared}
 

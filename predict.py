@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_path = partial(add, type=Path, required=True, default=argparse.SUPPRESS)
-    add_path("--checkpoint", help="any checkpoint of this tool; the model type is detected")
+    add_path("--checkpoint", help="a checkpoint of this tool or of another one; the model type is detected")
     add_path("--input", help="an image, a folder of images, or a video")
     add_path("--output", help="folder for the results: masks/, overlays/ and others")
     add("--masks", type=Path, help="folder of true masks, matched by stem; scores are printed")

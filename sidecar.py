@@ -1,5 +1,6 @@
 """What is known of a checkpoint beside its weights: `best.json` beside `best.pth`. Nothing requires it."""
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,7 +41,9 @@ class Sidecar(BaseModel):
 
 
 def sidecar_path(checkpoint_path: Path) -> Path:
-    """The sidecar of a checkpoint: the same name with the suffix .json."""
+    """The sidecar of a checkpoint: the same name with the suffix .json; of a folder, sidecar.json in it."""
+    if os.path.isdir(checkpoint_path):
+        return checkpoint_path / "sidecar.json"
     return checkpoint_path.with_suffix(".json")
 
 

@@ -47,10 +47,22 @@ def random_weights(tiny_weights, tiny_sam):
     return tiny_weights
 
 
+def check_reads_back(folder, state_dict):
+    """The folder, and the file in it, are checkpoints for this tool."""
+    for path in (folder, folder / "model.safetensors"):
+        weights = checkpoint.load_weights(path)
+        assert weights.keys() == state_dict.keys()
+        assert all(torch.equal(weights[name], state_dict[name]) for name in weights)
+    assert inference.load(folder, "cpu").threshold == -0.75
+    assert checkpoint.file_digest(folder) == checkpoint.file_digest(folder / "model.safetensors")
+
+
 def test_transformers_computes_the_same(random_weights, tiny_sam, image_path, tmp_path):
     from transformers import SamModel, SamProcessor
 
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=-0.75), random_weights)
     assert run(random_weights, "hf", tmp_path / "hf") == 0
+    check_reads_back(tmp_path / "hf", tiny_sam.state_dict())
     net, processor = (kind.from_pretrained(tmp_path / "hf") for kind in (SamModel, SamProcessor))
     with Image.open(image_path) as file:
         inputs = processor(images=file.convert("RGB"), return_tensors="pt")
