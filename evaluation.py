@@ -92,14 +92,14 @@ def train_panels(net: LoadedSam, train_set: TrainSet, batch: TrainBatch, logits:
 
 
 WIDTH_SAMPLES = 32  # training samples that the width of cables is measured on
-WIDTH_GRID = 1024  # largest side of the grid that it is measured on
+WIDTH_GRID = 512  # side of the grid that it is measured on, but at most 4 cells per pixel of the input
 
 
 def training_cable_width(train_set: TrainSet) -> float | None:
     """Median width of the cables in the first samples of the training, in pixels of the model's input.
 
-    The samples are made once more, on a grid that is up to four times as fine as the input, because thin
-    cables are no wider than a pixel of it. None if no cable is seen.
+    The samples are made once more, on a finer grid, because thin cables are no wider than a pixel of the
+    input of 256 px. None if no cable is seen.
     """
     spec = train_set.spec
     grid = max(spec.mask_grid, min(4 * spec.img_size, WIDTH_GRID))
