@@ -13,7 +13,8 @@ from base.atomic import MIB, require_free_space
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
-from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
+from dataset import TestSet, TrainSet
+from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
 from embeddings import pool_spec
 from imaging.files import format_list
 from imaging.geometry import InputSpec
@@ -66,14 +67,19 @@ def preview(config: TrainConfig) -> None:
 
 
 def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
-    """The datasets to train on and the one to test on, all checked. Warns of images that are in both."""
+    """The datasets to train on and the one to test on, all checked. Warns of images that are in both.
+
+    Process 0 checks the files. The others get what it found, or raise the same UserError.
+    """
     configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
-    datasets = index_datasets(configs, max_pixels=max_pixels)
+    datasets = runtime.from_main(
+        lambda: index_datasets(configs, max_pixels=max_pixels, show_progress=runtime.is_main())
+    )
     test = datasets.pop() if data.dataset.test else None
-    leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
+    leaks = find_leaks(datasets, test) if test else []
     if leaks and runtime.is_main():
         warnings.warn(
-            "test images are also training images, so the test does not measure generalization:\n  "
+            "test images are also used in training, so the test does not measure generalization:\n  "
             f"{format_list(leaks)}",
             stacklevel=2,
         )

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, Signals
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ import runtime
 from base.atomic import MIB
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
-from dataset import file_digests
+from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
 from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
@@ -428,15 +428,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     runtime.init()
     config = parse_args(argv)
+    stop = runtime.StopRequest(at_once=True)
     try:
-        if config.preview:
-            preview(config)
-            return 0
-        experiment = prepare(config)
-        runtime.barrier()
+        with stop:
+            if config.preview:
+                preview(config)
+                return 0
+            experiment = prepare(config)
+            runtime.barrier()
     except KeyboardInterrupt:
-        print("interrupted; nothing was trained", file=sys.stderr)
-        return 128 + SIGINT
+        if runtime.is_main():
+            print(f"{Signals(stop.signal or SIGINT).name}: nothing was trained", file=sys.stderr)
+        return 128 + (stop.signal or SIGINT)
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:

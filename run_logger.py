@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from base.atomic import write_text
 from base.errors import UserError
-from dataset import DatasetIndex
+from dataset_index import DatasetIndex
 from imaging.metrics import ImageStats
 from imaging.visualize import sheet
 

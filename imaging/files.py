@@ -118,8 +118,11 @@ def to_rgb(file: DecodedFile) -> np.ndarray:
         return np.asarray(file.image.convert("RGB"))
 
 
-def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise FileError if the header is not that of an image, or claims more than `max_pixels` pixels."""
+def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> int:
+    """Return the number of pixels of an image, as its header claims it.
+
+    Raises FileError if the header is not that of an image, or claims more than `max_pixels` pixels.
+    """
     with decoding(path), Image.open(path, formats=FORMATS) as image:
         width, height = image.size
     if height * width > max_pixels:
@@ -127,6 +130,7 @@ def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> None:
             f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels} "
             "(a flag of finetune.py, a fixed limit in predict.py)"
         )
+    return height * width
 
 
 TRANSPOSES = {

@@ -28,6 +28,7 @@ import experiment
 import finetune
 import runtime
 from config import load_config
+from dataset_index import index_datasets
 from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
@@ -289,7 +290,7 @@ def test_a_test_image_that_vanishes_after_the_check_is_named(config, tiny_weight
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     config = load_config(config)
-    datasets = dataset.index_datasets(list(config.dataset.train))
+    datasets = index_datasets(list(config.dataset.train))
     train_set = dataset.TrainSet(datasets, spec=geometry.InputSpec(64, 32), prompt="none", seed=0)
     key = train_set.epoch(0)[0]
     expected, read_image, calls = train_set[key], compositing.read_image, []
