@@ -5,13 +5,16 @@ thin cables survive resizing. Every random choice comes from a generator that is
 index in the epoch) or (seed, index), never from global state.
 """
 
+import copy
 import multiprocessing
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,18 +186,29 @@ class TrainSet(Dataset[TrainSample]):
         self.datasets, self.spec, self.prompt, self.seed, self.reuse = datasets, spec, prompt, seed, reuse
         self.keep_photos = keep_photos
         self.read = DecodedCache(_decoded_shapes(datasets, longest_side((spec.finest_side, 0))), cache_bytes)
-        # Where the indices and the cache slots of each dataset begin.
+        self._number()
+
+    def _number(self) -> None:
+        """Number the indices of an epoch and the cache slots."""
+        # Where those of each dataset begin.
         self.first_index: list[int] = []
         self.first_slot: list[int] = []
         self.epoch_length, self.n_cache_slots = 0, 0
-        for dataset in datasets:
+        for dataset in self.datasets:
             self.first_index.append(self.epoch_length)
             self.first_slot.append(self.n_cache_slots)
             self.epoch_length += dataset.samples_per_epoch
             if dataset.is_constant:
-                self.n_cache_slots += len(dataset.pairs) if keep_photos else 0
-            elif reuse > 1:
+                self.n_cache_slots += len(dataset.pairs) if self.keep_photos else 0
+            elif self.reuse > 1:
                 self.n_cache_slots += dataset.samples_per_epoch
+
+    def without_kept_photos(self) -> "TrainSet":
+        """The same samples with cache slots for composites and augmented photos alone."""
+        other = copy.copy(self)
+        other.keep_photos = False
+        other._number()
+        return other
 
     def epoch(self, epoch: int) -> list[SampleKey]:
         """The samples of one epoch, in order.
@@ -244,18 +258,25 @@ class TrainSet(Dataset[TrainSample]):
         return prompt_tensors(self.prompt, target, size, self.spec, rng)
 
 
-def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, ...]]:
-    """Shapes of what training reads, by (function, item), as `DecodedCache` takes them."""
-    shapes: dict[Hashable, tuple[int, ...]] = {}
+def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, int, int]]:
+    """Largest shapes of what training reads, by (function, item), as `DecodedCache` takes them.
+
+    What is read most often per byte comes first. A few backgrounds of many photos are read many times in an
+    epoch.
+    """
+    shapes: dict[Hashable, tuple[int, int, int]] = {}
+    uses: dict[Hashable, float] = defaultdict(float)  # in an epoch
     for dataset in datasets:
         if dataset.is_constant:
             continue
         load, channels = (load_cut_out, 5) if dataset.config.composites else (load_pair, 4)
         for number, pair in enumerate(dataset.pairs):
             shapes[load, pair] = (*bounded_size(dataset.image_size(number), longest), channels)
+            uses[load, pair] += dataset.samples_per_epoch / len(dataset.pairs)
         for path in dataset.backgrounds:
             shapes[load_background, path] = (*bounded_size(dataset.infos[path].size, longest), 3)
-    return shapes
+            uses[load_background, path] += dataset.samples_per_epoch / len(dataset.backgrounds)
+    return dict(sorted(shapes.items(), key=lambda item: -uses[item[0]] / prod(item[1])))
 
 
 class TestSet(Dataset[TestSample]):

@@ -134,6 +134,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def ranks_on_machine() -> range:
+    """Numbers of the processes on this machine, as torchrun counts them; without it, this process alone."""
+    first = rank() - int(os.environ.get("LOCAL_RANK", 0)) if "LOCAL_WORLD_SIZE" in os.environ else rank()
+    return range(first, first + local_world_size())
+
+
 def is_main() -> bool:
     return rank() == 0
 

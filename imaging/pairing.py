@@ -107,15 +107,18 @@ def _closest(path: Path, others: list[Path]) -> str:
 # --- Reading -----------------------------------------------------------------------------------
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image, RGB uint8 (H, W, 3), and its mask of the same size, bool (H, W); raises FileError."""
-    image, reading = interpret_pair(pair)
+def read_pair(pair: Pair, longest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image, RGB uint8 (H, W, 3), and its mask, bool (H, W); raises FileError.
+
+    They have the same size, unless `longest` shrinks a JPEG image; see `imaging.files.decode`.
+    """
+    image, reading = interpret_pair(pair, longest)
     return image, reading.mask
 
 
-def interpret_pair(pair: Pair) -> tuple[np.ndarray, MaskReading]:
-    """Read an image, RGB uint8 (H, W, 3), and interpret its mask of the same size; raises FileError."""
-    image_file = decode(pair.image_path)
+def interpret_pair(pair: Pair, longest: int | None = None) -> tuple[np.ndarray, MaskReading]:
+    """Like `read_pair`, with what the mask file tells besides the mask."""
+    image_file = decode(pair.image_path, longest)
     return to_rgb(image_file), interpret_mask(image_file, pair.mask_path, pair.mask_values)
 
 
@@ -126,7 +129,7 @@ def interpret_mask(image_file: DecodedFile, path: Path, mask_values: MaskValues 
     before or after the image was rotated by its EXIF orientation.
     """
     mask_file = decode(path)
-    width, height = image_file.image.size
+    height, width = image_file.size
     mask_width, mask_height = mask_file.image.size
     turns = image_file.orientation, mask_file.orientation
     if (height, width) != (mask_height, mask_width):
