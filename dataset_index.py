@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class DatasetIndex:
     def foreground(self) -> float:
         """Mean over the masks of the fraction of their pixels that are foreground."""
         return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of the config, and the numbers of pairs and backgrounds, as plain values of JSON."""
+        counts = {"pairs": len(self.pairs), "backgrounds": len(self.backgrounds)}
+        return self.config.model_dump(mode="json") | counts
 
     def notes(self) -> list[str]:
         """What a user should know about the files: lines of text."""

@@ -29,7 +29,7 @@ from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
-from evaluation import run_test, train_panels
+from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from run_logger import (
@@ -52,6 +52,7 @@ from sam.trainable import (
     prepare_training,
     trained_weights,
 )
+from sidecar import Sidecar, sidecar_path, write_sidecar
 from train_state import Schedule, TrainState, learning_rate
 
 MEMORY_HINT = (
@@ -64,7 +65,10 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
+    """A run under way: what it computes with, where it stands, what it shows, and who may stop it.
+
+    cable_width: see `evaluation.training_cable_width`; None in every process but the first.
+    """
 
     config: TrainConfig
     experiment: Experiment
@@ -73,6 +77,7 @@ class Run:
     stop: runtime.StopRequest
     tests: list[EncodedTestSample]
     budget: Budget
+    cable_width: float | None
 
     @property
     def schedule(self) -> Schedule:
@@ -132,7 +137,8 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
             num_workers=config.num_workers,
             stop=stop,
         )
-    return Run(config, experiment, state, logger, stop, tests, budget)
+    cable_width = training_cable_width(experiment.train_set) if runtime.is_main() else None
+    return Run(config, experiment, state, logger, stop, tests, budget, cable_width)
 
 
 def load_state(
@@ -236,10 +242,34 @@ def save_state(run: Run) -> None:
     checkpoint.remove_kept_best(experiment.checkpoints)
 
 
-def save_checkpoint(experiment: Experiment, name: str) -> None:
+def save_checkpoint(run: Run, name: str) -> None:
+    """Save the weights, and beside them what is known of them."""
     if runtime.is_main():
-        state_dict = export_state_dict(experiment.net.sam, experiment.initial_state_dict)
-        checkpoint.save_weights(state_dict, experiment.checkpoints / name)
+        path = run.experiment.checkpoints / name
+        state_dict = export_state_dict(run.experiment.net.sam, run.experiment.initial_state_dict)
+        checkpoint.save_weights(state_dict, path)
+        write_sidecar(describe_checkpoint(run), path)
+
+
+def describe_checkpoint(run: Run) -> Sidecar:
+    """What is known of the weights as they are now."""
+    config, experiment, metrics = run.config, run.experiment, run.state.last_metrics or {}
+    test_set = experiment.test_set
+    return Sidecar(
+        model_type=config.model_type,
+        input_size=experiment.net.spec.img_size,
+        train=config.train,
+        prompt=config.prompt,
+        iteration=run.state.iteration,
+        threshold=metrics.get("threshold", 0.0),
+        cable_width=run.cable_width,
+        metrics=metrics,
+        flags=config.flags(),
+        data={
+            "train": [dataset.summary() for dataset in experiment.train_set.datasets],
+            "test": test_set.dataset.summary() if test_set else None,
+        },
+    )
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
@@ -249,6 +279,7 @@ def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
         for path in by_epoch[:-keep]:
             try:
                 path.unlink()
+                sidecar_path(path).unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error
 
@@ -379,7 +410,7 @@ def finish_iteration(run: Run) -> bool:
     config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
         metrics = test_model(run)
-        state.last_test = state.iteration
+        state.last_test, state.last_metrics = state.iteration, metrics
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
         state.tests_without_gain = 0 if is_best else state.tests_without_gain + 1
         if is_best and state.has_finite_weights():
@@ -389,14 +420,14 @@ def finish_iteration(run: Run) -> bool:
             logger.best(metrics, state.iteration)
     is_best = state.best is not None and state.best["iteration"] == state.iteration
     if is_best:
-        save_checkpoint(experiment, checkpoint.BEST_FILE)
+        save_checkpoint(run, checkpoint.BEST_FILE)
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
     is_save = batch_index == 0 and epoch % config.save_interval == 0
     if is_save:
-        save_checkpoint(experiment, f"epoch_{epoch:04d}.pth")
+        save_checkpoint(run, f"epoch_{epoch:04d}.pth")
         remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
-        save_checkpoint(experiment, "last.pth")
+        save_checkpoint(run, "last.pth")
     state.is_finished = True
     return is_best or is_save or run.is_last
 

@@ -12,9 +12,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from base.flag_types import MAX_PIXELS, answer_first, number, path, positive_int
+from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int
 
-tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+tile_size = number(
+    lambda text: text if text == "auto" else int(text),
+    lambda value: value == "auto" or value >= 16,
+    "a whole number of at least 16, or auto",
+)
 finite = number(float, math.isfinite, "a finite number")
 
 
@@ -25,17 +29,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_path = partial(add, type=path, required=True, default=argparse.SUPPRESS)
-    add_path("--checkpoint", help="any checkpoint of this tool; the model type is detected")
+    add_path("--checkpoint", help="a checkpoint of this tool or of another one; the model type is detected")
     add_path("--input", help="an image, a folder of images, or a video")
     add_path("--output", help="folder for the results: masks/, overlays/ and others")
     add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
-    add("--threshold", type=finite, default=0.0, help="a pixel is cable if its logit is above it")
+    threshold_help = "a pixel is cable if its logit is above it (default: that of the sidecar, else 0)"
+    add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=path, help=prompt_help)
-    tiles_help = "cut images into overlapping tiles of this side"
+    tiles_help = "cut images into overlapping tiles of this side; auto: cables as wide as in training"
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
+    add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
     add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
     add("--rle", action="store_true", help="also write rle.json, a COCO file like that of --polygons")
@@ -43,9 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_area", type=positive_int, default=1, help=area_help)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(threshold=None))
     if args.tiles and args.prompt:
         parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
+    if args.cable_width and args.tiles != "auto":
+        parser.error("--cable_width is for --tiles auto")
     return args
 
 
@@ -72,8 +81,9 @@ from imaging.masks import read_mask
 from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
 from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
-from imaging.prompts import NO_PROMPT, Prompt
+from imaging.prompts import Prompt
 from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
+from sidecar import sidecar_path
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
@@ -116,18 +126,16 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
     prompts = media.find_prompts(args.prompt, paths) if args.prompt else {}
     inputs = [args.input, args.masks, args.checkpoint, args.prompt, *paths, *mask_paths.values()]
     output = OutputFolder(args.output, [path for path in inputs if path])
-    device = runtime.pick_device(args.device)
-    low_precision = runtime.amp_dtype(args.amp, device)
-    predict = inference.load(args.checkpoint, device, low_precision, prompt_batch_size=args.batch_size)
-    options = Options(output, args.batch_size, args.tiles, args.threshold, args.probabilities)
+    segment = load_segmenter(args)
+    options = Options(output, args.batch_size, args.threshold, args.probabilities)
     start_output(output, args, paths, options)
     try:
         if video:
-            names = predict_video(predict, video, options, faults)
+            names = predict_video(segment, video, options, faults)
             stats: dict[str, ImageStats] = {}
         else:
             images = media.read_images(paths, mask_paths, args.max_pixels, faults)
-            names, stats = predict_images(predict, images, prompts, options, len(paths))
+            names, stats = predict_images(segment, images, prompts, options, len(paths))
         if args.polygons:
             write_regions(output, names, "polygons.json", partial(polygons, min_area=args.min_area))
         if args.rle:
@@ -139,13 +147,32 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         output.finish()
 
 
+def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
+    """Load the checkpoint. Prints which threshold is used, and sets `args.threshold` to it."""
+    segment = inference.load(
+        args.checkpoint,
+        args.device,
+        args.threshold,
+        tiles=args.tiles,
+        cable_width=args.cable_width,
+        batch_size=args.batch_size,
+        amp=args.amp,
+    )
+    name = sidecar_path(args.checkpoint).name
+    origin = f"from {name}" if segment.sidecar else f"the default, without {name}"
+    if args.threshold is not None:
+        origin = "--threshold"
+    print(f"threshold {segment.threshold:g} ({origin})")
+    args.threshold = segment.threshold
+    return segment
+
+
 @dataclass(frozen=True)
 class Options:
     """How images are predicted, and what is written for them."""
 
     output: OutputFolder
-    batch_size: int  # images or tiles that are predicted together
-    tile_size: int | None  # in pixels; None predicts whole images
+    batch_size: int  # images that are predicted together
     threshold: float  # a pixel is cable if its logit is above it
     probabilities: bool  # whether to write them
 
@@ -171,14 +198,14 @@ def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Pat
 
 
 def predict_video(
-    predict: inference.PredictLogits, video: Path, options: Options, faults: list[str]
+    segment: inference.Segmenter, video: Path, options: Options, faults: list[str]
 ) -> dict[str, str]:
     """Predict the frames of a video and join their overlays to a video; returns their names by stem."""
     expected = media.frame_count(video)
     name = f"{OVERLAYS}/{video.stem}.mp4"
     with media.VideoWriter(options.output.path / name, media.frame_rate(video)) as writer:
         frames = media.read_frames(video)
-        names, _ = predict_images(predict, frames, {}, options, expected, writer)
+        names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
     options.output.add(name)
     if len(names) < expected:
@@ -191,7 +218,7 @@ def predict_video(
 
 
 def predict_images(
-    predict: inference.PredictLogits,
+    segment: inference.Segmenter,
     images: Iterator[InputImage],
     prompts: Mapping[str, Sequence[Prompt]],
     options: Options,
@@ -209,36 +236,42 @@ def predict_images(
     """
     names: dict[str, str] = {}
     stats: dict[str, ImageStats] = {}
+    tile_sizes: list[int | None] = []
     with tqdm(total=n_images, unit=" images", dynamic_ncols=True) as progress:
         while batch := list(islice(images, options.batch_size)):
             options.output.announce(name for image in batch for name in options.names(image.stem))
-            for image, logits in zip(batch, predict_batch(predict, batch, prompts, options), strict=True):
+            for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
                 write_prediction(image, logits, options, video)
                 names[image.stem] = image.name
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
                 progress.update()
+    if segment.tiles == "auto":
+        print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     return names, stats
 
 
 def predict_batch(
-    predict: inference.PredictLogits,
+    segment: inference.Segmenter,
     batch: list[InputImage],
     prompts: Mapping[str, Sequence[Prompt]],
-    options: Options,
+    tile_sizes: list[int | None],
 ) -> Iterator[np.ndarray]:
-    """Yield the logits float32 (H, W) of each image, predicted whole or in tiles."""
-    if options.tile_size is None:
-        image_prompts = [prompts.get(image.stem, NO_PROMPT) for image in batch]
-        yield from predict([image.image for image in batch], image_prompts)
-        return
-    for image in batch:
-        yield inference.predict_logits_tiled(
-            predict, image.image, tile_size=options.tile_size, batch_size=options.batch_size
-        )
+    """The logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
+    images = [image.image for image in batch]
+    sizes = [segment.tile_size(image) for image in images]
+    tile_sizes += sizes
+    return segment.logits(images, [prompts[image.stem] for image in batch] if prompts else None, sizes)
+
+
+def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
+    """A line about the tiles that --tiles auto chose."""
+    sides = [side for side in tile_sizes if side]
+    tiled = f"{len(sides)} images in tiles of {min(sides)} to {max(sides)} px, " if sides else ""
+    return f"tiles auto: {tiled}{len(tile_sizes) - len(sides)} images whole"
 
 
 def write_prediction(
@@ -251,8 +284,7 @@ def write_prediction(
         video.write(tinted)
     arrays = [mask.astype(np.uint8) * 255, tinted]
     if options.probabilities:
-        probabilities = 0.5 * (1 + np.tanh(0.5 * logits))  # a sigmoid without overflow
-        arrays.append(np.rint(65535 * probabilities).astype(np.uint16))
+        arrays.append(np.rint(65535 * inference.sigmoid(logits)).astype(np.uint16))
     for name, array in zip(options.names(image.stem), arrays, strict=True):
         options.output.write(name, media.encode_image(array, Path(name).suffix))
 

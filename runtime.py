@@ -35,7 +35,7 @@ def init() -> None:
     warnings.formatwarning = lambda message, *rest, **options: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; they name no file
     Image.MAX_IMAGE_PIXELS = None  # imaging.files checks sizes itself, against --max_pixels
-    _keep_freed_memory()
+    keep_freed_memory()
     _data_workers.clear()
 
 
@@ -47,7 +47,7 @@ def init_data_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)  # one process per core is parallel enough
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, of any thread.
 
     By default, glibc returns large blocks to the kernel at once. The kernel must then map and clear new pages

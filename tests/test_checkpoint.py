@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import draw_cable, rng, run_finetune, run_tiny, write_dataset
 from PIL import Image
+from safetensors.torch import save_file
 
 import checkpoint
 from base.errors import UserError
@@ -49,16 +50,84 @@ def test_a_truncated_checkpoint_is_named(tmp_path, keep):
         checkpoint.load_weights(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {"a": torch.zeros(1)}}, torch.zeros(3)])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"model": {"a": 1}}, {"epoch": 3}, {"weights": {"a": torch.zeros(1)}}, torch.zeros(3)]
+)
 def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="not a plain state_dict"):
+    with pytest.raises(UserError, match=r"w.pth is not a plain state_dict .* torch.save"):
         checkpoint.load_weights(tmp_path / "w.pth")
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.pth"):
         checkpoint.load_weights(tmp_path / "gone.pth")
+
+
+# --- Checkpoints of other tools ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix", "others"),
+    [
+        ("model", "", {}),  # MedSAM's training
+        ("model", "module.", {}),  # with DistributedDataParallel
+        (None, "module.", {"n_averaged": torch.tensor(3)}),  # torch.optim.swa_utils.AveragedModel
+        ("state_dict", "model.", {"loss.weight": torch.ones(2)}),  # Lightning
+        ("state_dict", "model.sam.", {"model.head.weight": torch.ones(2)}),
+        ("state_dict", "sam.", {}),
+        ("model_state_dict", "_orig_mod.", {}),  # torch.compile
+    ],
+)
+def test_weights_in_the_dict_of_a_training_loop_are_taken_out(tmp_path, tiny_sam, wrapper, prefix, others):
+    state_dict = tiny_sam.state_dict()
+    content = {f"{prefix}{name}": weight for name, weight in state_dict.items()} | others
+    if wrapper:
+        content = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, wrapper: content}
+    torch.save(content, tmp_path / "w.pth")
+    weights = checkpoint.load_weights(tmp_path / "w.pth")
+    assert weights.keys() == state_dict.keys()
+    assert all(torch.equal(weights[name], state_dict[name]) for name in weights)
+
+
+def test_one_of_several_models_is_not_guessed(tmp_path, tiny_sam):
+    state_dict = tiny_sam.state_dict()
+    content = {f"{model}.{name}": w for model in ("teacher", "student") for name, w in state_dict.items()}
+    torch.save({"state_dict": content}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"several models, with the prefixes teacher\., student\."):
+        checkpoint.load_weights(tmp_path / "w.pth")
+
+
+def test_a_state_to_resume_names_the_weights_to_give(tmp_path):
+    (tmp_path / "run").mkdir()
+    state = {key: {} for key in checkpoint.ResumeState.__required_keys__}
+    torch.save(state, tmp_path / "run/resume.pth")
+    with pytest.raises(UserError, match=r"state for --resume, .* give .*run/checkpoints/last\.pth"):
+        checkpoint.load_weights(tmp_path / "run/resume.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"checkpoint not found: .*model\.safetensors; expected a \.pth file or a folder of SamModel"),
+        ({"a": torch.zeros(2)}, "does not hold the weights of a SamModel"),
+        (b"cut off", "cannot be read as safetensors"),
+    ],
+)
+def test_a_folder_that_is_no_sam_model_is_refused(tmp_path, content, message):
+    path = tmp_path / "model.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        save_file(content, path)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_weights(tmp_path)
+
+
+def test_a_model_that_was_saved_whole_is_refused_with_the_way_out(tmp_path, tiny_sam):
+    torch.save({"model": tiny_sam}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth is refused: .* torch\.save\(model\.state_dict\(\), PATH\)"):
+        checkpoint.load_weights(tmp_path / "w.pth")
 
 
 # --- resuming ---

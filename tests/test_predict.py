@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import warnings
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 
 import checkpoint
+import inference
 import predict
 from imaging import media
 from imaging.coco import decode_rle
@@ -22,6 +24,7 @@ from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
 from imaging.output_folder import OutputFolder
 from sam import variants
+from sidecar import Sidecar, sidecar_path, write_sidecar
 
 
 @pytest.fixture
@@ -78,7 +81,8 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert np.mean((ours == 255) != official) < 0.002
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
         ious.append(score(ours == 255, GroundTruth.from_mask(read_mask(masks / path.name))).iou)
-    speed, *table, of_the_set = capsys.readouterr().out.splitlines()
+    threshold, speed, *table, of_the_set = capsys.readouterr().out.splitlines()
+    assert threshold == "threshold 0 (the default, without tiny.json)"
     assert speed.startswith("5 images, ") and "images/s" in speed
     assert of_the_set.startswith("total_iou 0.1") and "recall_thin" in of_the_set
     assert len(ious) == 5 and len(table) == 7
@@ -136,6 +140,40 @@ def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
     assert read_mask(with_zero / "masks/0.png").sum() > read_mask(tmp_path / "out/masks/0.png").sum()
 
 
+def test_the_threshold_is_that_of_the_sidecar(trained, data, tmp_path, capsys):
+    """The flag comes before the sidecar, and a damaged sidecar leaves the default."""
+    masks, first_lines = {}, {}
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=0.01), trained)
+    for name, flags in (("sidecar", ()), ("flag", ("--threshold", -0.02)), ("damaged", ())):
+        if name == "damaged":
+            sidecar_path(trained).write_text("{")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert run(trained, data / "test/imgs", tmp_path / name, *flags) == 0
+        assert (len(warned) == 1 and "tiny.json is ignored" in str(warned[0].message)) == (name == "damaged")
+        first_lines[name] = capsys.readouterr().out.splitlines()[0]
+        masks[name] = read_mask(tmp_path / name / "masks/0.png")
+        document = json.loads((tmp_path / name / "predictions.json").read_text())
+        assert document["flags"]["threshold"] == {"sidecar": 0.01, "flag": -0.02, "damaged": 0}[name]
+    assert first_lines["sidecar"] == "threshold 0.01 (from tiny.json)"
+    assert first_lines["flag"] == "threshold -0.02 (--threshold)"
+    assert first_lines["damaged"] == "threshold 0 (the default, without tiny.json)"
+    assert 0 < masks["sidecar"].sum() < masks["damaged"].sum() < masks["flag"].sum() < masks["flag"].size
+
+
+def test_the_best_threshold_is_on_the_logits_themselves(trained, data, tmp_path, capsys, monkeypatch):
+    def by_brightness(net, images, prompts, **options):
+        """Noise has gray values below 60 and cables have more than 170: logits below -0.8 and above 1.4."""
+        return [image.mean(axis=2, dtype=np.float32) / 50 - 2 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    for threshold in (0, 0.25, 3):
+        flags = ("--masks", data / "test/masks", "--threshold", threshold)
+        assert run(trained, data / "test/imgs", tmp_path / f"{threshold}", *flags) == 0
+        last_line = capsys.readouterr().out.splitlines()[-1]
+        assert "best_threshold -0.7500, best_iou 1.0000" in last_line
+
+
 def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
     (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n0.png,0,0,10,10\n1.png,0,0,40,40\n")
     assert run(trained, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "boxes.csv") == 2
@@ -170,6 +208,33 @@ def test_a_tile_is_predicted_like_an_image_of_its_own(trained, data, tmp_path):
     assert (ours == expected).all() and 0 < expected.mean() < 1
     with pytest.raises(SystemExit):
         run(trained, large, tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
+
+
+def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, capsys, monkeypatch):
+    def by_brightness(net, images, prompts, **options):
+        return [image.mean(axis=2, dtype=np.float32) - 100 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    (tmp_path / "photos").mkdir()
+    for stem, width in (("thin", 8), ("thick", 40), ("none", 0)):
+        image = np.zeros((300, 400, 3), np.uint8)
+        image[100 : 100 + width] = 255
+        Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
+    flags = ("--tiles", "auto", "--cable_width", 4)
+    assert run(trained, tmp_path / "photos", tmp_path / "out", *flags) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    side = int(line.split()[7])
+    assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
+    assert side == pytest.approx(8 * 64 / 4, rel=0.15)
+    assert read_mask(tmp_path / "out/masks/thin.png").sum() == 8 * 400
+
+
+def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--tiles", "auto") == 2
+    assert "--cable_width PIXELS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(trained, data / "test/imgs", tmp_path / "out", "--tiles", 64, "--cable_width", 4)
+    assert "--cable_width is for --tiles auto" in capsys.readouterr().err
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):

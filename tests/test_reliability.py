@@ -116,7 +116,8 @@ def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, uni
 def test_only_the_last_epochs_are_kept(config, tiny_weights):
     assert run_tiny(config, tiny_weights, *FLAGS, "--save_interval", 1, "--keep_last", 2) == 0
     files = {path.name for path in Path("exp/run/checkpoints").iterdir()}
-    assert files == {"epoch_0003.pth", "epoch_0004.pth", "best.pth", "last.pth"}
+    names = {"epoch_0003", "epoch_0004", "best", "last"}
+    assert files == {f"{name}{suffix}" for name in names for suffix in (".pth", ".json")}
 
 
 def test_a_full_disk_leaves_the_last_state(config, tiny_weights, uninterrupted):
