@@ -26,14 +26,23 @@ import runtime
 from base.errors import UserError
 from base.flag_types import number, positive_int
 from imaging import media
+from imaging.centerlines import cables_document, centerlines, find_crossings, instance_mask
 from imaging.coco import coco_document, polygons
 from imaging.files import MAX_PIXELS, read_image
 from imaging.masks import read_mask
 from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
-from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
+from imaging.output_folder import (
+    CENTERLINES,
+    INSTANCES,
+    LIST_NAME,
+    MASKS,
+    OVERLAYS,
+    PROBABILITIES,
+    OutputFolder,
+)
 from imaging.prompts import NO_PROMPT, Prompt
-from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
+from imaging.visualize import PREDICTION_COLOR, draw_cables, overlay, panel, sheet
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
@@ -55,6 +64,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--masks", type=Path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
+    add(
+        "--centerlines",
+        action="store_true",
+        help="also write the centerline of each cable, as JSON and drawn",
+    )
+    add(
+        "--instances",
+        action="store_true",
+        help="also write the number of the cable at each pixel, as 16-bit PNG",
+    )
     add("--threshold", type=finite, default=0.0, help="a pixel is cable if its logit is above it")
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=Path, help=prompt_help)
@@ -108,7 +127,15 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
     device = runtime.pick_device(args.device)
     low_precision = runtime.amp_dtype(args.amp, device)
     predict = inference.load(args.checkpoint, device, low_precision, prompt_batch_size=args.batch_size)
-    options = Options(output, args.batch_size, args.tiles, args.threshold, args.probabilities)
+    options = Options(
+        output,
+        args.batch_size,
+        args.tiles,
+        args.threshold,
+        args.probabilities,
+        args.centerlines,
+        args.instances,
+    )
     start_output(output, args, paths, options)
     try:
         if video:
@@ -135,11 +162,16 @@ class Options:
     tile_size: int | None  # in pixels; None predicts whole images
     threshold: float  # a pixel is cable if its logit is above it
     probabilities: bool  # whether to write them
+    centerlines: bool  # whether to write them
+    instances: bool  # whether to write the instance masks
 
     def names(self, stem: str) -> list[str]:
         """The files of an image, relative to the output folder."""
         names = [f"{MASKS}/{stem}.png", f"{OVERLAYS}/{stem}.jpg"]
-        return [*names, f"{PROBABILITIES}/{stem}.png"] if self.probabilities else names
+        names += [f"{PROBABILITIES}/{stem}.png"] if self.probabilities else []
+        names += [f"{CENTERLINES}/{stem}.json", f"{CENTERLINES}/{stem}.jpg"] if self.centerlines else []
+        names += [f"{INSTANCES}/{stem}.png"] if self.instances else []
+        return names
 
 
 def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Path], options: Options) -> None:
@@ -231,7 +263,7 @@ def predict_batch(
 def write_prediction(
     image: InputImage, logits: np.ndarray, options: Options, video: media.VideoWriter | None
 ) -> None:
-    """Write the mask and the overlay of an image and, if asked for, its probabilities."""
+    """Write the mask and the overlay of an image and, if asked for, its probabilities and cables."""
     mask = logits > options.threshold
     tinted = overlay(image.image, mask, PREDICTION_COLOR)
     if video is not None:
@@ -240,8 +272,25 @@ def write_prediction(
     if options.probabilities:
         probabilities = 0.5 * (1 + np.tanh(0.5 * logits))  # a sigmoid without overflow
         arrays.append(np.rint(65535 * probabilities).astype(np.uint16))
-    for name, array in zip(options.names(image.stem), arrays, strict=True):
-        options.output.write(name, media.encode_image(array, Path(name).suffix))
+    contents = [media.encode_image(array, ".png" if array.ndim == 2 else ".jpg") for array in arrays]
+    if options.centerlines or options.instances:
+        contents += encode_cables(image, mask, options)
+    for name, content in zip(options.names(image.stem), contents, strict=True):
+        options.output.write(name, content)
+
+
+def encode_cables(image: InputImage, mask: np.ndarray, options: Options) -> list[bytes]:
+    """The files of the cables of an image: centerlines and their drawing, instance mask, as asked for."""
+    cables = centerlines(mask)
+    contents = []
+    if options.centerlines:
+        document = cables_document(image.name, (mask.shape[0], mask.shape[1]), cables)
+        contents.append(json.dumps(document).encode(errors="surrogateescape"))
+        drawn = draw_cables(image.image, cables, find_crossings(cables))
+        contents.append(media.encode_image(drawn, ".jpg"))
+    if options.instances:
+        contents.append(media.encode_image(instance_mask(mask, cables), ".png"))
+    return contents
 
 
 def write_polygons(output: OutputFolder, names: Mapping[str, str]) -> None:
