@@ -190,7 +190,7 @@ def _measure_arms(
             if degree[node] == 2:  # a ring, which has no node, begins anywhere
                 blobs = []
             elif not blobs:
-                blobs = [(points[0], half_width)]
+                blobs = [(points[0], 1.5 * half_width)]  # the skeleton turns to a corner of a blunt end
             starts.append(_points_inside(points, blobs))
         for side, node in enumerate(branch.nodes):
             points = branch.points[starts[0] : len(branch.points) - starts[1]]
@@ -346,6 +346,7 @@ def _join(
             else:
                 parts.append(_connect(leaving, arm, distance))
         line = np.concatenate(parts)
+        line[:, :2] = line[:, :2].clip(0, np.array(distance.shape[::-1]) - 1)
         if len(line) > 1 and np.isfinite(line[:, 2]).any():
             lines.append(_smooth(line, arm is not None, tuple(ends)))
     return lines

@@ -41,8 +41,10 @@ def draw_scene(rng: np.random.Generator) -> tuple[list[Cable], np.ndarray]:
     for number in range(1, rng.integers(2, 6) + 1):
         points = draw_curve(rng, int(rng.uniform(0.5, 1.5) * WIDTH))
         width = int(rng.integers(3, 21))
-        fixed = np.rint(16 * points).astype(np.int32)  # 4 binary digits after the point
-        cv2.polylines(mask, [fixed], False, 1, width, cv2.LINE_8, 4)
+        near = cv2.polylines(np.zeros_like(mask), [np.rint(points).astype(np.int32)], False, 1, width + 3)
+        rows, columns = np.nonzero(near)
+        distances, _ = cKDTree(points).query(np.column_stack([columns, rows]))
+        mask[rows, columns] |= distances < width / 2
         widths = np.full(len(points), width, np.float32)
         cables.append(Cable(number, points.astype(np.float32), widths, False, ("free", "free")))
     return cables, mask.astype(bool)
