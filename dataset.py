@@ -411,9 +411,9 @@ def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable
     for dataset in datasets:
         if dataset.is_constant:
             continue
-        load = load_cut_out if dataset.config.composites else load_pair
+        load, channels = (load_cut_out, 5) if dataset.config.composites else (load_pair, 4)
         for number, pair in enumerate(dataset.pairs):
-            shapes[load, pair] = (*bounded_size(dataset.image_size(number), longest), 4)
+            shapes[load, pair] = (*bounded_size(dataset.image_size(number), longest), channels)
         for path in dataset.backgrounds:
             shapes[load_background, path] = (*bounded_size(dataset.infos[path].size, longest), 3)
     return shapes

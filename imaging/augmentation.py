@@ -1,7 +1,6 @@
-"""Random changes of images: color, clutter, shadow, camera. All images are RGB uint8 (H, W, 3)."""
+"""Random changes of whole images: flips, color, camera. All images are RGB uint8 (H, W, 3)."""
 
 import io
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import cv2
@@ -19,16 +18,6 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 # --- Color -------------------------------------------------------------------------------------
-
-
-def recolor_cables(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change colors strongly: any hue, from gray to vivid, from dark to bright."""
-    return _shift_hsv(
-        image,
-        hue=rng.uniform(0, 180),
-        saturation=(rng.uniform(0.3, 1.5), rng.uniform(-20, 60)),
-        gamma=np.exp(rng.uniform(-0.7, 0.7)),
-    )
 
 
 def recolor_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -60,79 +49,6 @@ def _shift_hsv(image: np.ndarray, *, hue: float, saturation: tuple[float, float]
     )
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB)
-
-
-# --- Clutter and shadow ------------------------------------------------------------------------
-
-
-def add_clutter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw 1 to 6 objects on a copy, so that a model learns edges that do not belong to cables.
-
-    The objects are boxes, strips along the border, text and keyboards.
-    """
-    for _ in range(rng.integers(1, 7)):
-        layer = image.copy()
-        draw = CLUTTER_KINDS[rng.integers(len(CLUTTER_KINDS))]
-        draw(layer, rng.integers(0, 256, 3).tolist(), rng)
-        opacity = rng.uniform(0.5, 1)
-        image = cv2.addWeighted(layer, opacity, image, 1 - opacity, 0)
-    return image
-
-
-def _draw_box(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
-    low, high = np.log((0.02, 0.5))
-    sides = np.exp(rng.uniform(low, high, 2)) * max(layer.shape)
-    _fill_box(layer, _random_point(layer, rng), sides, rng.uniform(-180, 180), color)
-
-
-def _draw_strip(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
-    width = 1 + int(rng.uniform(0.01, 0.1) * max(layer.shape))
-    layer[(np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:])[rng.integers(4)]] = color
-
-
-def _draw_text(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
-    text = "".join(map(chr, rng.integers(33, 127, rng.integers(2, 12))))
-    scale = np.exp(rng.uniform(*np.log((0.3, 3)))) * max(layer.shape) / 256
-    start = _random_point(layer, rng) - (0.3 * layer.shape[1], 0)
-    width = max(1, int(scale * rng.uniform(1, 3)))
-    font = int(rng.integers(5))  # OpenCV's first five fonts
-    cv2.putText(layer, text, start.astype(int).tolist(), font, scale, color, width, cv2.LINE_AA)
-
-
-def _draw_keys(layer: np.ndarray, color: list[int], rng: np.random.Generator) -> None:
-    """A block of 2 to 5 rows of 2 to 7 square keys, rotated."""
-    pitch, angle = rng.uniform(0.03, 0.1) * max(layer.shape), rng.uniform(-180, 180)
-    steps = pitch * cv2.getRotationMatrix2D((0, 0), -angle, 1.0)[:, :2].T  # to the next key, to the next row
-    corner, rows, columns = _random_point(layer, rng), rng.integers(2, 6), rng.integers(2, 8)
-    for row, column in np.ndindex(rows, columns):
-        center = corner + (column - columns / 2) * steps[0] + (row - rows / 2) * steps[1]
-        _fill_box(layer, center, (0.8 * pitch, 0.8 * pitch), angle, color)
-
-
-# Functions draw(layer, color, rng) that draw one object on `layer`, in place.
-CLUTTER_KINDS = (_draw_box, _draw_strip, _draw_text, _draw_keys)
-
-
-def _random_point(layer: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(0, 1, 2) * layer.shape[1::-1]
-
-
-def _fill_box(
-    layer: np.ndarray, center: np.ndarray, sides: Sequence[float] | np.ndarray, angle: float, color: list[int]
-) -> None:
-    """Fill a rectangle, rotated by `angle` degrees, with smooth edges."""
-    corners = cv2.boxPoints((tuple(center), tuple(sides), angle))
-    cv2.fillPoly(layer, [np.rint(corners * 8).astype(np.int32)], color, cv2.LINE_AA, shift=3)
-
-
-def cast_shadow(cut_out: np.ndarray, image: np.ndarray, rng: np.random.Generator) -> None:
-    """Darken an image (H, W, 3), in place, beside the cables (H, W, 4) that will be pasted on it."""
-    height, width = image.shape[:2]
-    unit = max(height, width) / 256
-    shift = np.column_stack([np.eye(2), unit * rng.uniform(-5, 5, 2)])
-    shadow = cv2.warpAffine(cut_out[..., 3], shift, (width, height))
-    shadow = cv2.GaussianBlur(shadow, (0, 0), unit * rng.uniform(0.7, 4)).astype(np.float32)
-    np.rint(image * (1 - rng.uniform(0.2, 0.7) / 255 * shadow[..., None]), out=image, casting="unsafe")
 
 
 # --- Camera ------------------------------------------------------------------------------------

@@ -1,25 +1,31 @@
-"""Compositing: cut cables out by their masks, transform them, paste them on backgrounds.
+"""Compositing: cut cables out by their masks, give them a look, transform them, paste them on backgrounds.
 
-Sizes are (h, w). A soft mask is float32 (H, W) in 0..1, or uint8 in 0..255 where it is the fourth channel
-of an image (H, W, 4).
+Sizes are (h, w). A soft mask is float32 (H, W) in 0..1, or uint8 in 0..255 where it is the fourth channel of
+an image (H, W, 4). A cut-out is uint8 (H, W, 5): colors, soft mask, and the local radius of the cable in half
+pixels. A layer is uint8 (H, W, 4): colors multiplied by the soft mask, and the soft mask.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from imaging.augmentation import (
-    add_clutter,
-    camera_degradation,
+from imaging.appearance import (
+    Color,
+    Light,
+    Shading,
     cast_shadow,
-    flip,
-    recolor_cables,
-    recolor_scene,
+    draw_color,
+    draw_light,
+    draw_shading,
+    recolor,
+    shade,
 )
+from imaging.augmentation import camera_degradation, flip, recolor_scene
+from imaging.distractors import add_distractors, put_patch
 from imaging.files import read_image
 from imaging.geometry import fit_size, resize_area, resize_image, resize_mask, to_u8
 from imaging.pairing import Pair, read_pair
@@ -42,7 +48,7 @@ def load_pair(pair: Pair, longest: int) -> np.ndarray:
 
 
 def load_cut_out(pair: Pair, longest: int) -> np.ndarray:
-    """Load the cables of an image with soft edges: RGBA uint8 (H, W, 4), size as from `load_pair`."""
+    """Load the cables of an image as `cut_out` gives them: uint8 (H, W, 5), size as from `load_pair`."""
     return cut_out(load_pair(pair, longest))
 
 
@@ -69,9 +75,10 @@ def load_directly(load: Load, item: Hashable, longest: int) -> np.ndarray:
 
 # --- Samples -----------------------------------------------------------------------------------
 
-SECOND_CUT_OUT_PROBABILITY = 0.3
-CLUTTER_PROBABILITY = 0.5
-SHADOW_PROBABILITY = 0.5
+CUT_OUT_PROBABILITIES = (0.55, 0.3, 0.15)  # of one, two and three cut-outs in a composite
+DISTRACTOR_PROBABILITY = 0.5
+OCCLUDER_PROBABILITY = 0.15
+RECOLOR_PHOTO_PROBABILITY = 0.5
 
 
 def composite(
@@ -87,7 +94,7 @@ def composite(
     """Paste the cables of one pair on a random crop of a random background.
 
     Args:
-        pairs: all pairs of the dataset; augmentation may add the cables of a second one.
+        pairs: all pairs of the dataset; augmentation may add the cables of others.
         backgrounds: at least one file.
         pair_index: the pair whose cables are pasted.
         size: (h, w) of the sample.
@@ -99,25 +106,52 @@ def composite(
 
     Raises FileError.
     """
-    longest = longest_side(size)
-    background_path = backgrounds[int(rng.integers(len(backgrounds)))]
-    image = random_crop(read(load_background, background_path, longest), size, rng)
-    mask = np.zeros(size, np.float32)
-    if not augment:
-        paste(resize_area(read(load_cut_out, pairs[pair_index], longest), size), image, mask)
-        return image, mask
-    image = recolor_scene(flip(image, rng), rng)
-    if rng.random() < CLUTTER_PROBABILITY:
-        image = add_clutter(image, rng)
-    indices = [pair_index]
-    if rng.random() < SECOND_CUT_OUT_PROBABILITY:
-        indices.insert(0, int(rng.integers(len(pairs))))
-    for index in indices:
-        cables = random_affine(flip(read(load_cut_out, pairs[index], longest), rng), size, rng)
-        if rng.random() < SHADOW_PROBABILITY:
-            cast_shadow(cables, image, rng)
-        paste(cables, image, mask, partial(recolor_cables, rng=rng))
+
+    def random_background() -> np.ndarray:
+        path = backgrounds[int(rng.integers(len(backgrounds)))]
+        return random_crop(read(load_background, path, longest_side(size)), size, rng)
+
+    def cut_out_of(index: int) -> np.ndarray:
+        return read(load_cut_out, pairs[index], longest_side(size))
+
+    if augment:
+        return _augmented_composite(random_background, cut_out_of, len(pairs), pair_index, size, rng)
+    image, mask = random_background(), np.zeros(size, np.float32)
+    paste(premultiply(resize_area(cut_out_of(pair_index)[..., :4], size)), image, mask)
+    return image, mask
+
+
+def _augmented_composite(
+    random_background: Callable[[], np.ndarray],
+    cut_out_of: Callable[[int], np.ndarray],
+    n_pairs: int,
+    pair_index: int,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`composite` with augmentation, from functions that read the files."""
+    image, mask = recolor_scene(flip(random_background(), rng), rng), np.zeros(size, np.float32)
+    if rng.random() < DISTRACTOR_PROBABILITY:
+        image = add_distractors(image, random_background(), rng)
+    light = draw_light(image, rng)
+    n_others = rng.choice(len(CUT_OUT_PROBABILITIES), p=CUT_OUT_PROBABILITIES)
+    for index in (*rng.integers(n_pairs, size=n_others), pair_index):
+        paste_augmented(cut_out_of(index), image, mask, light, rng)
+    if rng.random() < OCCLUDER_PROBABILITY:
+        mask *= 1 - put_patch(image, random_background(), rng)
     return camera_degradation(image, rng), mask
+
+
+def paste_augmented(
+    cut_out: np.ndarray, image: np.ndarray, mask: np.ndarray, light: Light, rng: np.random.Generator
+) -> None:
+    """Paste a cut-out uint8 (H, W, 5) at random places, with random looks; see `paste`."""
+    cut_out, size = flip(cut_out, rng), (mask.shape[0], mask.shape[1])
+    for placement in draw_placements(cut_out, size, rng):
+        dressed = dress(cut_out, draw_color(rng), draw_shading(rng), placement.turn_back(light))
+        layer = warp(dressed, placement, size)
+        cast_shadow(layer[..., 3], image, light)
+        paste(layer, image, mask)
 
 
 def photo_sample(
@@ -128,23 +162,30 @@ def photo_sample(
     augment: bool,
     read: Read = load_directly,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Use the photo of a pair as it is, or flipped, zoomed and recolored if `augment` is True.
+    """Use the photo of a pair as it is; or flipped, zoomed and recolored if `augment` is True.
 
+    Half of the augmented photos get cables of another color, which keep the shading that they have.
     Arguments, returned arrays and errors are those of `composite`.
     """
     if not augment:
         whole, true_mask = read_pair(pair)
         return resize_image(whole, size), resize_mask(true_mask.astype(np.float32), size)
     image_and_mask = flip(read(load_pair, pair, longest_side(size)), rng)
-    image_and_mask = resize_area(zoom(image_and_mask, rng), size)
+    image_and_mask = np.ascontiguousarray(zoom(image_and_mask, rng))
+    if rng.random() < RECOLOR_PHOTO_PROBABILITY:
+        recolor_in_place(image_and_mask, draw_color(rng))
+    image_and_mask = resize_area(image_and_mask, size)
     image = recolor_scene(np.ascontiguousarray(image_and_mask[..., :3]), rng)
     return camera_degradation(image, rng), image_and_mask[..., 3].astype(np.float32) / 255
 
 
-# --- Cutting out and pasting -------------------------------------------------------------------
+# --- Cutting out -------------------------------------------------------------------------------
 
 # Depth inside the mask, in pixels, from which a pixel shows the color of the cable alone.
 TRUSTED_DEPTH = 2.0
+FILL_BLUR = 1.5  # sigma in pixels, for the colors that are extended
+WIDE_RADIUS = 2.5  # pixels, from which the blur of 1.4 pixels below leaves the width as it is
+EDGE_GAIN = 1.8  # makes this blur's edge as sharp as that of the blur of 0.7 pixels
 
 
 def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
@@ -152,129 +193,218 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
 
     Pixels at the edge mix cable and background, and masks are rarely exact to the pixel. Pasted
     unchanged, these pixels would form a halo, and a model would learn to detect the pasting. So every
-    pixel outside the core of the cables takes the color of the nearest core pixel, and the edge of the
+    pixel outside the core of the cables takes the color of the nearest core pixels, and the edge of the
     mask is smoothed.
 
     Args:
         image_and_mask: uint8 (H, W, 4).
 
     Returns:
-        uint8 (H, W, 4): the colors of the cables, extended over the whole image, and the soft mask. An
-        image with an empty mask is returned unchanged.
+        uint8 (H, W, 5): the colors of the cables, extended over the whole image; the soft mask; the radius
+        of the nearest cable in half pixels. An image with an empty mask keeps its colors.
     """
     image, mask = image_and_mask[..., :3], image_and_mask[..., 3].copy()
     if not mask.any():
-        return image_and_mask
+        return np.dstack([image_and_mask, mask])
     inside = mask >= min(128, mask.max())
-    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 3)
+    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
     # A cable thinner than twice the trusted depth keeps its deepest pixels: the ridge.
     ridge = cv2.dilate(depth, np.ones((5, 5), np.uint8))
     core = inside & (depth >= np.minimum(TRUSTED_DEPTH, ridge))
+    filled = _nearest(core, image)
+    # Without the blur, enlarged cables would show the nearest pixels as a comb.
+    colors = np.where(core[..., None], filled, cv2.GaussianBlur(filled, (0, 0), FILL_BLUR))
+    radius = _radius(inside, depth)
+    return np.dstack([colors, _soft_edge(mask, radius), radius])
+
+
+def _soft_edge(mask: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Smooth the edge of a mask uint8 (H, W); wide cables also lose the steps of its pixels."""
+    thin = cv2.GaussianBlur(mask, (0, 0), 0.7)
+    wide = cv2.GaussianBlur(mask, (0, 0), 1.4).astype(np.float32)
+    wide = np.clip(127.5 + EDGE_GAIN * (wide - 127.5), 0, 255).astype(np.uint8)
+    return np.where(radius >= 2 * WIDE_RADIUS, wide, thin)
+
+
+# Along the center line, the depth of neighbors differs by less; across it, by at least 1.
+RIDGE_TOLERANCE = 0.6
+
+
+def _radius(inside: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """The radius of the cable at each pixel, uint8 (H, W) in half pixels: the depth of its center line."""
+    ridge = inside & (depth > cv2.dilate(depth, np.ones((3, 3), np.uint8)) - RIDGE_TOLERANCE)
+    half_pixels = np.clip(2 * depth - 1, 1, 255)  # the depth of a pixel next to the edge is 1, not 1/2
+    return cv2.GaussianBlur(_nearest(ridge, half_pixels.astype(np.uint8)), (0, 0), FILL_BLUR)
+
+
+def _nearest(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each pixel, the value (H, W, ...) at the nearest pixel of `known`, bool (H, W)."""
     _, labels = cv2.distanceTransformWithLabels(
-        (~core).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+        (~known).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
     )
-    color_of_label = np.zeros((labels.max() + 1, 3), np.uint8)
-    color_of_label[labels[core]] = image[core]
-    return cv2.merge([color_of_label[labels], cv2.GaussianBlur(mask, (0, 0), 0.7)])
+    of_label = np.zeros((labels.max() + 1, *values.shape[2:]), values.dtype)
+    of_label[labels[known]] = values[known]
+    return of_label[labels]
 
 
-def paste(
-    cut_out: np.ndarray,
-    image: np.ndarray,
-    mask: np.ndarray,
-    recolor: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> None:
-    """Blend a cut-out into an image and its soft mask into the mask of the image, both in place.
+# --- Color and pasting -------------------------------------------------------------------------
+
+
+def dress(cut_out: np.ndarray, color: Color | None, shading: Shading, light: Light) -> np.ndarray:
+    """Give the cables of a cut-out uint8 (H, W, 5) a color and a shading; returns a layer (H, W, 4).
+
+    `light` is in the frame of the cut-out. Only the pixels of the cables are computed.
+    """
+    touched = np.flatnonzero(cut_out[..., 3])
+    pixels = cut_out.reshape(-1, 5)[touched]
+    alpha = pixels[:, 3:4].astype(np.float32)
+    depth = cv2.distanceTransform((cut_out[..., 3] > 127).astype(np.uint8), cv2.DIST_L2, 5)
+    depth = cv2.GaussianBlur(depth, (0, 0), 1)  # smooths the steps of the mask's pixels
+    inward = np.stack(
+        [cv2.Sobel(depth, cv2.CV_32F, *axis).flat[touched] for axis in ((1, 0), (0, 1))], axis=1
+    )
+    normals = -inward / np.maximum(np.linalg.norm(inward, axis=1, keepdims=True), 1e-6)
+    across = np.clip(1 - (2 * depth.flat[touched] - 1) / np.maximum(pixels[:, 4], 1), 0, 1)
+    shaded = shade(recolor(pixels[:, :3], color), across, normals, shading, light)
+    layer = np.zeros((*cut_out.shape[:2], 4), np.uint8)
+    layer.reshape(-1, 4)[touched] = np.rint(np.hstack([shaded * (alpha / 255), alpha]))
+    return layer
+
+
+def premultiply(image_and_mask: np.ndarray) -> np.ndarray:
+    """Multiply the colors of an image uint8 (H, W, 4) by its soft mask: a layer."""
+    colors = image_and_mask[..., :3].astype(np.float32) * (image_and_mask[..., 3:].astype(np.float32) / 255)
+    return np.dstack([np.rint(colors).astype(np.uint8), image_and_mask[..., 3]])
+
+
+def paste(layer: np.ndarray, image: np.ndarray, mask: np.ndarray) -> None:
+    """Blend a layer into an image and its soft mask into the mask of the image, both in place.
 
     Only the pixels that the cables touch are computed: a few percent of the image.
 
     Args:
-        cut_out: uint8 (H, W, 4).
+        layer: uint8 (H, W, 4), colors multiplied by the soft mask.
         image: uint8 (H, W, 3), contiguous.
         mask: float32 (H, W) in 0..1, contiguous.
-        recolor: changes the colors of the cables, uint8 (n, 1, 3), before they are blended.
     """
-    touched = np.flatnonzero(cut_out[..., 3])
-    if len(touched) == 0:
-        return
-    cables = cut_out.reshape(-1, 4)[touched]
-    pixels = np.ascontiguousarray(cables[:, None, :3])  # (n, 1, 3), an image for OpenCV
-    colors = (recolor(pixels) if recolor else pixels)[:, 0].astype(np.float32)
-    alpha = cables[:, 3:].astype(np.float32) / 255
+    touched = np.flatnonzero(layer[..., 3])
+    cables = layer.reshape(-1, 4)[touched].astype(np.float32)
+    alpha = cables[:, 3:] / 255
     image_pixels, mask_pixels = image.reshape(-1, 3), mask.reshape(-1)  # views
-    below = image_pixels[touched]
-    image_pixels[touched] = np.rint(below + (colors - below) * alpha)
+    blended = image_pixels[touched] * (1 - alpha) + cables[:, :3]
+    image_pixels[touched] = np.minimum(np.rint(blended), 255)
     mask_pixels[touched] = 1 - (1 - mask_pixels[touched]) * (1 - alpha[:, 0])
+
+
+def recolor_in_place(image_and_mask: np.ndarray, color: Color | None) -> None:
+    """Give the cables of a photo uint8 (H, W, 4) another color, where they are, in place."""
+    pixels = image_and_mask.reshape(-1, 4)
+    touched = np.flatnonzero(pixels[:, 3])
+    cables, alpha = pixels[touched, :3], pixels[touched, 3:].astype(np.float32) / 255
+    pixels[touched, :3] = np.rint(cables + (recolor(cables, color) - cables) * alpha)
 
 
 # --- Transforming ------------------------------------------------------------------------------
 
-SCALE_RANGE = (0.6, 1.6)  # 1 fits the whole cut-out into the sample
-MAX_SHIFT = 0.3  # in each direction, as a fraction of the sample's side
-MIN_IN_FRAME = 0.25  # of the pixels of the cables
-MAX_ATTEMPTS = 20
+# Width of the median cable, drawn log-uniformly, in units of 1/256 of the sample's longest side.
+WIDTH_RANGE = (1.5, 14.0)
+SCALE_RANGE = (0.6, 3.5)  # limits of the scale; 1 fits the whole cut-out into the sample
+MAX_MAGNIFICATION = 2.5  # pixels of the sample per pixel of the photo; more looks blurred
+REFLECT_PROBABILITY = 0.4  # of cables that go on, mirrored, beyond their photo instead of ending there
+BUNDLE_PROBABILITY = 0.2
+BUNDLE_SIZES = (2, 4)  # smallest and largest number of parallel cables
+BUNDLE_GAPS = (0.0, 2.5)  # between them, in units of 1/256 of the longest side
+BEND_PROBABILITY = 0.5
+MAX_BEND = 0.04  # largest typical displacement, as a fraction of the longest side
+BEND_GRID = 4  # random displacements along each side
 
 MIN_CROP, MIN_ZOOM = 0.4, 0.6  # smallest side of a random part, as a fraction of the largest
 
 
-def random_affine(cut_out: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Rotate, scale and shift a cut-out uint8 (H, W, 4) at random; returns uint8 (h, w, 4) of `size`.
+@dataclass(frozen=True)
+class Placement:
+    """Where a cut-out goes in a sample.
 
-    At least a quarter of the cable pixels, counted after scaling, stay inside the frame.
+    matrix: (2, 3), from the cut-out to the sample.
+    scale: pixels of the sample per pixel of the cut-out.
+    bend: float32 (h, w, 2), displacement (x, y) of each pixel of the sample; None bends nothing.
+    border: OpenCV's border mode: what lies outside the cut-out.
     """
-    old_size = (cut_out.shape[0], cut_out.shape[1])
-    fit = min(size[0] / old_size[0], size[1] / old_size[1])
-    cable = 2 * np.argwhere(cut_out[::2, ::2, 3] > 127)[:, ::-1]  # (n, 2) as (x, y), one pixel in four
-    for _ in range(MAX_ATTEMPTS):
-        scale = fit * np.exp(rng.uniform(*np.log(SCALE_RANGE)))
-        angle = rng.uniform(-180, 180)
-        shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2) * size[::-1]
-        matrix = similarity_matrix(old_size, size, scale, angle, shift)
-        if _share_in_frame(cable, matrix, size) >= MIN_IN_FRAME:
-            break
-    else:  # cables far from the center: keep their place in the photo
-        scale, matrix = fit, similarity_matrix(old_size, size, fit, 0.0, np.zeros(2))
-    return warp(cut_out, matrix, size, scale)
+
+    matrix: np.ndarray
+    scale: float
+    bend: np.ndarray | None = None
+    border: int = cv2.BORDER_CONSTANT
+
+    def turn_back(self, light: Light) -> Light:
+        """The light of the sample in the frame of the cut-out."""
+        return replace(light, direction=self.matrix[:, :2].T @ light.direction / self.scale)
 
 
-def similarity_matrix(
-    old_size: tuple[int, int], size: tuple[int, int], scale: float, angle: float, shift: np.ndarray
-) -> np.ndarray:
-    """Matrix (2, 3) that scales and rotates (degrees) about the center, then moves it to the new center.
+def draw_placements(cut_out: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> list[Placement]:
+    """Draw where the cables of a cut-out uint8 (H, W, 5) go in a sample of `size`.
 
-    `shift` (2,) is (x, y) in pixels of the result.
+    A random pixel of the cables lands inside the frame. The scale gives the cables a random width. A bundle
+    has several placements, parallel to each other; a cut-out without cables has none.
     """
-    center = (np.array(old_size[::-1]) - 1) / 2
-    matrix = cv2.getRotationMatrix2D(center.tolist(), angle, scale)
-    matrix[:, 2] += (np.array(size[::-1]) - 1) / 2 - center + shift
+    height, width = cut_out.shape[:2]
+    cables = np.argwhere(cut_out[::2, ::2, 3] > 127)  # one pixel in four
+    if len(cables) == 0:
+        return []
+    unit = max(size) / 256
+    cable_width = float(np.median(cut_out[::2, ::2, 4][tuple(cables.T)]))  # half pixels of radius
+    fit = min(size[0] / height, size[1] / width)
+    scale = unit * np.exp(rng.uniform(*np.log(WIDTH_RANGE))) / cable_width
+    scale = float(min(np.clip(scale, *(fit * np.array(SCALE_RANGE))), MAX_MAGNIFICATION))
+    point = 2.0 * cables[rng.integers(len(cables))][::-1]  # (x, y)
+    place = rng.uniform(0.1, 0.9, 2) * size[::-1]
+    bend = draw_bend(size, rng) if rng.random() < BEND_PROBABILITY else None
+    border = cv2.BORDER_REFLECT_101 if rng.random() < REFLECT_PROBABILITY else cv2.BORDER_CONSTANT
+    count = int(rng.integers(*BUNDLE_SIZES, endpoint=True)) if rng.random() < BUNDLE_PROBABILITY else 1
+    step = (cable_width * scale + rng.uniform(*BUNDLE_GAPS) * unit) * unit_vector(rng)
+    matrix = similarity_matrix(point, place, scale, rng.uniform(-180, 180))
+    shifts = (np.column_stack([np.zeros((2, 2)), number * step]) for number in range(count))
+    return [Placement(matrix + shift, scale, bend, border) for shift in shifts]
+
+
+def unit_vector(rng: np.random.Generator) -> np.ndarray:
+    """A random direction (2,)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def draw_bend(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A smooth random displacement (x, y) of each pixel, float32 (h, w, 2)."""
+    coarse = rng.normal(0, rng.uniform(0, MAX_BEND) * max(size), (BEND_GRID, BEND_GRID, 2))
+    return cv2.resize(coarse.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def similarity_matrix(point: np.ndarray, place: np.ndarray, scale: float, angle: float) -> np.ndarray:
+    """Matrix (2, 3) that scales and rotates (degrees) and brings `point` to `place`, both (x, y)."""
+    matrix = cv2.getRotationMatrix2D((0, 0), angle, scale)
+    matrix[:, 2] = place - matrix[:, :2] @ point
     return matrix
 
 
-def _share_in_frame(points: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> float:
-    """Fraction of points (n, 2) that `matrix` moves into an image of `size`; 1 without points."""
-    if len(points) == 0:
-        return 1.0
-    moved = points @ matrix[:, :2].T + matrix[:, 2]
-    inside = (moved >= -0.5) & (moved < np.array(size[::-1]) - 0.5)
-    return float(inside.all(axis=1).mean())
+def warp(layer: np.ndarray, placement: Placement, size: tuple[int, int]) -> np.ndarray:
+    """Bring a layer to its place in a sample of `size`, without aliasing.
 
-
-def warp(cut_out: np.ndarray, matrix: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:
-    """Warp without aliasing: a cut-out that shrinks is first averaged down to its final scale."""
-    height, width = cut_out.shape[:2]
-    if scale < 1:
-        small_size = max(1, round(height * scale)), max(1, round(width * scale))
+    A layer that shrinks is first averaged down to its final scale.
+    """
+    matrix, (height, width) = placement.matrix, layer.shape[:2]
+    if placement.scale < 1:
+        small_size = max(1, round(height * placement.scale)), max(1, round(width * placement.scale))
         ratio = np.array([width / small_size[1], height / small_size[0]])  # old pixels per new one, (x, y)
-        cut_out = resize_area(cut_out, small_size)
+        layer = resize_area(layer, small_size)
         # The center of a small pixel x lies at (x + 0.5) * ratio - 0.5 in the old image.
         offset = matrix[:, :2] @ (0.5 * ratio - 0.5) + matrix[:, 2]
         matrix = np.column_stack([matrix[:, :2] * ratio, offset])
-    else:
-        cut_out = cut_out.copy()
-    # Outside the photo the colors continue and the mask is 0: repeat a border with a mask of 0.
-    cut_out[[0, -1], :, 3] = 0
-    cut_out[:, [0, -1], 3] = 0
-    return cv2.warpAffine(cut_out, matrix, size[::-1], borderMode=cv2.BORDER_REPLICATE)
+    if placement.bend is None:
+        return cv2.warpAffine(layer, matrix, size[::-1], borderMode=placement.border)
+    back = cv2.invertAffineTransform(matrix)
+    grid = np.stack(np.meshgrid(*map(np.arange, size[::-1])), axis=-1) + placement.bend
+    source = (grid @ back[:, :2].T + back[:, 2]).astype(np.float32)
+    return cv2.remap(layer, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=placement.border)
 
 
 def random_crop(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@ from conftest import draw_cable, rng, write_backgrounds, write_dataset
 from PIL import Image
 
 from imaging import compositing, files, masks, pairing
+from imaging.appearance import Color, Light, Shading
 
 
 def files_in(data, name="cables"):
@@ -29,11 +30,11 @@ def test_cut_out_leaves_no_trace_of_the_old_background():
 
     def greenest(cables):
         image = np.zeros((60, 80, 3), np.uint8)
-        compositing.paste(cables, image, np.zeros((60, 80), np.float32))
+        compositing.paste(compositing.premultiply(cables), image, np.zeros((60, 80), np.float32))
         return image[..., 1].max()
 
     assert greenest(own_colors) > 70
-    assert greenest(cut_out) < 40
+    assert greenest(cut_out[..., :4]) < 40
 
 
 def test_cut_out_has_a_soft_edge_where_the_mask_is():
@@ -66,16 +67,52 @@ def test_large_photos_are_brought_down_before_cutting_out_and_keep_thin_cables(t
     assert compositing.load_pair(pair, longest=2000).shape == (1500, 2000, 4)
 
 
+@pytest.mark.parametrize("width", [3, 7, 15])
+def test_a_cut_out_knows_the_radius_of_its_cables(width):
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20 : 20 + width] = 1
+    mask[45:48] = 1  # another cable, 3 px wide
+    radius = compositing.cut_out(with_mask(np.zeros((60, 80, 3), np.uint8), mask))[..., 4] / 2
+    assert radius[20 : 20 + width, 10:70] == pytest.approx(width / 2, abs=0.5)
+    assert radius[45:48, 10:70] == pytest.approx(1.5, abs=0.5)
+
+
 def test_paste_blends_by_the_mask_and_joins_the_masks():
     cut_out = np.zeros((1, 4, 4), np.uint8)
     cut_out[..., :3] = 200
     cut_out[0, :, 3] = 0, 51, 255, 51
     image, mask = np.full((1, 4, 3), 100, np.uint8), np.array([[0.5, 0, 0.5, 0.5]], np.float32)
-    compositing.paste(cut_out, image, mask)
+    layer = compositing.premultiply(cut_out)
+    assert layer[0, :, 0].tolist() == [0, 40, 200, 40]
+    compositing.paste(layer, image, mask)
     assert image[0, :, 0].tolist() == [100, 120, 200, 120]
     assert mask[0] == pytest.approx([0.5, 0.2, 1.0, 0.6])
-    compositing.paste(cut_out, image, mask, recolor=lambda colors: 255 - colors)
-    assert image[0, :, 2].tolist() == [100, 107, 55, 107]
+
+
+def test_dressing_colors_the_cables_and_turns_with_the_light():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[24:40] = 1  # a horizontal cable
+    cut_out = compositing.cut_out(with_mask(np.full((64, 64, 3), 128, np.uint8), mask))
+    blue = Color(np.array([40.0, 20.0, -60.0]), 0.0, 0.0)
+    shading = Shading(drop=0.5, power=2.0, gloss=0.0, gloss_width=0.2)
+    light = Light(np.array([0.0, 1.0]), 0.3, 0.0, 0.0, 1.0, np.ones(3))  # from above
+    layer = compositing.dress(cut_out, blue, shading, light)
+    assert (layer[..., 3] == cut_out[..., 3]).all()
+    center = layer[32, 30].astype(int)
+    assert center[2] > center[0] + 30
+    assert layer[32, 30, 2] > layer[26, 30, 2] > layer[37, 30, 2]  # the edge is darker, the lower one more so
+    quarter = compositing.Placement(compositing.similarity_matrix(np.zeros(2), np.zeros(2), 2.0, 90.0), 2.0)
+    turned = quarter.turn_back(light).direction
+    assert quarter.matrix[:, :2] @ turned / 2 == pytest.approx(light.direction)
+    assert np.linalg.norm(turned) == pytest.approx(1)
+
+
+def test_recoloring_in_place_leaves_the_rest_of_the_photo():
+    mask = draw_cable(rng(), (60, 80), 8)
+    photo = with_mask(np.full((60, 80, 3), 120, np.uint8), mask)
+    compositing.recolor_in_place(photo, Color(np.array([15.0, 0.0, 0.0]), 0.0, 0.0))
+    assert photo[mask, :3].max() < 60
+    assert (photo[~mask, :3] == 120).all()
 
 
 # --- samples ---
@@ -125,7 +162,8 @@ def test_a_photo_sample_without_augmentation_is_the_photo(data):
     assert mask.dtype == np.float32 and (mask == masks.read_mask(pairs[1].mask_path)).all()
 
 
-def test_an_augmented_photo_sample_keeps_image_and_mask_together(data):
+def test_an_augmented_photo_sample_keeps_image_and_mask_together(data, monkeypatch):
+    monkeypatch.setattr(compositing, "RECOLOR_PHOTO_PROBABILITY", 0)  # the test finds the cable by its color
     write_dataset(data / "thick", 1, width=11)
     pairs, _ = files_in(data, "thick")
     samples = [compositing.photo_sample(pairs[0], (48, 64), rng(seed), augment=True) for seed in range(8)]
@@ -155,39 +193,81 @@ def test_samples_read_all_files_that_may_come_from_a_cache_through_read(data, au
 # --- transforms ---
 
 
-def test_at_least_a_quarter_of_the_cable_stays_in_the_frame():
-    corner = np.zeros((48, 64, 4), np.uint8)
-    corner[1:9, 1:9, 3] = 255  # far off center: most shifts would lose it
+def cut_out_of(mask):
+    return compositing.cut_out(with_mask(np.full((*mask.shape, 3), 200, np.uint8), mask))
+
+
+def test_cables_land_in_the_frame_with_widths_of_the_range():
+    corner = np.zeros((96, 128), np.uint8)
+    corner[2:8, 1:60] = 1  # a cable of 6 px far off center
+    cut_out, widths = cut_out_of(corner), []
     for seed in range(200):
-        moved = compositing.random_affine(corner, (48, 64), rng(seed))[..., 3].sum() / 255
-        assert moved > 0.2 * compositing.SCALE_RANGE[0] ** 2 * 64, seed
-        assert moved < 1.1 * compositing.SCALE_RANGE[1] ** 2 * 64, seed
+        for placement in compositing.draw_placements(cut_out, (192, 256), rng(seed)):
+            assert 2 * compositing.SCALE_RANGE[0] <= placement.scale <= compositing.MAX_MAGNIFICATION
+            widths.append(6 * placement.scale)
+        layer = compositing.warp(
+            cut_out[..., :4], compositing.draw_placements(cut_out, (192, 256), rng(seed))[0], (192, 256)
+        )
+        assert layer[..., 3].max() > 100, seed
+    assert min(widths) < 9 and max(widths) > 13
 
 
+def test_a_bundle_is_parallel_and_one_width_apart():
+    mask = np.zeros((96, 128), np.uint8)
+    mask[40:48] = 1
+    cut_out = cut_out_of(mask)
+    drawn = [compositing.draw_placements(cut_out, (192, 256), rng(seed)) for seed in range(100)]
+    bundles = [placements for placements in drawn if len(placements) > 1]
+    assert 8 < len(bundles) < 40
+    for first, second, *_ in bundles:
+        assert (first.matrix[:, :2] == second.matrix[:, :2]).all() and first.bend is second.bend
+        step = np.linalg.norm(second.matrix[:, 2] - first.matrix[:, 2]) - 8 * first.scale
+        assert -0.2 * 8 * first.scale < step < compositing.BUNDLE_GAPS[1] + 0.1 * 8 * first.scale
+
+
+def test_a_cut_out_without_cables_is_pasted_nowhere():
+    assert compositing.draw_placements(cut_out_of(np.zeros((40, 40))), (40, 40), rng()) == []
+
+
+@pytest.mark.parametrize("bend", [False, True])
 @pytest.mark.parametrize("scale", [0.3, 0.5, 1.0, 1.7])
-def test_warp_keeps_image_and_mask_together_and_their_center(scale):
+def test_warp_keeps_image_and_mask_together_and_their_place(scale, bend):
     mask = cv2.GaussianBlur(draw_cable(rng(3), (96, 128), 9).astype(np.float32), (0, 0), 1)
-    cut_out = np.repeat((mask * 255).astype(np.uint8)[..., None], 4, axis=2)
+    layer = np.repeat((mask * 255).astype(np.uint8)[..., None], 4, axis=2)
     canvas = (round(96 * scale), round(128 * scale))
-    matrix = compositing.similarity_matrix(mask.shape, canvas, scale, 0.0, np.zeros(2))
-    warped = compositing.warp(cut_out, matrix, canvas, scale) / 255
-    inner = np.s_[3:-3, 3:-3]  # at the photo's rim the mask ends and colors go on
-    assert np.abs(warped[..., 0] - warped[..., 3])[inner].max() < 0.03
+    matrix = compositing.similarity_matrix(np.full(2, -0.5), np.full(2, -0.5), scale, 0.0)
+    still = np.zeros((*canvas, 2), np.float32) if bend else None
+    warped = compositing.warp(layer, compositing.Placement(matrix, scale, still), canvas) / 255
+    assert (warped[..., 0] == warped[..., 3]).all()
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     expected = cv2.resize(mask, canvas[::-1], interpolation=interpolation)
-    assert np.abs(warped[..., 3] - expected)[inner].max() < 0.12
+    inner = np.s_[3:-3, 3:-3]
+    assert np.abs(warped[..., 3] - expected)[inner].max() < 0.14
     assert warped[..., 3][inner].sum() == pytest.approx(expected[inner].sum(), rel=0.02)
 
 
-def test_where_a_cable_leaves_its_photo_its_end_is_soft_and_keeps_its_color():
-    cut_out = np.full((40, 40, 4), 200, np.uint8)
-    cut_out[..., 3] = 255
-    matrix = compositing.similarity_matrix((40, 40), (80, 80), 1.0, 30.0, np.zeros(2))
-    warped = compositing.warp(cut_out, matrix, (80, 80), 1.0)
-    alpha = warped[..., 3]
-    assert (warped[..., :3] == 200).all() and (cut_out[..., 3] == 255).all()
-    assert ((alpha > 30) & (alpha < 220)).sum() > 50
-    assert alpha.sum() / 255 == pytest.approx(38 * 38, rel=0.01)
+def test_a_bend_moves_cables_smoothly():
+    mask = np.zeros((96, 128), np.uint8)
+    mask[44:52] = 255
+    layer = np.repeat(mask[..., None], 4, axis=2)
+    matrix = compositing.similarity_matrix(np.zeros(2), np.zeros(2), 1.0, 0.0)
+    bend = compositing.draw_bend((96, 128), rng(2))
+    assert np.abs(np.diff(bend, axis=0)).max() < 0.5 and np.abs(np.diff(bend, axis=1)).max() < 0.5
+    bent = compositing.warp(layer, compositing.Placement(matrix, 1.0, bend), (96, 128))[..., 3]
+    assert (bent != mask).mean() > 0.01
+    assert bent.sum() == pytest.approx(float(mask.sum()), rel=0.35)
+
+
+def test_beyond_its_photo_a_cable_ends_or_goes_on_mirrored():
+    layer = np.full((40, 40, 4), 200, np.uint8)
+    matrix = compositing.similarity_matrix(np.full(2, 19.5), np.full(2, 39.5), 1.0, 30.0)
+    ends, mirrored = (
+        compositing.warp(layer, compositing.Placement(matrix, 1.0, border=border), (80, 80))
+        for border in (cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT_101)
+    )
+    assert ends[..., 3].sum() == pytest.approx(200 * 40 * 40, rel=0.01)
+    assert ((ends > 30) & (ends < 170)).any()  # with a soft end
+    assert (mirrored == 200).all()
 
 
 def test_backgrounds_of_any_shape_are_cropped_to_the_canvas(tmp_path):
