@@ -30,6 +30,7 @@ MAX_OVERLAP = 8.0  # length of an overlap of two cables, over the sum of the dis
 MAX_FORK = np.radians(110)  # between two cables that leave an overlap on one side
 WIDTH_WEIGHT = 0.5  # radians of bending that count as much as a width that is e times as large
 WIDTH_BIAS = 0.5  # pixels; twice the distance between pixel centers is 0 or 1 more than the width
+MAX_ID = 65535  # of an instance mask, which is 16-bit
 SMOOTHING = 0.3  # widths; the standard deviation of the Gaussian along a centerline
 
 
@@ -119,8 +120,8 @@ def _outer_arms(branches: Sequence[Branch], distance: np.ndarray) -> _Arms:
     """The arms of all branches, by key, but of those that lie within a junction.
 
     The skeleton of a crossing is seldom one node: where two cables overlap, it is one line between two nodes.
-    Nodes whose blobs overlap are one junction. So are two nodes of three branches each, if the line between
-    them is not long and two branches leave it at a small angle on either side.
+    Nodes whose blobs overlap are one junction. So are the nodes at both ends of a line that is not long, if
+    an even number of other branches meets at either end, and two leave it at a small angle.
     """
     degree = Counter(node for branch in branches for node in branch.nodes)
     blob = {
@@ -150,7 +151,7 @@ def _outer_arms(branches: Sequence[Branch], distance: np.ndarray) -> _Arms:
 
 
 def _is_fork(arms: Sequence[_Arm]) -> bool:
-    """Whether these are two arms at a small angle, or another even number."""
+    """Whether these are two arms at a small angle, or more of an even number: the arms of whole cables."""
     is_even = len(arms) > 0 and len(arms) % 2 == 0
     return is_even and (len(arms) > 2 or float(arms[0].direction @ arms[1].direction) > np.cos(MAX_FORK))
 
@@ -194,7 +195,8 @@ def _measure_arms(
             starts.append(_points_inside(points, blobs))
         for side, node in enumerate(branch.nodes):
             points = branch.points[starts[0] : len(branch.points) - starts[1]]
-            point, direction, width = _measure_end(points[::-1] if side else points, distance)
+            whole = branch.points[-side] - branch.points[side - 1]
+            point, direction, width = _measure_end(points[::-1] if side else points, whole, distance)
             length = float(arc_lengths(branch.points)[-1])
             key = (number, side)
             arms[key] = _Arm(key, junction_of.get(node), starts[side], point, direction, width, length)
@@ -210,13 +212,18 @@ def _points_inside(points: np.ndarray, blobs: Sequence[tuple[np.ndarray, float]]
     return min(count, (len(points) - 1) // 2)
 
 
-def _measure_end(points: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fit a line to the first points (N, 2) of a branch: where it begins, its direction there, the width."""
+def _measure_end(
+    points: np.ndarray, whole: np.ndarray, distance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit a line to the first points (N, 2) of a branch: where it begins, its direction there, the width.
+
+    `whole` is the vector to its first point from its last, for a branch with a single point outside blobs.
+    """
     arcs = arc_lengths(points)
     half_widths = _sample(distance, points)
     near = arcs <= max(2 * DIRECTION_LENGTH * half_widths[0], 5)
     if near.sum() < 2:
-        return points[0], np.zeros(2), _width(half_widths[:1])
+        return points[0], whole / (np.linalg.norm(whole) or 1.0), _width(half_widths[:1])
     (slope, start) = np.polyfit(arcs[near], points[near], 1)
     return start, -slope / (np.linalg.norm(slope) or 1.0), _width(half_widths[near])
 
@@ -436,7 +443,7 @@ def _number_cables(lines: Iterable[_Line]) -> list[Cable]:
     cables = [Cable(0, *line) for line in lines]
     cables = [c for c in cables if c.length >= max(MIN_LENGTH, MIN_ASPECT * float(np.median(c.widths)))]
     cables.sort(key=lambda cable: -cable.length)
-    return [replace(cable, id=number) for number, cable in enumerate(cables, 1)]
+    return [replace(cable, id=number) for number, cable in enumerate(cables[:MAX_ID], 1)]
 
 
 # --- Crossings and instances -------------------------------------------------------------------

@@ -17,7 +17,7 @@ import export
 import finetune
 import predict
 from imaging.files import read_image
-from tools import bench, draw_cables, plot_curves, results, soak
+from tools import bench, draw_cables, measure_crossings, plot_curves, results, soak
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +28,7 @@ SCRIPTS = {
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
     "tools/draw_cables.py": draw_cables,
+    "tools/measure_crossings.py": measure_crossings,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
@@ -59,6 +60,7 @@ RUN_ELSEWHERE = {
     "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
+    "python tools/measure_crossings.py": ("tests/test_measure_crossings.py", "tool.main("),
     "python tools/draw_cables.py --out data/drawn --n 500": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',
