@@ -62,5 +62,5 @@ def test_each_cable_is_drawn_in_a_color_of_its_own_with_its_crossings():
     assert tuple(drawn[50, 40]) == visualize.CABLE_COLORS[0]
     assert tuple(drawn[90, 40]) == visualize.CABLE_COLORS[1]
     assert tuple(drawn[70, 40]) == (60, 60, 60)  # darkened
-    assert tuple(drawn[42, 80]) == (255, 255, 255)  # the circle around the crossing
+    assert drawn[40:45, 80].min(axis=1).max() > 200  # the white circle around the crossing
     assert len(set(visualize.CABLE_COLORS)) == len(visualize.CABLE_COLORS)
