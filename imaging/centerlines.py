@@ -156,8 +156,8 @@ def _is_fork(arms: Sequence[_Arm]) -> bool:
     return is_even and (len(arms) > 2 or float(arms[0].direction @ arms[1].direction) > np.cos(MAX_FORK))
 
 
-def _by_junction(arms: _Arms) -> dict[int, list[_Arm]]:
-    meeting: dict[int, list[_Arm]] = defaultdict(list)
+def _by_junction(arms: _Arms) -> dict[int | None, list[_Arm]]:
+    meeting: dict[int | None, list[_Arm]] = defaultdict(list)
     for arm in arms.values():
         if arm.junction is not None:
             meeting[arm.junction].append(arm)
