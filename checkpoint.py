@@ -201,3 +201,47 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+# --- The best weights -------------------------------------------------------------------------
+
+BEST_FILE = "best.pth"
+# States are saved more rarely than the best weights, and a resumed run may train other weights than those
+# that came after its state. So the older best weights take this name, with their iteration, for a while.
+KEPT_BEST = "best_at_{}.pth"
+
+
+def keep_best(folder: Path, iteration: int) -> None:
+    """Keep `best.pth`, of `iteration`, until the next state is saved, unless an older one is kept."""
+    best = folder / BEST_FILE
+    with _renaming(best):
+        if best.exists() and not _kept(folder):
+            best.replace(folder / KEPT_BEST.format(iteration))
+
+
+def remove_kept_best(folder: Path) -> None:
+    """After a state was saved: it names the weights in `best.pth`."""
+    for path in _kept(folder):
+        with _renaming(path):
+            path.unlink()
+
+
+def restore_best(folder: Path, iteration: int | None) -> None:
+    """When a run is resumed: bring back the best weights, of `iteration`, that its state names."""
+    kept = folder / KEPT_BEST.format(iteration)
+    with _renaming(kept):
+        if kept.exists():
+            kept.replace(folder / BEST_FILE)
+    remove_kept_best(folder)
+
+
+def _kept(folder: Path) -> list[Path]:
+    return list(folder.glob(KEPT_BEST.format("*")))
+
+
+@contextmanager
+def _renaming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be renamed or removed: {error}") from error

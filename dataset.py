@@ -5,13 +5,16 @@ thin cables survive resizing. Every random choice comes from a generator that is
 index in the epoch) or (seed, index), never from global state.
 """
 
+import copy
 import multiprocessing
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 import runtime
 from base.errors import UserError
-from config import DatasetConfig
+from dataset_index import DatasetIndex
 from imaging.compositing import (
     bounded_size,
     composite,
@@ -34,172 +37,11 @@ from imaging.compositing import (
     photo_sample,
 )
 from imaging.decoded_cache import DecodedCache
-from imaging.files import (
-    MAX_PIXELS,
-    NO_IMAGE_FILE,
-    FileError,
-    format_list,
-    image_files,
-    unread_files,
-)
+from imaging.files import FileError
 from imaging.geometry import InputSpec, ModelInput, fit_size, to_model_input
 from imaging.metrics import GroundTruth
-from imaging.pairing import FileInfo, Pair, check_files, find_pairs
 from imaging.prompts import draw_prompt
 from imaging.visualize import shrink
-
-# --- Files of a dataset -----------------------------------------------------------------------
-
-
-MAX_NAMES = 5  # of files or colors in a note
-
-
-@dataclass(frozen=True)
-class DatasetIndex:
-    """The files of one dataset of the config, checked.
-
-    infos: size, pixel hash and, of masks, the foreground of every file, as the check at the start saw them.
-    unread: what lies in the folders and is no image file by its suffix.
-    """
-
-    config: DatasetConfig
-    pairs: tuple[Pair, ...]
-    backgrounds: tuple[Path, ...]
-    infos: dict[Path, FileInfo]
-    unread: tuple[Path, ...] = ()
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether its samples are the same in every epoch: photos, neither composited nor augmented."""
-        return not self.config.composites and not self.config.w_aug
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """`round(percentage * n_pairs)`, at least 1."""
-        return max(1, round(self.config.percentage * len(self.pairs)))
-
-    def image_size(self, pair: int) -> tuple[int, int]:
-        """(h, w) of the image of a pair."""
-        return self.infos[self.pairs[pair].image_path].size
-
-    @property
-    def foreground(self) -> float:
-        """Mean over the masks of the fraction of their pixels that are foreground."""
-        return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
-
-    def notes(self) -> list[str]:
-        """What a user should know about the files: lines of text."""
-        notes = []
-        if self.unread:
-            names = ", ".join(str(path) for path in self.unread[:MAX_NAMES])
-            more = ", ..." if len(self.unread) > MAX_NAMES else ""
-            notes.append(
-                f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}{more}"
-            )
-        colors = sorted({color for pair in self.pairs for color in self.infos[pair.mask_path].colors})
-        if len(colors) > 1:
-            names = ", ".join(map(str, colors[:MAX_NAMES])) + (", ..." if len(colors) > MAX_NAMES else "")
-            notes.append(
-                f"masks have {len(colors)} colors besides the background, and each counts as cable: {names} "
-                "(mask_values in the YAML file selects some)"
-            )
-        return notes
-
-
-def index_datasets(configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PIXELS) -> list[DatasetIndex]:
-    """Find the files of every dataset and read each file once.
-
-    Raises one UserError that lists what is wrong in all datasets (the first 10 faults and their number):
-    empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that are
-    not binary, and sets of masks that cannot be right (see `_mask_faults`).
-    """
-    faults: list[str] = []
-    found: list[DatasetIndex] = []
-    for config in configs:
-        pairs, pair_faults = find_pairs(config.data_dir, config.mask_values)
-        faults += pair_faults
-        backgrounds: list[Path] = []
-        for folder in config.bg_paths:
-            images = image_files(folder)
-            if not images:
-                faults.append(f"{folder}: {NO_IMAGE_FILE}")
-            backgrounds += images
-        folders = (config.data_dir / "imgs", config.data_dir / "masks", *config.bg_paths)
-        unread = tuple(path for folder in folders if folder.is_dir() for path in unread_files(folder))
-        found.append(DatasetIndex(config, tuple(pairs), tuple(backgrounds), {}, unread))
-    items: list[Pair | Path] = []
-    for dataset in found:
-        items += [*dataset.pairs, *dataset.backgrounds]
-    infos, file_faults = check_files(items, max_pixels)
-    faults += file_faults
-    for dataset in found:
-        files: list[Pair | Path] = [*dataset.pairs, *dataset.backgrounds]
-        for item in files:
-            dataset.infos.update(infos.get(item, {}))
-        faults += _mask_faults(dataset)
-    if faults:
-        raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
-    return found
-
-
-MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
-MAX_FOREGROUND_OF_MASK = 0.95
-FULL_SCALES = {1, 255, 65535}  # foreground values that have one meaning, also in one dataset
-
-
-def _mask_faults(dataset: DatasetIndex) -> list[str]:
-    """What is wrong with the masks of a dataset as a whole; its files were read without a fault.
-
-    It is a fault if foreground covers more than half of the pixels, or nearly all of one mask; if every mask
-    is empty; if masks of two values have different foreground values, as files of several classes have.
-    """
-    folder, config = dataset.config.data_dir / "masks", dataset.config
-    masks = {pair.mask_path: dataset.infos.get(pair.mask_path) for pair in dataset.pairs}
-    shares = {path: info.foreground for path, info in masks.items() if info and info.foreground is not None}
-    if not shares:
-        return []
-    faults = []
-    mean = float(np.mean(list(shares.values())))
-    full = [path for path, share in shares.items() if share > MAX_FOREGROUND_OF_MASK]
-    if (mean > MAX_FOREGROUND or full) and not config.allow_large_foreground:
-        what = f"foreground covers {mean:.0%} of the pixels of all masks"
-        if mean <= MAX_FOREGROUND:
-            what = f"foreground covers nearly all of {len(full)} mask(s), e.g. {full[0].name}"
-        faults.append(
-            f"{folder}: {what}; are the masks inverted (cables must be bright on black), or are imgs/ and "
-            "masks/ swapped? If they are right, set allow_large_foreground: true in the YAML file"
-        )
-    if mean == 0 and len(shares) == len(dataset.pairs) and not config.allow_empty_masks:
-        faults.append(
-            f"{folder}: all {len(shares)} masks are empty, so no cable can be learned or measured. If no "
-            "photo shows a cable, set allow_empty_masks: true in the YAML file"
-        )
-    return faults + _level_faults(folder, [info.level for info in masks.values() if info and info.level])
-
-
-def _level_faults(folder: Path, levels: list[int]) -> list[str]:
-    """A fault if the foreground values of masks of two values are those of several classes."""
-    counts = {level: levels.count(level) for level in sorted(set(levels))}
-    if len(counts) <= 1 or counts.keys() <= FULL_SCALES:
-        return []
-    listed = ", ".join(f"{level} in {count}" for level, count in list(counts.items())[:10])
-    return [
-        f"{folder}: the foreground has different values ({listed} file(s)), so they may be labels of several "
-        "classes; say which of them are cable, e.g. mask_values: [1], or mask_values: nonzero if all are"
-    ]
-
-
-def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[tuple[Path, Path]]:
-    """Images (test, train) with the same pixels. Testing on them does not measure generalization."""
-    seen = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
-    digests = ((pair.image_path, test.infos[pair.image_path].digest) for pair in test.pairs)
-    return [(path, seen[digest]) for path, digest in digests if digest in seen]
-
-
-def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
-    """Pixel hash of every file, by its path."""
-    return {str(path): info.digest for dataset in datasets for path, info in dataset.infos.items()}
-
 
 # --- Epochs -----------------------------------------------------------------------------------
 
@@ -344,18 +186,29 @@ class TrainSet(Dataset[TrainSample]):
         self.datasets, self.spec, self.prompt, self.seed, self.reuse = datasets, spec, prompt, seed, reuse
         self.keep_photos = keep_photos
         self.read = DecodedCache(_decoded_shapes(datasets, longest_side((spec.finest_side, 0))), cache_bytes)
-        # Where the indices and the cache slots of each dataset begin.
+        self._number()
+
+    def _number(self) -> None:
+        """Number the indices of an epoch and the cache slots."""
+        # Where those of each dataset begin.
         self.first_index: list[int] = []
         self.first_slot: list[int] = []
         self.epoch_length, self.n_cache_slots = 0, 0
-        for dataset in datasets:
+        for dataset in self.datasets:
             self.first_index.append(self.epoch_length)
             self.first_slot.append(self.n_cache_slots)
             self.epoch_length += dataset.samples_per_epoch
             if dataset.is_constant:
-                self.n_cache_slots += len(dataset.pairs) if keep_photos else 0
-            elif reuse > 1:
+                self.n_cache_slots += len(dataset.pairs) if self.keep_photos else 0
+            elif self.reuse > 1:
                 self.n_cache_slots += dataset.samples_per_epoch
+
+    def without_kept_photos(self) -> "TrainSet":
+        """The same samples with cache slots for composites and augmented photos alone."""
+        other = copy.copy(self)
+        other.keep_photos = False
+        other._number()
+        return other
 
     def epoch(self, epoch: int) -> list[SampleKey]:
         """The samples of one epoch, in order.
@@ -405,18 +258,25 @@ class TrainSet(Dataset[TrainSample]):
         return prompt_tensors(self.prompt, target, size, self.spec, rng)
 
 
-def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, ...]]:
-    """Shapes of what training reads, by (function, item), as `DecodedCache` takes them."""
-    shapes: dict[Hashable, tuple[int, ...]] = {}
+def _decoded_shapes(datasets: list[DatasetIndex], longest: int) -> dict[Hashable, tuple[int, int, int]]:
+    """Largest shapes of what training reads, by (function, item), as `DecodedCache` takes them.
+
+    What is read most often per byte comes first. A few backgrounds of many photos are read many times in an
+    epoch.
+    """
+    shapes: dict[Hashable, tuple[int, int, int]] = {}
+    uses: dict[Hashable, float] = defaultdict(float)  # in an epoch
     for dataset in datasets:
         if dataset.is_constant:
             continue
         load, channels = (load_cut_out, 5) if dataset.config.composites else (load_pair, 4)
         for number, pair in enumerate(dataset.pairs):
             shapes[load, pair] = (*bounded_size(dataset.image_size(number), longest), channels)
+            uses[load, pair] += dataset.samples_per_epoch / len(dataset.pairs)
         for path in dataset.backgrounds:
             shapes[load_background, path] = (*bounded_size(dataset.infos[path].size, longest), 3)
-    return shapes
+            uses[load_background, path] += dataset.samples_per_epoch / len(dataset.backgrounds)
+    return dict(sorted(shapes.items(), key=lambda item: -uses[item[0]] / prod(item[1])))
 
 
 class TestSet(Dataset[TestSample]):

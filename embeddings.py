@@ -10,11 +10,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TypedDict
+from typing import IO, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 import runtime
 from base.errors import UserError
-from dataset import SampleKey, TestSet, TrainSample, TrainSet, test_loader, train_loader
+from dataset import SampleKey, TestSample, TestSet, TrainSample, TrainSet, test_loader, train_loader
 from imaging.metrics import GroundTruth
 from imaging.prompts import PROMPT_TOKENS
 from inference import LoadedSam
@@ -33,50 +36,66 @@ from inference import LoadedSam
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One batch of this process: its samples, and the groups of samples to encode before it is complete."""
+    """A process's share of a batch, and the groups of samples to encode before the batch is complete."""
 
     keys: list[SampleKey]
     to_encode: list[list[SampleKey]]
 
 
 def plan_batches(
-    train_set: TrainSet, *, batch_size: int, epochs: int, start: int = 0, rank: int = 0, world_size: int = 1
+    train_set: TrainSet,
+    *,
+    batch_size: int,
+    epochs: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    sharing: range | None = None,
 ) -> Iterator[BatchPlan]:
-    """The batches of a run from iteration `start`, with what each must encode.
+    """The batches of a run from iteration `start`, with what this process encodes for each.
 
     A sample is encoded at its first use, and again only if its cache slot holds the sample of another epoch.
-    Groups are as large as a batch of one process, except the last group of an epoch. Where nothing is kept,
+    The processes `sharing` (default: all) have the same cache slots. They divide evenly what is new in their
+    shares of a batch, so together they encode what one process would. Samples without a slot are encoded by
+    the process that uses them.
+
+    Groups are as large as a batch of one process, except the last ones of an epoch. Where nothing is kept,
     each group is exactly one batch. A resumed run encodes again what it needs.
     """
     assert batch_size % world_size == 0
+    sharing = range(world_size) if sharing is None else sharing
     group_size = batch_size // world_size
     first_epoch, done = divmod(start, math.ceil(train_set.epoch_length / batch_size))
     in_slot: dict[int, int] = {}  # the epoch in which the sample of each cache slot was created
     for epoch in range(first_epoch, epochs):
-        batches = train_set.epoch_batches(epoch, batch_size=batch_size, rank=rank, world_size=world_size)
-        yield from _plan_epoch(batches[done:], in_slot, group_size)
+        batches = train_set.epoch_batches(epoch, batch_size=batch_size)[done:]
+        shares = [keys[rank::world_size] for keys in batches]
+        of_sharing = [[key for i, key in enumerate(keys) if i % world_size in sharing] for keys in batches]
+        new = [[key for key in keys if _takes_slot(key, in_slot)] for keys in of_sharing]
+        without_slot = [[key for key in keys if key.cache_slot is None] for keys in shares]
+        shared_groups = _groups(new, group_size * len(sharing))
+        own_groups = _groups(without_slot, group_size)
+        for keys, shared, own in zip(shares, shared_groups, own_groups, strict=True):
+            parts = [group[rank - sharing.start :: len(sharing)] for group in shared]
+            yield BatchPlan(keys, [group for group in parts + own if group])
         done = 0
 
 
-def _plan_epoch(
-    batches: list[list[SampleKey]], in_slot: dict[int, int], group_size: int
-) -> Iterator[BatchPlan]:
-    new: list[SampleKey] = []
-    new_until = []  # how many new samples there are up to each batch
-    for keys in batches:
-        for key in keys:
-            if key.cache_slot is None:
-                new.append(key)
-            elif in_slot.get(key.cache_slot) != key.created_epoch:
-                in_slot[key.cache_slot] = key.created_epoch
-                new.append(key)
-        new_until.append(len(new))
-    groups = [new[i : i + group_size] for i in range(0, len(new), group_size)]
-    planned = 0
-    for keys, count in zip(batches, new_until, strict=True):
-        needed = math.ceil(count / group_size)
-        yield BatchPlan(keys, groups[planned:needed])
-        planned = needed
+def _takes_slot(key: SampleKey, in_slot: dict[int, int]) -> bool:
+    """Whether a sample has a slot that holds another one so far; from now on, the slot holds this sample."""
+    if key.cache_slot is None or in_slot.get(key.cache_slot) == key.created_epoch:
+        return False
+    in_slot[key.cache_slot] = key.created_epoch
+    return True
+
+
+def _groups(samples: list[list[SampleKey]], group_size: int) -> list[list[list[SampleKey]]]:
+    """Divide the samples of all batches into groups; returns, for each batch, those that complete it."""
+    everything = list(itertools.chain.from_iterable(samples))
+    groups = [everything[i : i + group_size] for i in range(0, len(everything), group_size)]
+    counts = itertools.accumulate(map(len, samples), initial=0)
+    needed = [math.ceil(count / group_size) for count in counts]  # groups before each batch, and in all
+    return [groups[first:end] for first, end in itertools.pairwise(needed)]
 
 
 # --- Kept embeddings --------------------------------------------------------------------------
@@ -85,9 +104,12 @@ def _plan_epoch(
 class EmbeddingPool:
     """Embeddings with their targets and sizes, each in its slot of a memory-mapped temporary file.
 
-    The file lies in `folder` but has no name there, so its disk space is free again when the pool or the
-    process ends, however it ends. A slot holds the sample that was put there last. Samples without a slot
-    wait in memory for their only use.
+    The processes of one machine share the file. A process may read what another one has put once both have
+    passed a barrier. All processes make their pools at the same time.
+
+    The file lies in `folder` but has no name there, so its disk space is free again when all pools or
+    processes end, however they end. A slot holds the sample that was put there last. Samples without a slot
+    wait in memory for their only use, in the process that puts them.
 
     Args:
         folder: where the file lies; it takes `size` bytes.
@@ -96,36 +118,27 @@ class EmbeddingPool:
         dtype: float16, or float32 to keep an encoder's output exactly.
         mask_grid: side of a target.
 
-    Raises UserError if the file cannot be made.
+    Raises UserError in every process if one cannot make or open the file.
     """
 
     def __init__(
         self, folder: Path, n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int
     ) -> None:
         size = self.size(n_slots, shape, dtype, mask_grid)
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:  # the maps keep it alive
-                if hasattr(os, "posix_fallocate"):  # a full disk must show here, not in the middle of the run
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-                self._embeddings = np.memmap(file, dtype, "r+", shape=(n_slots, *shape))
-                self._targets = np.memmap(
-                    file,
-                    np.uint8,
-                    "r+",
-                    offset=self._embeddings.nbytes,
-                    shape=(n_slots, 1, mask_grid, mask_grid),
-                )
-        except OSError as error:
-            raise UserError(f"{folder}: cannot reserve {size} bytes for embeddings: {error}") from error
-        self._sizes = np.zeros((n_slots, 2), np.int64)
+        purpose = f"{folder}: cannot reserve {size} bytes for embeddings"
+        # The maps keep the file alive.
+        with _shared_file(folder, size, purpose) as file, raised_in_all(purpose):
+            self._sizes = np.memmap(file, np.int64, "r+", shape=(n_slots, 2))
+            offset = self._sizes.nbytes
+            self._embeddings = np.memmap(file, dtype, "r+", offset, (n_slots, *shape))
+            offset += self._embeddings.nbytes
+            self._targets = np.memmap(file, np.uint8, "r+", offset, (n_slots, 1, mask_grid, mask_grid))
         self._waiting: dict[SampleKey, tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
     def size(n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int) -> int:
-        """Bytes that the file takes."""
-        return n_slots * (prod(shape) * np.dtype(dtype).itemsize + mask_grid * mask_grid)
+        """Bytes that the file takes: embeddings, targets, and sizes as two int64."""
+        return n_slots * (prod(shape) * np.dtype(dtype).itemsize + mask_grid * mask_grid + 16)
 
     def put(self, key: SampleKey, embedding: Tensor, target: Tensor, size: Tensor) -> None:
         """Keep a sample that is on the CPU. Arguments as of `get`; the embedding of any float dtype."""
@@ -168,6 +181,81 @@ def pool_spec(n_slots: int, net: LoadedSam) -> PoolSpec:
     return PoolSpec(n_slots, (net.sam.prompt_encoder.embed_dim, *embedding), dtype, net.spec.mask_grid)
 
 
+def pool_processes() -> range:
+    """Numbers of the processes that share a pool with this one."""
+    if os.name != "posix":  # elsewhere the name of an open file cannot be removed
+        return range(runtime.rank(), runtime.rank() + 1)
+    return runtime.ranks_on_machine()
+
+
+@contextmanager
+def raised_in_all(purpose: str) -> Iterator[None]:
+    """If the block raises OSError or UserError in one process, raise UserError in all of them.
+
+    The message is the first one, after `purpose`. Every process must come here, and waits for the others.
+    """
+    fault = ""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        fault = f"{purpose}: {error}"
+    faults = [fault for fault in runtime.gather([fault]) if fault]
+    if faults:
+        raise UserError(faults[0])
+
+
+@contextmanager
+def _shared_file(folder: Path, size: int, purpose: str) -> Iterator[IO[bytes]]:
+    """A file of `size` bytes in `folder`, without a name, that all processes of this machine have open."""
+    processes = pool_processes()
+    is_first, is_alone = runtime.rank() == processes.start, len(processes) == 1
+    file: IO[bytes] | None = None
+    with ExitStack() as files:
+        with raised_in_all(purpose):
+            if is_alone:
+                file = files.enter_context(tempfile.TemporaryFile(dir=folder))
+            elif is_first:
+                file = files.enter_context(
+                    tempfile.NamedTemporaryFile(dir=folder, prefix=".pool.", delete=False)
+                )
+        name = runtime.gather([str(file.name) if file else ""])[processes.start]
+        try:
+            with raised_in_all(purpose):
+                file = file or files.enter_context(open(name, "r+b"))
+        finally:
+            if is_first and not is_alone:
+                Path(name).unlink()
+        assert file is not None
+        with raised_in_all(purpose):  # a full disk must show here, not in the middle of the run
+            if is_first and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            elif is_first:
+                file.truncate(size)
+        yield file
+
+
+Reserved = TypeVar("Reserved")
+
+
+def reserve_or_keep_less(
+    train_set: TrainSet, reserve: Callable[[TrainSet], Reserved]
+) -> tuple[TrainSet, Reserved]:
+    """Reserve space for what is kept; if there is not enough, for composites alone.
+
+    Then photos are encoded again in every epoch, and a warning says so. `reserve` raises UserError, in all
+    processes, if there is not enough space.
+    """
+    try:
+        return train_set, reserve(train_set)
+    except UserError as error:
+        less = train_set.without_kept_photos()
+        if less.n_cache_slots == train_set.n_cache_slots:
+            raise
+        if runtime.is_main():
+            warnings.warn(f"{error}: photos are encoded again in every epoch", stacklevel=2)
+        return less, reserve(less)
+
+
 # --- Training batches -------------------------------------------------------------------------
 
 
@@ -206,24 +294,38 @@ def training_batches(
     `batch_size` counts the samples of all processes. Kept embeddings lie in an unnamed file in `folder`.
     Raises UserError if a sample cannot be made.
     """
-    share = {"rank": runtime.rank(), "world_size": runtime.world_size()}
-    plans, plans_of_loader = itertools.tee(
-        plan_batches(train_set, batch_size=batch_size, epochs=epochs, start=start, **share)
+    train_set, pool = reserve_or_keep_less(train_set, partial(_make_pool, net=net, folder=folder))
+    plan_of_run = plan_batches(
+        train_set,
+        batch_size=batch_size,
+        epochs=epochs,
+        start=start,
+        rank=runtime.rank(),
+        world_size=runtime.world_size(),
+        sharing=pool_processes(),
     )
+    plans, plans_of_loader = itertools.tee(plan_of_run)
     groups = (group for plan in plans_of_loader for group in plan.to_encode)
     samples = train_loader(train_set, groups, num_workers=num_workers, pin_memory=net.device.type == "cuda")
-    pool = None
-    if train_set.n_cache_slots:
-        spec = pool_spec(train_set.n_cache_slots, net)
-        pool = EmbeddingPool(folder, spec.n_slots, spec.shape, spec.dtype, spec.mask_grid)
     for plan in plans:
+        if pool is not None:
+            runtime.barrier()  # the others have read the last batch, so its slots may change
+            data_wait = sum(_encode_to_pool(net, keys, samples, pool) for keys in plan.to_encode)
+            runtime.barrier()  # what the others have put can be read
         if not plan.keys:
             yield _empty_batch(train_set, net)
         elif pool is None:
             yield _encode(net, plan.keys, samples)
         else:
-            data_wait = sum(_encode_to_pool(net, keys, samples, pool) for keys in plan.to_encode)
             yield _get(pool, plan.keys, train_set, net, data_wait)
+
+
+def _make_pool(train_set: TrainSet, *, net: LoadedSam, folder: Path) -> EmbeddingPool | None:
+    """A pool for what is kept, or None if nothing is."""
+    if not train_set.n_cache_slots:
+        return None
+    spec = pool_spec(train_set.n_cache_slots, net)
+    return EmbeddingPool(folder, spec.n_slots, spec.shape, spec.dtype, spec.mask_grid)
 
 
 def _next_samples(samples: Iterator[TrainSample]) -> tuple[TrainSample, float]:
@@ -309,10 +411,11 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedTestSample:
-    """A test sample, ready to decode.
+    """A test sample, ready to decode. It is kept small, because there may be hundreds.
 
     embedding: (1, C, e, e) in the compute dtype, on the CPU. A frozen encoder computes it once per run.
-    image: uint8 (1, S, S, 3), the model's input, if the encoder trains; then `embedding` is None.
+    image: uint8 (h, w, 3), the model's input without its padding, if the encoder trains; then `embedding` is
+        None.
     points, labels: (1, N, 2) and (1, N), the prompt.
     size: (h, w) of the image in the model's input.
     thumbnail: RGB uint8, small enough to show.
@@ -328,9 +431,9 @@ class EncodedTestSample:
 
 
 def encode_test_set(
-    test_set: TestSet, net: LoadedSam, *, num_workers: int, stop: runtime.StopRequest
+    test_set: TestSet, net: LoadedSam, *, batch_size: int, num_workers: int, stop: runtime.StopRequest
 ) -> list[EncodedTestSample]:
-    """The share of this process of the test samples, encoded if their embeddings stay the same.
+    """The share of this process of the test samples, encoded in batches if their embeddings stay the same.
 
     Raises UserError if a sample cannot be made, and Stopped if a signal ends the run.
     """
@@ -338,19 +441,33 @@ def encode_test_set(
         test_set, num_workers=num_workers, rank=runtime.rank(), world_size=runtime.world_size()
     )
     encoder_is_frozen = not any(p.requires_grad for p in net.sam.image_encoder.parameters())
-    encoded = []
-    for sample in tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main()):
-        stop.check()
-        image, size = sample["image"][None], sample["size"]
-        encoded.append(
-            EncodedTestSample(
-                embedding=net.encode(image, size[None]).cpu() if encoder_is_frozen else None,
-                image=None if encoder_is_frozen else image,
-                points=sample["points"][None],
-                labels=sample["labels"][None],
-                size=(int(size[0]), int(size[1])),
-                ground_truth=sample["ground_truth"],
-                thumbnail=sample["thumbnail"],
-            )
-        )
+    encoded: list[EncodedTestSample] = []
+    progress = tqdm(samples, "encoding the test set", leave=False, disable=not runtime.is_main())
+    checked = _until_stopped(progress, stop)
+    while batch := list(itertools.islice(checked, batch_size)):
+        embeddings: Sequence[Tensor | None] = [None] * len(batch)
+        if encoder_is_frozen:
+            images, sizes = (torch.stack([sample[name] for sample in batch]) for name in ("image", "size"))
+            # Copies, because each would keep the memory of the whole batch.
+            embeddings = [embedding.clone() for embedding in net.encode(images, sizes).cpu().split(1)]
+        encoded += map(_encoded_sample, batch, embeddings)
     return encoded
+
+
+def _until_stopped(samples: Iterable[TestSample], stop: runtime.StopRequest) -> Iterator[TestSample]:
+    for sample in samples:
+        stop.check()
+        yield sample
+
+
+def _encoded_sample(sample: TestSample, embedding: Tensor | None) -> EncodedTestSample:
+    height, width = sample["size"].tolist()
+    return EncodedTestSample(
+        embedding=embedding,
+        image=sample["image"][:height, :width].clone() if embedding is None else None,
+        points=sample["points"][None],
+        labels=sample["labels"][None],
+        size=(height, width),
+        ground_truth=sample["ground_truth"],
+        thumbnail=sample["thumbnail"],
+    )

@@ -1,19 +1,26 @@
 """The test during training, and the panels that TensorBoard shows."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import runtime
-from dataset import TrainSet
+from dataset import SHOWN_SIDE, TrainSet
 from embeddings import EncodedTestSample, TrainBatch
+from imaging.geometry import pad_to_square
 from imaging.metrics import ImageStats, aggregate, compute_stats
 from imaging.visualize import draw_points, panel, shrink
 from inference import LoadedSam, decode_logits
-from run_logger import PANELS, RunLogger
+from run_logger import RunLogger
 from sam.decoder import upscale
+
+PANELS = 4  # how many images of the test set and of a training batch are shown
 
 
 def evaluate(
@@ -23,45 +30,108 @@ def evaluate(
     for first in range(0, len(tests), batch_size):
         batch = tests[first : first + batch_size]
         kept = [test.embedding for test in batch if test.embedding is not None]
-        if kept:
-            embeddings = torch.cat(kept)
-        else:
-            images = torch.cat([test.image for test in batch if test.image is not None])
-            with torch.no_grad():
-                embeddings = net.encode(images, torch.tensor([test.size for test in batch]))
+        embeddings = torch.cat(kept) if kept else _encode(net, batch)
         logits = decode_logits(
             net,
             embeddings,
             torch.cat([test.points for test in batch]),
             torch.cat([test.labels for test in batch]),
             sizes=[test.size for test in batch],
-            original_sizes=[test.ground_truth.mask.shape for test in batch],
+            original_sizes=[test.ground_truth.shape for test in batch],
             prompts_per_image=[1] * len(batch),
         )
         yield from zip(batch, logits, strict=True)
 
 
+def _encode(net: LoadedSam, batch: list[EncodedTestSample]) -> Tensor:
+    """Embeddings (B, C, e, e) of test samples that keep their images."""
+    images = [
+        torch.from_numpy(pad_to_square(test.image.numpy(), net.spec.img_size))
+        for test in batch
+        if test.image is not None
+    ]
+    with torch.no_grad():
+        return net.encode(torch.stack(images), torch.tensor([test.size for test in batch]))
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """What is kept of the prediction for a test image.
+
+    shown: bool, the predicted mask, at most SHOWN_SIDE pixels a side.
+    """
+
+    __test__ = False  # not a pytest class
+
+    stats: ImageStats
+    shown: np.ndarray
+
+
+def measure(
+    net: LoadedSam,
+    tests: list[EncodedTestSample],
+    *,
+    batch_size: int,
+    num_threads: int,
+    stop: runtime.StopRequest,
+) -> Iterator[TestResult]:
+    """The results of the test samples, in order.
+
+    Threads measure while this one decodes the next images. That is parallel, since OpenCV, NumPy and
+    scikit-image release Python's lock. At most `num_threads` images are measured or wait for it, which bounds
+    the memory for logits and the time until a signal is obeyed.
+
+    Raises Stopped after the current images if a signal ends the run.
+    """
+    pending: deque[Future[TestResult]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for test, logits in evaluate(net, tests, batch_size):
+            if len(pending) == num_threads:
+                yield pending.popleft().result()
+            stop.check()
+            pending.append(pool.submit(_measure, test, logits))
+        for future in pending:
+            stop.check()
+            yield future.result()
+
+
+def _measure(test: EncodedTestSample, logits: np.ndarray) -> TestResult:
+    return TestResult(compute_stats(logits, test.ground_truth), shrink(logits > 0, SHOWN_SIDE))
+
+
 def run_test(
     net: LoadedSam,
     tests: list[EncodedTestSample],
+    *,
     batch_size: int,
+    num_threads: int,
     iteration: int,
     logger: RunLogger,
     stop: runtime.StopRequest,
 ) -> dict[str, float]:
     """Measure the model on the test set and log it; returns the metrics, with the iteration.
 
-    Raises Stopped after the current image if a signal ends the run.
+    `tests` is the share of this process: of N processes, it has every N-th sample. Raises Stopped after the
+    current images if a signal ends the run.
     """
-    stats: list[ImageStats] = []
-    panels = []
-    for test, logits in evaluate(net, tests, batch_size):
-        stop.check()
-        stats.append(compute_stats(logits, test.ground_truth))
-        panels.append(test_panel(test, logits > 0))
-    all_stats = runtime.gather(stats)
-    metrics = aggregate(all_stats)
-    logger.test(metrics, all_stats, panels, [s.scores.iou for s in stats], iteration)
+    rank, n_processes = runtime.rank(), runtime.world_size()
+    results = list(measure(net, tests, batch_size=batch_size, num_threads=num_threads, stop=stop))
+    gathered = runtime.gather([(rank + n_processes * n, result.stats) for n, result in enumerate(results)])
+    stats = [image_stats for _, image_stats in sorted(gathered, key=itemgetter(0))]
+    metrics = aggregate(stats)
+    by_iou = np.argsort([image.scores.iou for image in stats], kind="stable").tolist()
+    first, worst_and_median = range(len(stats))[:PANELS], [by_iou[0], by_iou[len(by_iou) // 2]]
+    mine = [number for number in {*first, *worst_and_median} if number % n_processes == rank]
+    places = [number // n_processes for number in mine]  # in the share of this process
+    drawn = [test_panel(tests[place], results[place].shown) for place in places]
+    panels = dict(runtime.gather(list(zip(mine, drawn, strict=True))))
+    logger.test(
+        metrics,
+        stats,
+        [panels[number] for number in first],
+        [panels[number] for number in worst_and_median],
+        iteration,
+    )
     return {"iteration": iteration} | metrics
 
 

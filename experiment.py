@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from base.atomic import MIB, require_free_space
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
-from dataset import DatasetIndex, TestSet, TrainSet, file_digests, find_leaks, index_datasets
-from embeddings import pool_spec
+from dataset import TestSet, TrainSet
+from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
+from embeddings import pool_spec, raised_in_all, reserve_or_keep_less
 from imaging.files import format_list
 from imaging.geometry import InputSpec
 from inference import LoadedSam
@@ -26,12 +28,17 @@ from train_config import TrainConfig
 from train_state import Schedule
 
 FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
+LOGS = 100 * MIB  # on disk: images and curves of TensorBoard, and other small files of a run; an estimate
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Data, model and folder of a run, all checked. Nothing is written before this exists."""
+    """Data, model and folder of a run, all checked. Nothing is written before this exists.
 
+    config: the flags, with the `test_interval` of this run.
+    """
+
+    config: TrainConfig
     data: Config
     train_set: TrainSet
     test_set: TestSet | None
@@ -66,14 +73,19 @@ def preview(config: TrainConfig) -> None:
 
 
 def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
-    """The datasets to train on and the one to test on, all checked. Warns of images that are in both."""
+    """The datasets to train on and the one to test on, all checked. Warns of images that are in both.
+
+    Process 0 checks the files. The others get what it found, or raise the same UserError.
+    """
     configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
-    datasets = index_datasets(configs, max_pixels=max_pixels)
+    datasets = runtime.from_main(
+        lambda: index_datasets(configs, max_pixels=max_pixels, show_progress=runtime.is_main())
+    )
     test = datasets.pop() if data.dataset.test else None
-    leaks = [f"{tested} = {trained}" for tested, trained in find_leaks(datasets, test)] if test else []
+    leaks = find_leaks(datasets, test) if test else []
     if leaks and runtime.is_main():
         warnings.warn(
-            "test images are also training images, so the test does not measure generalization:\n  "
+            "test images are also used in training, so the test does not measure generalization:\n  "
             f"{format_list(leaks)}",
             stacklevel=2,
         )
@@ -103,18 +115,15 @@ def prepare(config: TrainConfig) -> Experiment:
     weights_path = find_weights(config)
     net, initial_state_dict = build_net(config, weights_path, device)
     train_set = make_train_set(config, train, net)
-    schedule = Schedule(
-        train_set.epoch_length,
-        config.batch_size * runtime.world_size(),
-        config.virtual_batch_size,
-        config.epoch_num,
-    )
+    batch_size = config.batch_size * runtime.world_size()
+    schedule = Schedule(train_set.epoch_length, batch_size, config.virtual_batch_size, config.epoch_num)
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
     images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
     if runtime.should_compile(config.compile, device, images_to_encode):
         net = with_compiled_decoder(net, config.batch_size)
     return Experiment(
+        config=with_test_interval(config, schedule, resume_state),
         data=data,
         train_set=train_set,
         test_set=TestSet(test, spec=net.spec, prompt=config.prompt, seed=config.seed) if test else None,
@@ -125,6 +134,17 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+TESTS = 8  # of a run, at most, by default
+
+
+def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> TrainConfig:
+    """The flags with `test_interval`: by the flag, else as before the run was resumed, else by `TESTS`."""
+    if config.test_interval is not None:
+        return config
+    interval = state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
+    return replace(config, test_interval=interval)
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
@@ -189,29 +209,54 @@ def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[Lo
 
 
 def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
-    """The training samples. Raises UserError if --embedding_reuse needs more disk space than there is."""
+    """The training samples. Photos that never change are kept if the disk has space for their embeddings.
+
+    Raises UserError if --embedding_reuse needs more disk space than there is.
+    """
     spec = net.spec
     if config.train != "decoder":
         spec = replace(spec, mask_grid=FINER_LOSS_GRID * spec.mask_grid)
+    train_set = TrainSet(
+        datasets,
+        spec=spec,
+        prompt=config.prompt,
+        seed=config.seed,
+        reuse=config.embedding_reuse,
+        keep_photos=config.epoch_num > 1 and config.train == "decoder",
+        cache_bytes=config.cache_mb * MIB,
+    )
+    train_set, _ = reserve_or_keep_less(train_set, partial(require_disk_space, config=config, net=net))
+    return train_set
 
-    def make(keep_photos: bool) -> TrainSet:
-        return TrainSet(
-            datasets,
-            spec=spec,
-            prompt=config.prompt,
-            seed=config.seed,
-            reuse=config.embedding_reuse,
-            keep_photos=keep_photos,
-            cache_bytes=config.cache_mb * MIB,
+
+def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedSam) -> None:
+    """Raise UserError, in all processes, if the disk cannot hold all that a run with embeddings writes."""
+    if not train_set.n_cache_slots:
+        return
+    pool, rest = pool_spec(train_set.n_cache_slots, net).size, size_of_saves(config, net)
+    purpose = (
+        f"--embedding_reuse {config.embedding_reuse}" if config.embedding_reuse > 1 else "keeping photos"
+    )
+    with raised_in_all(purpose):
+        require_free_space(
+            config.folder,
+            pool + rest,
+            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--save_interval, "
+            "--keep_last), states and logs",
         )
 
-    train_set = make(keep_photos=config.epoch_num > 1 and config.train == "decoder")
-    try:
-        size_of_pools = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
-        require_free_space(config.folder, size_of_pools, "keeping the embeddings")
-    except UserError as error:
-        if config.embedding_reuse > 1:
-            raise
-        warnings.warn(f"{error}: photos are encoded again in every epoch", stacklevel=2)
-        return make(keep_photos=False)
-    return train_set
+
+def size_of_saves(config: TrainConfig, net: LoadedSam) -> int:
+    """Bytes that a run with --train decoder still writes besides embeddings; an estimate from above.
+
+    A file that is replaced exists twice for a moment.
+    """
+    weights = 4 * sum(weight.numel() for weight in net.sam.state_dict().values())  # float32
+    trained = 4 * sum(parameter.numel() for parameter in net.sam.mask_decoder.parameters())
+    resume_state = 4 * trained  # weights, gradients, and two moments of AdamW
+    epochs = config.epoch_num // config.save_interval
+    if config.keep_last is not None:
+        epochs = min(epochs, config.keep_last + 1)
+    checkpoints = (epochs + 2) * weights  # best.pth and last.pth
+    written = sum(path.stat().st_size for path in config.folder.rglob("*.pth"))  # by a run that is resumed
+    return max(0, checkpoints + resume_state - written) + max(weights, resume_state) + LOGS

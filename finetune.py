@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, Signals
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ import runtime
 from base.atomic import MIB
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
-from dataset import file_digests
+from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
 from evaluation import run_test, train_panels
 from experiment import Experiment, prepare, preview
@@ -88,25 +88,41 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
         {name: torch.zeros((), device=net.device) for name in config.loss_weights},
     )
     if resume_state:
-        checkpoint.check_same_weights(
-            resume_state,
-            initial_weights=experiment.initial_weights,
-            precision=str(net.low_precision),
-            trained=trained_weights(net.sam),
-            path=config.checkpoint or Path("the published weights"),
-        )
-        load_trained_weights(net.sam, resume_state["weights"])
-        if runtime.is_main():  # the sum over all processes
-            load_gradients(net.sam, resume_state["gradients"])
-        state.load_state_dict(resume_state["train_state"])
+        load_state(config, experiment, state, resume_state)
     if net.compiled_decode:
         net.sam.image_encoder.compile(dynamic=False)
     logger = open_logger(config, experiment, state)
     runtime.barrier()
     tests: list[EncodedTestSample] = []
     if experiment.test_set:
-        tests = encode_test_set(experiment.test_set, net, num_workers=config.num_workers, stop=stop)
+        tests = encode_test_set(
+            experiment.test_set,
+            net,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            stop=stop,
+        )
     return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
+
+
+def load_state(
+    config: TrainConfig, experiment: Experiment, state: TrainState, resume_state: ResumeState
+) -> None:
+    """Load the state to resume into `state`, the model and the folder of the run."""
+    net = experiment.net
+    checkpoint.check_same_weights(
+        resume_state,
+        initial_weights=experiment.initial_weights,
+        precision=str(net.low_precision),
+        trained=trained_weights(net.sam),
+        path=config.checkpoint or Path("the published weights"),
+    )
+    load_trained_weights(net.sam, resume_state["weights"])
+    state.load_state_dict(resume_state["train_state"])
+    if runtime.is_main():
+        load_gradients(net.sam, resume_state["gradients"])  # the sum over all processes
+        best_iteration = int(state.best["iteration"]) if state.best else None
+        checkpoint.restore_best(experiment.checkpoints, best_iteration)
 
 
 def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) -> RunLogger:
@@ -149,7 +165,7 @@ def summary(config: TrainConfig, experiment: Experiment) -> str:
         f"results     {experiment.folder}",
     ]
     if train_set.n_cache_slots:
-        size = runtime.local_world_size() * pool_spec(train_set.n_cache_slots, net).size
+        size = pool_spec(train_set.n_cache_slots, net).size
         lines.append(
             f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
             f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
@@ -177,6 +193,7 @@ def save_state(run: Run) -> None:
         "world_size": runtime.world_size(),
     }
     checkpoint.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
+    checkpoint.remove_kept_best(experiment.checkpoints)
 
 
 def save_checkpoint(experiment: Experiment, name: str) -> None:
@@ -205,7 +222,7 @@ def train(run: Run) -> None:
     net, train_set, parameters = experiment.net, experiment.train_set, state.parameters
     optimizer, scaler, loss_weights, logger = state.optimizer, state.scaler, config.loss_weights, run.logger
     first_iteration, spec = state.iteration + 1, train_set.spec
-    throughput, since_save = Throughput(), Timer()
+    throughput, since_save, has_state = Throughput(), Timer(), experiment.resume_state is not None
     batches = training_batches(
         train_set,
         net,
@@ -278,32 +295,38 @@ def train(run: Run) -> None:
         # test and save; this time is not part of images per second
         with throughput.paused():
             saves_weights = finish_iteration(run)
+            if run.is_test and logger.enabled:
+                logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
             is_due = since_save.seconds() >= 60 * config.resume_interval
             signal, save_now = runtime.all_reduce_max([run.stop.signal or 0, int(is_due)])
-            if saves_weights or save_now or signal:
+            is_first = saves_weights and not has_state  # weights without a state could not be resumed
+            if save_now or signal or run.is_last or is_first:
                 save_state(run)
                 since_save.restart()
-            if run.is_test and logger.enabled:  # reads files again, so the state is saved first
-                logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
+                has_state = True
         if signal:
             run.stop.signal = signal
             return
 
 
 def finish_iteration(run: Run) -> bool:
-    """Test after the current iteration and save checkpoints, where they are due; returns whether any was.
+    """Test after the current iteration and save weights, where that is due; returns whether any were saved.
 
     A run that stops in here finishes the iteration when it is resumed.
     """
     config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
-        metrics = run_test(experiment.net, run.tests, config.batch_size, state.iteration, logger, run.stop)
+        metrics = test_model(run)
         state.last_test = state.iteration
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
         if is_best and state.has_finite_weights():
+            if state.best and runtime.is_main():
+                checkpoint.keep_best(experiment.checkpoints, int(state.best["iteration"]))
             state.best = metrics
             logger.best(metrics, state.iteration)
-            save_checkpoint(experiment, "best.pth")
+    is_best = state.best is not None and state.best["iteration"] == state.iteration
+    if is_best:
+        save_checkpoint(experiment, checkpoint.BEST_FILE)
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
     is_save = batch_index == 0 and epoch % config.save_interval == 0
     if is_save:
@@ -312,7 +335,20 @@ def finish_iteration(run: Run) -> bool:
     if run.is_last:
         save_checkpoint(experiment, "last.pth")
     state.is_finished = True
-    return run.is_test or is_save
+    return is_best or is_save or run.is_last
+
+
+def test_model(run: Run) -> dict[str, float]:
+    """Test the model as it is now, and log the result."""
+    return run_test(
+        run.experiment.net,
+        run.tests,
+        batch_size=run.config.batch_size,
+        num_threads=max(1, run.config.num_workers),
+        iteration=run.state.iteration,
+        logger=run.logger,
+        stop=run.stop,
+    )
 
 
 def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[str, float]:
@@ -362,9 +398,10 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     state, logger = run.state, run.logger
     try:
         if experiment.test_set and not state.iteration and state.baseline is None:
-            state.baseline = run_test(experiment.net, run.tests, config.batch_size, 0, logger, stop)
+            state.baseline = test_model(run)
         if not state.is_finished:
             finish_iteration(run)
+            save_state(run)  # so that a run that is killed soon does not log this iteration twice
         train(run)
     except Exception:
         save_last_state(run)
@@ -397,15 +434,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     runtime.init()
     config = parse_args(argv)
+    stop = runtime.StopRequest(at_once=True)
     try:
-        if config.preview:
-            preview(config)
-            return 0
-        experiment = prepare(config)
-        runtime.barrier()
+        with stop:
+            if config.preview:
+                preview(config)
+                return 0
+            experiment = prepare(config)
+            runtime.barrier()
     except KeyboardInterrupt:
-        print("interrupted; nothing was trained", file=sys.stderr)
-        return 128 + SIGINT
+        if runtime.is_main():
+            print(f"{Signals(stop.signal or SIGINT).name}: nothing was trained", file=sys.stderr)
+        return 128 + (stop.signal or SIGINT)
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -414,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     code = 1
     try:
-        code = train_to_exit_code(config, experiment)
+        code = train_to_exit_code(experiment.config, experiment)
     finally:
         runtime.end_data_workers()
         runtime.leave_process_group()

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from base.errors import UserError
-from dataset import DatasetIndex, TestSet, TrainSet
+from dataset import TestSet, TrainSet
+from dataset_index import DatasetIndex
 from imaging.files import format_list, read_image
 from imaging.geometry import InputSpec
 from imaging.masks import read_mask

@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from base.atomic import write_text
 from base.errors import UserError
-from dataset import DatasetIndex
+from dataset_index import DatasetIndex
 from imaging.metrics import ImageStats
 from imaging.visualize import sheet
 
 METRICS_FILE = "metrics.jsonl"
-PANELS = 4  # how many images of the test set and of a training batch are shown
 # TensorBoard's table of runs (HPARAMS) shows these metrics of the best test, and all flags but these.
 BEST_METRICS = ("iou", "dice", "cldice")
 NOT_IN_HPARAMS = {
@@ -93,23 +92,18 @@ class RunLogger:
         metrics: dict[str, float],
         stats: list[ImageStats],
         panels: list[np.ndarray],
-        ious: list[float],
+        worst_and_median: list[np.ndarray],
         iteration: int,
     ) -> None:
-        """Write the metrics of a test of all images, and panels of some.
-
-        stats: of all test images. panels, ious: RGB images and IoU of the test images of this process.
-        """
+        """Write the metrics of a test, the stats of all its images, and panels (RGB images) of some."""
         if not self.enabled:
             return
         with self._writing():
             for name, value in metrics.items():
                 self.writer.add_scalar(f"test/{name}", value, iteration)
             self._precision_recall(stats, iteration)
-            by_iou = np.argsort(ious, kind="stable")
-            chosen = [panels[by_iou[0]], panels[by_iou[len(by_iou) // 2]]]
-            self._image("test/panel", sheet(panels[:PANELS]), iteration)
-            self._image("test/worst_and_median", sheet(chosen), iteration)
+            self._image("test/panel", sheet(panels), iteration)
+            self._image("test/worst_and_median", sheet(worst_and_median), iteration)
             with (self.folder / METRICS_FILE).open("a") as file:
                 file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
         self.print(f"iteration {iteration}: test IoU {metrics['iou']:.4f}, Dice {metrics['dice']:.4f}")

@@ -11,12 +11,13 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from signal import SIGINT, SIGTERM
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import torch
@@ -25,6 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from base.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def init() -> None:
@@ -45,18 +48,20 @@ def init_data_worker(worker_id: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones.
+    """Let glibc keep the memory of freed tensors for the next ones, of any thread.
 
     By default, glibc returns large blocks to the kernel at once. The kernel must then map and clear new pages
-    for every activation, and LiteMedSAM's encoder takes 1.5 times as long on a CPU.
+    for every activation, and LiteMedSAM's encoder takes 1.5 times as long on a CPU. Threads also have memory
+    of their own by default; what they keep would add up.
     """
-    trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # constants of malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library or another system
         return
     libc.mallopt(mmap_threshold, 1 << 30)
     libc.mallopt(trim_threshold, (1 << 31) - 1)
+    libc.mallopt(arena_max, 1)
 
 
 # --- Device and precision ---------------------------------------------------------------------
@@ -129,6 +134,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def ranks_on_machine() -> range:
+    """Numbers of the processes on this machine, as torchrun counts them; without it, this process alone."""
+    first = rank() - int(os.environ.get("LOCAL_RANK", 0)) if "LOCAL_WORLD_SIZE" in os.environ else rank()
+    return range(first, first + local_world_size())
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -194,6 +205,31 @@ def gather(items: list[Any]) -> list[Any]:
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, items)
     return [item for share in shares for item in share]
+
+
+LONG_WAIT = timedelta(days=7)  # the timeout of a process group is 10 or 30 minutes
+
+
+def from_main(make: Callable[[], Result]) -> Result:
+    """What `make()` returns in process 0, in every process. It may take longer than other waits may.
+
+    If `make` is interrupted, or raises an error that the user can mend, every process raises the same.
+    """
+    if not dist.is_initialized():
+        return make()
+    patient = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+    assert isinstance(patient, dist.ProcessGroup)  # every process is a member
+    made: list[Any] = [None]
+    if is_main():
+        try:
+            made = [make()]
+        except (UserError, MemoryError, KeyboardInterrupt) as error:
+            made = [error]
+    dist.broadcast_object_list(made, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
 
 
 # --- Failures ---------------------------------------------------------------------------------
@@ -264,10 +300,14 @@ class Stopped(Exception):
 class StopRequest:
     """A context that notes the first SIGINT, SIGTERM or SIGHUP, so that the run can end with its state saved.
 
-    A second signal raises KeyboardInterrupt at once. A SIGHUP that is ignored (nohup) stays ignored.
+    A second signal raises KeyboardInterrupt at once. With `at_once`, which is for the time before there is a
+    state to save, the first signal does so too. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     signal: int | None = None
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
 
     def __enter__(self) -> "StopRequest":
         self._previous = {
@@ -293,4 +333,6 @@ class StopRequest:
         is_hangup = number not in (SIGINT, SIGTERM)
         if is_hangup and sys.stderr.isatty():  # the terminal is gone, and printing to it would fail
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        if self.at_once:
+            raise KeyboardInterrupt
         print(f"\n{signal.Signals(number).name}: the run ends once its state is saved", file=sys.stderr)

@@ -44,7 +44,10 @@ def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str |
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device."""
+    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device.
+
+    `test_interval` is None until `experiment.prepare` knows the number of iterations.
+    """
 
     # fmt: off
     # run
@@ -53,7 +56,7 @@ class TrainConfig:
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels of an image; larger ones are refused")
-    test_interval: int = flag(100, positive_int, "iterations (batches) between tests")
+    test_interval: int = flag(None, positive_int, "iterations (batches) between tests (default: 1/8 of all)")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")
     # saving
     resume: bool = flag(False, bool, RESUME_HELP)

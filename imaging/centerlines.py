@@ -28,6 +28,7 @@ MAX_GAP_BEND = np.radians(30)  # the same over a gap
 MAX_GAP = 4.0  # widths between two ends, with what other cables cover
 MAX_OVERLAP = 8.0  # length of an overlap of two cables, over the sum of the distances to the edge at its ends
 MAX_FORK = np.radians(110)  # between two cables that leave an overlap on one side
+MAX_ARMS = 32  # that meet; more are noise, and would take a time that grows with the cube of their number
 WIDTH_WEIGHT = 0.5  # radians of bending that count as much as a width that is e times as large
 WIDTH_BIAS = 0.5  # pixels; twice the distance between pixel centers is 0 or 1 more than the width
 MAX_ID = 65535  # of an instance mask, which is 16-bit
@@ -267,6 +268,7 @@ def _pair_at_junctions(arms: _Arms) -> list[tuple[_Arm, _Arm]]:
     for meeting in _by_junction(arms).values():
         if len(meeting) == 2:
             pairs.append((meeting[0], meeting[1]))
+        if len(meeting) == 2 or len(meeting) > MAX_ARMS:
             continue
         costs = {}
         for first, second in combinations(meeting, 2):
@@ -281,8 +283,9 @@ def _best_pairs(costs: dict[tuple[_Arm, _Arm], float], limit: float) -> list[tup
     graph = nx.Graph()
     graph.add_weighted_edges_from((*pair, limit - cost) for pair, cost in costs.items() if cost < limit)
     pairs: list[tuple[_Arm, _Arm]] = []
-    for part in nx.connected_components(graph):  # the time grows with the cube of the size
-        pairs += nx.max_weight_matching(graph.subgraph(part))
+    for part in nx.connected_components(graph):
+        if len(part) <= MAX_ARMS:
+            pairs += nx.max_weight_matching(graph.subgraph(part))
     return pairs
 
 

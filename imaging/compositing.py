@@ -39,10 +39,11 @@ Read = Callable[[Load, Hashable, int], np.ndarray]  # read(load, item, longest):
 def load_pair(pair: Pair, longest: int) -> np.ndarray:
     """Load an image with its soft mask as the fourth channel: uint8 (H, W, 4).
 
-    It is shrunk to the longest side `longest` if it is larger. Raises FileError.
+    It is shrunk to the longest side `longest` if it is larger, or a little further if it is a JPEG image; see
+    `imaging.files.decode`. Raises FileError.
     """
-    image, mask = read_pair(pair)
-    size = bounded_size((mask.shape[0], mask.shape[1]), longest)
+    image, mask = read_pair(pair, longest)
+    size = bounded_size((image.shape[0], image.shape[1]), longest)
     soft_mask = resize_mask(mask.astype(np.float32), size)
     return cv2.merge([resize_image(image, size), to_u8(soft_mask)])
 
@@ -53,8 +54,8 @@ def load_cut_out(pair: Pair, longest: int) -> np.ndarray:
 
 
 def load_background(path: Path, longest: int) -> np.ndarray:
-    """Load a background: RGB uint8 (H, W, 3), shrunk to the longest side `longest` if it is larger."""
-    image = read_image(path)
+    """Load a background: RGB uint8 (H, W, 3), shrunk as from `load_pair`. Raises FileError."""
+    image = read_image(path, longest)
     return resize_image(image, bounded_size((image.shape[0], image.shape[1]), longest))
 
 

@@ -8,30 +8,38 @@ from typing import Any
 
 import numpy as np
 
+BYTES_PER_SIZE = 16  # two int64
+
 
 class DecodedCache:
     """Arrays made from files, in memory that this process shares with the data workers it forks.
 
     Each item has a slot of its own until the budget is used up. An item without a slot is made again at
-    every use. An array depends on its file alone: if two workers make the same item at the same time,
-    they write the same bytes.
+    every use. No item replaces another: in an epoch, all files are used about equally often, so an item would
+    be replaced before its next use.
+
+    An array depends on its file alone: if two workers make the same item at the same time, they write the
+    same bytes.
 
     A copy in a spawned process does not see the shared memory and has no slots.
 
     Args:
-        shapes: shape of the uint8 array that `make(item, longest)` returns, by (make, item).
+        shapes: by (make, item), the largest shape (H, W, C) of the uint8 array that `make(item, longest)`
+            returns. The first items get slots.
         max_bytes: the budget.
     """
 
-    def __init__(self, shapes: Mapping[Hashable, tuple[int, ...]], max_bytes: int) -> None:
-        self.slots: dict[Hashable, tuple[int, tuple[int, ...]]] = {}  # offset and shape by (make, item)
+    def __init__(self, shapes: Mapping[Hashable, tuple[int, int, int]], max_bytes: int) -> None:
+        # by (make, item): the number of the slot, its first byte, and the largest shape
+        self.slots: dict[Hashable, tuple[int, int, tuple[int, int, int]]] = {}
         end = 0
         for key, shape in shapes.items():
-            size = 1 + prod(shape)  # the first byte is 1 once the array is complete
-            if end + size <= max_bytes:
-                self.slots[key] = end, shape
-                end += size
+            if end + prod(shape) + BYTES_PER_SIZE * (len(self.slots) + 1) <= max_bytes:
+                self.slots[key] = len(self.slots), end, shape
+                end += prod(shape)
         self._memory = np.frombuffer(mmap.mmap(-1, max(end, 1)), np.uint8)
+        sizes = mmap.mmap(-1, BYTES_PER_SIZE * max(len(self.slots), 1))
+        self._sizes = np.frombuffer(sizes, np.int64).reshape(-1, 2)  # (h, w), or 0 until an array is complete
         self._lock = multiprocessing.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,13 +52,15 @@ class DecodedCache:
         """
         if (make, item) not in self.slots:
             return make(item, longest)
-        start, shape = self.slots[make, item]
-        array = self._memory[start + 1 : start + 1 + prod(shape)].reshape(shape)
+        slot, start, (_, _, channels) = self.slots[make, item]
         with self._lock:  # also makes the array visible that another process completed
-            is_complete = bool(self._memory[start])
-        if not is_complete:
-            array[:] = make(item, longest)
+            height, width = self._sizes[slot].tolist()
+        if not height:
+            made = make(item, longest)
+            height, width = made.shape[:2]
+            self._memory[start : start + made.size] = made.reshape(-1)
             with self._lock:
-                self._memory[start] = 1
+                self._sizes[slot] = height, width
+        array = self._memory[start : start + height * width * channels].reshape(height, width, channels)
         array.flags.writeable = False
         return array

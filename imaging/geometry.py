@@ -39,7 +39,7 @@ class ModelInput(TypedDict):
     target: torch.Tensor
 
 
-def fit_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], longest: float) -> tuple[int, int]:
     """Scale `size` (h, w) to the longest side `longest`, rounded as in SAM's ResizeLongestSide."""
     scale = longest / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))

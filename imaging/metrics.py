@@ -3,6 +3,8 @@
 A mask is bool (h, w). Above a threshold of 0 a logit is foreground.
 """
 
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -17,6 +19,9 @@ BOUNDARY_WIDTH = 2
 # Thresholds on logits at which pixels are counted. The middle one is 0: `Scores` are at this threshold.
 THRESHOLDS = np.linspace(-4, 4, 65)
 ZERO_INDEX = len(THRESHOLDS) // 2
+PER_UNIT = 8  # thresholds per unit of a logit; a power of 2, so that multiplying by it rounds nothing
+
+BAND_PIXELS = 1 << 20  # pixels that are counted at a time, which bounds the memory that it takes
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,34 @@ class Scores:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A true mask and its centerline, which is slow to compute (n centerline pixels).
+    """A true mask and its centerline, which is slow to compute (n centerline pixels). It is kept small.
 
-    mask: bool (h, w).
-    centerline: row and column indices of the centerline pixels, two int arrays (n,).
-    widths: float (n,), width of the cable at each centerline pixel, in pixels.
+    shape: (h, w) of the mask.
+    packed_mask: the bits of the mask, eight pixels in a byte, compressed.
+    centerline: int32 (n,), indices of the centerline pixels in the flat mask, in rising order.
+    widths: float32 (n,), width of the cable at each centerline pixel, in pixels.
     """
 
-    mask: np.ndarray
-    centerline: tuple[np.ndarray, ...]
+    shape: tuple[int, int]
+    packed_mask: bytes
+    centerline: np.ndarray
     widths: np.ndarray
 
     @classmethod
     def from_mask(cls, mask: np.ndarray) -> "GroundTruth":
         """Compute the centerline of a bool mask (h, w)."""
-        centerline = np.nonzero(skeletonize(mask))
-        return cls(mask, centerline, _cable_widths(mask, centerline))
+        packed_mask = zlib.compress(np.packbits(mask).tobytes(), level=1)
+        box = _bounding_box(mask)
+        rows, columns = np.nonzero(_skeleton(mask[box]))
+        widths = _cable_widths(mask[box], (rows, columns))
+        centerline = (rows + box[0].start) * mask.shape[1] + columns + box[1].start
+        return cls((mask.shape[0], mask.shape[1]), packed_mask, centerline.astype(np.int32), widths)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask, bool (h, w). It is unpacked at every use."""
+        bits = np.frombuffer(zlib.decompress(self.packed_mask), np.uint8)
+        return np.unpackbits(bits, count=math.prod(self.shape)).view(bool).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -76,20 +93,35 @@ class ImageStats:
 
 def compute_stats(logits: np.ndarray, truth: GroundTruth) -> ImageStats:
     """Compare the logits of one image, float (h, w), with its ground truth; NaN counts as background."""
-    logits = np.where(np.isnan(logits), -np.inf, logits)
-    prediction = logits > 0
-    step = THRESHOLDS[1] - THRESHOLDS[0]
-    # The number of the evenly spaced thresholds that are below each logit.
-    n_below = np.clip(np.ceil((logits - THRESHOLDS[0]) / step), 0, len(THRESHOLDS)).astype(np.int8)
-    regions = (n_below[~truth.mask], n_below[truth.mask])
-    histograms = np.array([np.bincount(region, minlength=len(THRESHOLDS) + 1) for region in regions])
+    prediction, mask = logits > 0, truth.mask
+    histograms = _histograms(logits, mask)
     return ImageStats(
-        scores=score(prediction, truth),
+        scores=_score(prediction, mask, truth),
         widths=truth.widths,
-        is_found=prediction[truth.centerline],
+        is_found=prediction.reshape(-1)[truth.centerline],
         counts=histograms[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:],
         pixel_counts=histograms.sum(axis=1),
     )
+
+
+def _histograms(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """How many background and how many foreground pixels have logits above exactly k thresholds.
+
+    Returns int64 (2, T + 1). This is exact in float32, for logits at a threshold too.
+    """
+    lowest, n_bins = int(THRESHOLDS[0] * PER_UNIT), len(THRESHOLDS) + 1
+    counts = np.zeros(256, np.int64)
+    n_rows = max(1, BAND_PIXELS // logits.shape[1])
+    for top in range(0, len(logits), n_rows):
+        # The number of the evenly spaced thresholds that are below each logit; `fmax` ignores NaN.
+        n_below = np.ceil(logits[top : top + n_rows] * PER_UNIT)
+        np.fmax(n_below, lowest, out=n_below)
+        np.minimum(n_below, lowest + n_bins - 1, out=n_below)
+        bins = (n_below - lowest).astype(np.uint8)
+        bins += mask[top : top + n_rows] * np.uint8(n_bins)
+        # OpenCV counts in float32, which is exact for so few pixels.
+        counts += cv2.calcHist([bins], [0], None, [256], [0, 256]).reshape(-1).astype(np.int64)
+    return counts[: 2 * n_bins].reshape(2, n_bins)
 
 
 def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
@@ -97,15 +129,22 @@ def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
 
     If both masks are empty, all scores are 1. If only one is empty, all scores are 0.
     """
-    if prediction.shape != truth.mask.shape:
-        raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {truth.mask.shape}")
-    if not prediction.any() and not truth.mask.any():
+    return _score(prediction, truth.mask, truth)
+
+
+def _score(prediction: np.ndarray, mask: np.ndarray, truth: GroundTruth) -> Scores:
+    """The same, with the unpacked mask of the ground truth."""
+    if prediction.shape != mask.shape:
+        raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {mask.shape}")
+    if not prediction.any() and not mask.any():
         return Scores(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    whole = _overlap(prediction, truth.mask)
-    boundary = _overlap(boundary_region(prediction), boundary_region(truth.mask))
-    centerline = skeletonize(prediction)
-    topology_precision = _ratio(np.count_nonzero(truth.mask[centerline]), np.count_nonzero(centerline))
-    topology_recall = _ratio(np.count_nonzero(prediction[truth.centerline]), len(truth.widths))
+    whole = _overlap(prediction, mask)
+    boundary = _overlap(boundary_region(prediction), boundary_region(mask))
+    box = _bounding_box(prediction)
+    skeleton = _skeleton(prediction[box])
+    n_true = np.count_nonzero(prediction.reshape(-1)[truth.centerline])
+    topology_precision = _ratio(np.count_nonzero(skeleton & mask[box]), np.count_nonzero(skeleton))
+    topology_recall = _ratio(n_true, len(truth.centerline))
     return Scores(
         iou=whole.iou,
         dice=whole.dice,
@@ -114,6 +153,17 @@ def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
         boundary_iou=boundary.iou,
         cldice=_ratio(2 * topology_precision * topology_recall, topology_precision + topology_recall),
     )
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of the foreground of a bool mask; empty if there is none."""
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _skeleton(mask: np.ndarray) -> np.ndarray:
+    """The centerline of a bool mask (h, w), bool. That of a crop with all foreground is the same."""
+    return skeletonize(mask) if mask.size else mask
 
 
 class _Overlap(NamedTuple):
@@ -147,9 +197,16 @@ def boundary_region(mask: np.ndarray) -> np.ndarray:
 
 
 def _cable_widths(mask: np.ndarray, centerline: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Width in pixels at every centerline pixel: about twice its distance to the outside."""
+    """Width in pixels at every centerline pixel, float32: about twice its distance to the outside.
+
+    OpenCV's distances vary by 1e-6 from call to call. Their squares are integers, so they can be rounded, and
+    equal widths are equal.
+    """
+    if not mask.size:
+        return np.zeros(0, np.float32)
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return 2 * distance[1:-1, 1:-1][centerline] - 1
+    squared = np.rint(distance[1:-1, 1:-1][centerline].astype(np.float64) ** 2)
+    return (2 * np.sqrt(squared) - 1).astype(np.float32)
 
 
 def aggregate(stats: Sequence[ImageStats]) -> dict[str, float]:

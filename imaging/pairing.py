@@ -1,30 +1,17 @@
-"""Pairs of image and mask files: matching them by name, reading and checking them."""
+"""Pairs of image and mask files: matching them by name, and reading them."""
 
 import difflib
-import hashlib
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from imaging.files import (
-    MAX_PIXELS,
-    NO_IMAGE_FILE,
-    DecodedFile,
-    FileError,
-    check_size,
-    decode,
-    image_files,
-    read_image,
-    to_rgb,
-)
+from imaging.files import NO_IMAGE_FILE, DecodedFile, FileError, decode, image_files, to_rgb
 from imaging.masks import MaskReading, MaskValues, interpret
 
 # What programs append to the name of an image: "x_mask.png" or "x.jpg.png" for "x.jpg".
@@ -43,23 +30,6 @@ class Pair:
     image_path: Path
     mask_path: Path
     mask_values: MaskValues = None
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """What `check_files` records of a file.
-
-    size: (h, w) in pixels.
-    digest: hash of the decoded pixels.
-    foreground: of a mask, the fraction of its pixels that are foreground; else None.
-    level, colors: of a mask, see `imaging.masks.MaskReading`.
-    """
-
-    size: tuple[int, int]
-    digest: str
-    foreground: float | None = None
-    level: int | None = None
-    colors: frozenset[tuple[int, int, int]] = frozenset()
 
 
 # --- Matching ----------------------------------------------------------------------------------
@@ -137,15 +107,18 @@ def _closest(path: Path, others: list[Path]) -> str:
 # --- Reading -----------------------------------------------------------------------------------
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image, RGB uint8 (H, W, 3), and its mask of the same size, bool (H, W); raises FileError."""
-    image, reading = interpret_pair(pair)
+def read_pair(pair: Pair, longest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image, RGB uint8 (H, W, 3), and its mask, bool (H, W); raises FileError.
+
+    They have the same size, unless `longest` shrinks a JPEG image; see `imaging.files.decode`.
+    """
+    image, reading = interpret_pair(pair, longest)
     return image, reading.mask
 
 
-def interpret_pair(pair: Pair) -> tuple[np.ndarray, MaskReading]:
-    """Read an image, RGB uint8 (H, W, 3), and interpret its mask of the same size; raises FileError."""
-    image_file = decode(pair.image_path)
+def interpret_pair(pair: Pair, longest: int | None = None) -> tuple[np.ndarray, MaskReading]:
+    """Like `read_pair`, with what the mask file tells besides the mask."""
+    image_file = decode(pair.image_path, longest)
     return to_rgb(image_file), interpret_mask(image_file, pair.mask_path, pair.mask_values)
 
 
@@ -156,7 +129,7 @@ def interpret_mask(image_file: DecodedFile, path: Path, mask_values: MaskValues 
     before or after the image was rotated by its EXIF orientation.
     """
     mask_file = decode(path)
-    width, height = image_file.image.size
+    height, width = image_file.size
     mask_width, mask_height = mask_file.image.size
     turns = image_file.orientation, mask_file.orientation
     if (height, width) != (mask_height, mask_width):
@@ -176,52 +149,3 @@ def interpret_mask(image_file: DecodedFile, path: Path, mask_values: MaskValues 
             "this tag. If it does, save the image turned and without the tag; if not, remove the tag"
         )
     return interpret(mask_file, mask_values)
-
-
-# --- Checking ----------------------------------------------------------------------------------
-
-
-def check_files(
-    items: Iterable[Pair | Path], max_pixels: int = MAX_PIXELS
-) -> tuple[dict[Pair | Path, dict[Path, FileInfo]], list[str]]:
-    """Decode every file of the pairs and backgrounds once, in several threads.
-
-    Returns:
-        What was recorded of the files of each intact item, and one message for each item with a fault: a
-        file that cannot be decoded or is too large, a mask that is not binary, a pair that does not fit.
-    """
-    unique = list(dict.fromkeys(items))
-    infos: dict[Pair | Path, dict[Path, FileInfo]] = {}
-    faults: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for item, checked in zip(
-            unique, pool.map(partial(_check, max_pixels=max_pixels), unique), strict=True
-        ):
-            if isinstance(checked, str):
-                faults.append(checked)
-            else:
-                infos[item] = checked
-    return infos, faults
-
-
-def _check(item: Pair | Path, max_pixels: int) -> str | dict[Path, FileInfo]:
-    """Check one item of `check_files`: its fault, or what was recorded of its files."""
-    try:
-        if isinstance(item, Path):
-            check_size(item, max_pixels)
-            return {item: _file_info(read_image(item))}
-        check_size(item.image_path, max_pixels)
-        check_size(item.mask_path, max_pixels)
-        image, reading = interpret_pair(item)
-    except FileError as error:
-        return str(error)
-    return {item.image_path: _file_info(image), item.mask_path: _file_info(reading.mask, reading)}
-
-
-def _file_info(array: np.ndarray, reading: MaskReading | None = None) -> FileInfo:
-    pixels = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
-    pixels.update(repr(array.shape).encode())
-    size = (array.shape[0], array.shape[1])
-    if reading is None:
-        return FileInfo(size, pixels.hexdigest())
-    return FileInfo(size, pixels.hexdigest(), float(array.mean()), reading.level, reading.colors)

@@ -25,14 +25,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import finetune
 from config import DatasetConfig
-from dataset import DatasetIndex
-from imaging.pairing import FileInfo, Pair
+from dataset_index import DatasetIndex, index_datasets
+from imaging.checking import FileInfo
+from imaging.pairing import Pair
 from sam import variants
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)
 
 TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch) -> Path:
+    """A cache folder of its own for every test, also for the processes that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 def build_tiny() -> Sam:
@@ -158,6 +167,17 @@ def config_file(data):
         return path
 
     return write
+
+
+def dataset_index(data, *, backgrounds=True, name="cables", **changes) -> DatasetIndex:
+    """Index the folder `name` of `data`; keyword arguments change keys of its config."""
+    keys = {
+        "data_dir": str(data / name),
+        "bg_paths": [str(data / "backgrounds")] if backgrounds else None,
+        **changes,
+    }
+    config = DatasetConfig.model_validate(keys, context={"yaml_dir": data})
+    return index_datasets([config])[0]
 
 
 def run_process(*command, **environment) -> subprocess.CompletedProcess:

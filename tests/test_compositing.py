@@ -67,6 +67,28 @@ def test_large_photos_are_brought_down_before_cutting_out_and_keep_thin_cables(t
     assert compositing.load_pair(pair, longest=2000).shape == (1500, 2000, 4)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("size", [(600, 800), (601, 807)])
+def test_a_shrunk_jpeg_fits_its_mask(tmp_path, orientation, size):
+    mask = draw_cable(rng(2), size, 25)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "masks").mkdir()
+    white_cable = Image.fromarray(mask.astype(np.uint8) * 255)
+    white_cable.save(tmp_path / "imgs/0.jpg", quality=95, exif=exif)
+    white_cable.save(tmp_path / "masks/0.png", exif=exif)
+    (pair,), _ = pairing.find_pairs(tmp_path)
+    loaded = compositing.load_pair(pair, longest=230).astype(int)
+    height, width = (150, 200) if size == (600, 800) else (150, 202)
+    assert loaded.shape == (*((height, width) if orientation < 5 else (width, height)), 4)
+    gray, soft_mask = loaded[..., 0], loaded[..., 3]
+    difference = np.abs(gray - soft_mask).mean()
+    assert difference < 1
+    for axis in (0, 1):
+        assert np.abs(np.roll(gray, 1, axis) - soft_mask).mean() > 3 * difference
+
+
 @pytest.mark.parametrize("width", [3, 7, 15])
 def test_a_cut_out_knows_the_radius_of_its_cables(width):
     mask = np.zeros((60, 80), np.uint8)

@@ -26,11 +26,18 @@ def test_each_item_is_made_once_and_read_only():
 
 def test_the_budget_holds_and_the_rest_is_made_at_every_use():
     shapes = {(make, item): (4, 5, 3) for item in range(10)}
-    cache = DecodedCache(shapes, max_bytes=200)  # 61 bytes each
-    assert len(cache.slots) == 3 and len(cache._memory) <= 200
+    cache = DecodedCache(shapes, max_bytes=230)  # 60 bytes each, and 16 for the size
+    assert list(cache.slots) == list(shapes)[:3]
+    assert cache._memory.nbytes + cache._sizes.nbytes <= 230
     assert all(cache(make, item, 7)[0, 0, 0] == item for item in range(10))
     assert cache(make, 9, 8)[0, 0, 1] == 8
     assert DecodedCache(shapes, max_bytes=0)(make, 3, 7)[0, 0, 0] == 3
+
+
+def test_an_item_may_be_smaller_than_its_slot():
+    cache = DecodedCache({(make, 1): (9, 5, 3), (make, 2): (4, 7, 3)}, max_bytes=1000)
+    for item in (1, 2, 1, 2):
+        assert (cache(make, item, 7) == make(item, 7)).all()
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NOT_REPEATABLE, run_process, run_tiny, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import runtime
@@ -38,6 +39,16 @@ def assert_same(one, other):
         steps, values = zip(*curves[0][tag], strict=True)
         assert [step for step, _ in curves[1][tag]] == list(steps)
         assert [value for _, value in curves[1][tag]] == pytest.approx(list(values), abs=1e-5), tag
+    # The images of the whole test set are shown, in its order, and not those of the first process.
+    baselines = [first_images(f"exp/{name}") for name in (one, other)]
+    assert baselines[0] == baselines[1]
+
+
+def first_images(folder):
+    """The images of the test before training, by their tag."""
+    events = EventAccumulator(folder).Reload()
+    tags = ("test/panel", "test/worst_and_median")
+    return {tag: events.Images(tag)[0].encoded_image_string for tag in tags}
 
 
 # 9 samples in batches of 4: the last of an epoch has one sample, and the second process none.
@@ -54,6 +65,17 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     assert together.stdout.count("baseline -> fine-tuned") == 1  # process 0 alone prints
     assert len(list(Path("exp/together").glob("events.*"))) == 1
     assert_same("run", "together")
+
+
+# 9 samples of 6 photos: some occur twice in a batch, and both processes take what one of them encoded.
+def test_two_processes_share_the_embeddings_of_photos(tiny_weights, config_file):
+    config = config_file(percentage=1.5, bg_paths=None, w_aug=False)
+    common = ("-e", 3, "--lr", 3e-3, "--test_interval", 4, "--log_interval", 2)
+    assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
+    together = run_together(2, config, tiny_weights, "-b", 2, *common)
+    assert together.returncode == 0, together.stderr
+    assert_same("run", "together")
+    assert not list(Path("exp/together").glob(".*"))
 
 
 # 1 sample: the second process has none, not even in the first iteration.

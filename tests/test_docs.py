@@ -154,9 +154,8 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
             output = Path(argv[argv.index("--output") + 1])
             assert len(list(output.glob("masks/*.png"))) == 3, shlex.join(command)
     assert Path("exp/my_cables/preview/test.jpg").exists()
-    assert (
-        len(Path("exp/my_cables/metrics.jsonl").read_text().splitlines()) == 3
-    )  # baseline, run, resumed run
+    tests = Path("exp/my_cables/metrics.jsonl").read_text().splitlines()
+    assert len(tests) == 7  # the baseline, and each of the 3 iterations of the run and of the resumed run
     assert Path("exp/my_cables_vit_b/checkpoints/best.pth").exists()
     assert Path("exported/config.json").exists() and Path("cables.onnx").exists()
     assert Path("curves.png").exists()

@@ -6,9 +6,11 @@ from conftest import tiny_config
 
 import evaluation
 import finetune
+import inference
 import runtime
 from embeddings import encode_test_set
 from imaging.files import read_image
+from imaging.metrics import compute_stats
 from imaging.prompts import NO_PROMPT
 from inference import predict_logits
 
@@ -19,8 +21,14 @@ def experiment(tiny_weights, config_file, tmp_path, monkeypatch):
     return finetune.prepare(tiny_config(config_file(), tiny_weights))
 
 
-def encode_tests(experiment):
-    return encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
+def encode_tests(experiment, batch_size=2):
+    return encode_test_set(
+        experiment.test_set,
+        experiment.net,
+        batch_size=batch_size,
+        num_workers=0,
+        stop=runtime.StopRequest(),
+    )
 
 
 @pytest.mark.parametrize("encoder_trains", [False, True])
@@ -48,3 +56,52 @@ def test_a_panel_shows_image_ground_truth_and_prediction(experiment):
     assert (image == test.thumbnail).all()
     assert ((truth != image).any(axis=2) == test.ground_truth.mask).all()
     assert ((predicted != image).any(axis=2) == prediction).all()
+
+
+def test_the_test_set_is_encoded_in_batches_and_holds_no_more_than_it_needs(experiment, monkeypatch):
+    batches, encode = [], inference.encode
+    monkeypatch.setattr(
+        inference,
+        "encode",
+        lambda sam, images, *rest, **o: batches.append(len(images)) or encode(sam, images, *rest, **o),
+    )
+    experiment.net.sam.image_encoder.requires_grad_(False)
+    kept = [test.embedding for test in encode_tests(experiment)]
+    assert batches == [2, 1]
+    experiment.net.sam.image_encoder.requires_grad_(True)
+    images = [test.image for test in encode_tests(experiment)]
+    assert {tuple(image.shape) for image in images} == {(48, 64, 3)}  # of 64 x 64
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept + images)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_measure_what_one_after_the_other_does(experiment, num_threads):
+    tests = encode_tests(experiment) * 4
+    results = list(
+        evaluation.measure(
+            experiment.net, tests, batch_size=2, num_threads=num_threads, stop=runtime.StopRequest()
+        )
+    )
+    assert len(results) == 12
+    for result, (test, logits) in zip(results, evaluation.evaluate(experiment.net, tests, 2), strict=True):
+        expected = compute_stats(logits, test.ground_truth)
+        assert result.stats.scores == expected.scores
+        assert (result.stats.counts == expected.counts).all()
+        assert (result.shown == (logits > 0)).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_signal_is_obeyed_within_the_images_that_are_measured(experiment, monkeypatch, num_threads):
+    stop, calls = runtime.StopRequest(), []
+
+    def signal_in_fourth(logits, ground_truth):
+        calls.append(1)
+        if len(calls) == 4:
+            stop.signal = 15
+        return compute_stats(logits, ground_truth)
+
+    monkeypatch.setattr(evaluation, "compute_stats", signal_in_fourth)
+    tests = encode_tests(experiment) * 4
+    with pytest.raises(runtime.Stopped):
+        list(evaluation.measure(experiment.net, tests, batch_size=2, num_threads=num_threads, stop=stop))
+    assert 4 <= len(calls) <= 3 + num_threads

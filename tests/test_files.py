@@ -143,3 +143,72 @@ def test_every_exif_orientation_is_turned_upright_in_every_format(tmp_path, orie
     stored.save(tmp_path / f"a{suffix}", exif=exif)
     assert ((files.read_image(tmp_path / f"a{suffix}") > 127) == (upright > 127)).all()
     assert files.decode(tmp_path / f"a{suffix}").orientation == orientation
+
+
+# --- shrinking JPEG files ---
+
+
+def smooth_image(size):
+    """Colors that grow smoothly to the right and to the bottom, without symmetry."""
+    y, x = np.mgrid[: size[0], : size[1]].astype(float)
+    y, x = y / size[0], x / size[1]
+    waves = [np.sin(9 * x + 4 * y), np.cos(7 * y - 3 * x), np.sin(12 * x * y + 1)]
+    return np.rint(127 + 100 * np.stack(waves, axis=2)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("size", "longest", "shrunk"),
+    [((480, 640), 180, (120, 160)), ((379, 807), 210, (95, 202)), ((379, 807), 180, (85, 180))],
+)
+def test_a_large_jpeg_is_decoded_small_and_shows_the_whole_image(
+    tmp_path, orientation, size, longest, shrunk
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(smooth_image(size)).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    file = files.decode(tmp_path / "a.jpg", longest)
+    full = files.decode(tmp_path / "a.jpg")
+    assert file.orientation == orientation and file.size == full.size == full.image.size[::-1]
+    expected_size = shrunk if orientation < 5 else shrunk[::-1]
+    image = files.to_rgb(file).astype(int)
+    assert image.shape == (*expected_size, 3)
+    expected = np.asarray(full.image.resize(expected_size[::-1], Image.Resampling.BOX)).astype(int)
+    difference = np.abs(image - expected).mean()
+    assert difference < 1
+    for axis in (0, 1):  # moved by one pixel, it fits worse
+        moved = np.roll(image, 1, axis)
+        assert np.abs(moved - expected)[2:-2, 2:-2].mean() > 1.5 * difference
+
+
+@pytest.mark.parametrize(
+    ("sides", "longest", "expected"),
+    [
+        ((400, 300), 400, 400),  # not larger
+        ((679, 500), 400, 679),  # a half would be less than 340
+        ((680, 500), 400, 340),
+        ((801, 500), 400, 400),  # a half of it is larger than asked for
+        ((3000, 20), 400, 375),
+    ],
+)
+def test_a_jpeg_is_shrunk_only_if_enough_is_left(tmp_path, sides, longest, expected):
+    Image.new("L", sides, 90).save(tmp_path / "a.jpg")
+    assert files.read_image(tmp_path / "a.jpg", longest).shape[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "size"), [(".png", (480, 640)), (".webp", (480, 640)), (".jpg", (240, 320))]
+)
+def test_other_images_and_smaller_ones_stay_as_they_are(tmp_path, suffix, size):
+    Image.fromarray(smooth_image(size)).save(tmp_path / f"a{suffix}")
+    with_longest = files.read_image(tmp_path / f"a{suffix}", 200)
+    assert (with_longest == files.read_image(tmp_path / f"a{suffix}")).all()
+
+
+def test_a_gray_or_cmyk_jpeg_and_one_of_a_phone_are_shrunk(tmp_path):
+    for mode in ("L", "CMYK"):
+        Image.new(mode, (640, 480), 90 if mode == "L" else (0, 90, 0, 0)).save(tmp_path / f"{mode}.jpg")
+        assert files.read_image(tmp_path / f"{mode}.jpg", 200).shape == (150, 200, 3)
+    image = Image.fromarray(smooth_image((480, 640)))
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[image.resize((64, 48))])
+    assert files.read_image(tmp_path / "phone.jpg", 200).shape == (150, 200, 3)

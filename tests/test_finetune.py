@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
-import experiment
 import finetune
 import inference
 import losses
@@ -112,7 +111,9 @@ def test_the_checkpoint_is_a_plain_sam_and_predicts_the_same(tiny_weights, confi
 
     last = Path("exp/run/checkpoints/last.pth")
     experiment = finetune.prepare(tiny_config(config_file(), last))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
+    tests = encode_test_set(
+        experiment.test_set, experiment.net, batch_size=2, num_workers=0, stop=runtime.StopRequest()
+    )
     ours = [logits > 0 for _, logits in evaluate(experiment.net, tests, 2)]
     assert any(mask.any() for mask in ours)
     for mask, test in zip(ours, tests, strict=True):
@@ -170,7 +171,7 @@ def train_in_memory(config):
     experiment = finetune.prepare(config)
     sam = experiment.net.sam
     before = {name: tensor.detach().clone() for name, tensor in tensors_in_memory(sam).items()}
-    finetune.run_training(config, experiment, runtime.StopRequest())
+    finetune.run_training(experiment.config, experiment, runtime.StopRequest())
     after = tensors_in_memory(sam)
     assert after.keys() == before.keys()
     assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
@@ -325,25 +326,6 @@ def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, re
     }  # fmt: skip
 
 
-def test_a_full_disk_refuses_reuse_before_anything_is_written(tiny_weights, config_file, monkeypatch, capsys):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    assert run_tiny(config_file(), tiny_weights, "--embedding_reuse", 2) == 2
-    assert "keeping the embeddings would take" in capsys.readouterr().err and not Path("exp").exists()
-    photos = config_file(bg_paths=None, w_aug=False)
-    with pytest.warns(UserWarning, match="photos are encoded again in every epoch"):
-        assert run_tiny(photos, tiny_weights, "-e", 2) == 0
-
-
-def test_the_check_of_disk_space_counts_the_pools_of_all_processes(tiny_weights, config_file, monkeypatch):
-    needed = []
-    monkeypatch.setattr(experiment, "require_free_space", lambda folder, size, purpose: needed.append(size))
-    for processes in (1, 3):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        experiment.prepare(tiny_config(config_file(), tiny_weights, "--embedding_reuse", 2))
-    assert needed[1] == 3 * needed[0] > 0
-
-
 def test_fp16_trains_with_a_scaler_and_resumes_it(tiny_weights, config_file):
     options = ("--amp", "fp16", "--prompt", "mixed", "--lr", 1e-2, "--save_interval", 1)
     assert run_tiny(config_file(), tiny_weights, *options, "-e", 2) == 0
@@ -452,12 +434,14 @@ def test_the_baseline_is_measured_at_iteration_0(tiny_weights, config_file):
     assert run_tiny(config_file(), tiny_weights, "-e", 1, "-b", 2) == 0
     measured = dict(scalars("exp/run")["test/iou"])
     experiment = finetune.prepare(tiny_config(config_file(), tiny_weights))
-    tests = encode_test_set(experiment.test_set, experiment.net, num_workers=0, stop=runtime.StopRequest())
+    tests = encode_test_set(
+        experiment.test_set, experiment.net, batch_size=2, num_workers=0, stop=runtime.StopRequest()
+    )
     ious = [
         compute_stats(logits, test.ground_truth).scores.iou
         for test, logits in evaluate(experiment.net, tests, 1)
     ]
-    assert measured[0] == pytest.approx(np.mean(ious), abs=1e-6) and set(measured) == {0, 3}
+    assert measured[0] == pytest.approx(np.mean(ious), abs=1e-6) and set(measured) == {0, 1, 2, 3}
 
 
 def test_empty_masks_are_trained_and_tested_on_only_if_the_config_insists(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from base.errors import UserError
 from config import load_config
-from dataset import index_datasets
+from dataset_index import index_datasets
 from imaging.files import FileError
 from imaging.masks import read_mask
 from run_logger import dataset_table

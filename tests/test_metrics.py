@@ -1,5 +1,8 @@
 """Metrics against hand-made cases and other implementations."""
 
+import pickle
+from dataclasses import asdict
+
 import cv2
 import numpy as np
 import pytest
@@ -101,7 +104,7 @@ def test_widths_are_those_that_were_drawn(width, angle):
     truth = GroundTruth.from_mask(mask)
     distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     # Another implementation of the distance.
-    assert truth.widths == pytest.approx(2 * distance[truth.centerline] - 1, abs=0.01)
+    assert (truth.widths == (2 * distance.reshape(-1)[truth.centerline] - 1).astype(np.float32)).all()
     true_width = (np.sqrt(180**2 + np.pi * mask.sum()) - 180) * 2 / np.pi  # with the half discs at its ends
     assert np.median(truth.widths) == pytest.approx(true_width, abs=1.3)
 
@@ -146,3 +149,42 @@ def test_logits_at_a_threshold_are_not_above_it():
         above = logits > threshold
         assert stats.counts[:, number].tolist() == [(above & ~truth).sum(), (above & truth).sum()]
     assert stats.pixel_counts.tolist() == [2, 3]
+
+
+def cables(seed, size, left, right):
+    """Curved lines of several widths between two columns."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(size, np.uint8)
+    x = np.linspace(left, right, 20)
+    for width in (1, 4, 15):
+        y = size[0] * (0.5 + 0.3 * np.sin(x / size[1] * rng.uniform(2, 8) + rng.uniform(0, 6)))
+        cv2.polylines(mask, [np.column_stack([x, y]).astype(np.int32)], False, 1, width)
+    return mask.astype(bool)
+
+
+def test_a_ground_truth_is_kept_small_and_whole():
+    mask = cables(0, (901, 1203), 0, 1203)
+    truth = pickle.loads(pickle.dumps(GroundTruth.from_mask(mask)))  # as it comes from a data worker
+    assert truth.mask.dtype == bool and (truth.mask == mask).all() and truth.shape == mask.shape
+    assert len(pickle.dumps(truth)) < mask.nbytes / 12
+    assert (np.flatnonzero(skeletonize(mask)) == truth.centerline).all()
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 300), (80, 170), (0, 0)])
+def test_stats_are_those_of_the_plain_formulas(monkeypatch, left, right):
+    monkeypatch.setattr(metrics, "BAND_PIXELS", 1500)  # the pixels are counted in several bands
+    truth = cables(1, (203, 301), left, right) if right else np.zeros((203, 301), bool)
+    drawn = cables(2, (203, 301), left + 20, right + 10) | truth
+    noise = np.random.default_rng(3).normal(0, 2, truth.shape)
+    logits = (cv2.blur(np.where(drawn, 3.0, -3.0) + noise, (3, 3))).astype(np.float32)
+    stats = metrics.compute_stats(logits, GroundTruth.from_mask(truth))
+    prediction, true_line = logits > 0, skeletonize(truth)
+    line = skeletonize(prediction)
+    inside, covered = truth[line].mean(), prediction[true_line].mean() if right else 0.0
+    cldice = 2 * inside * covered / (inside + covered) if right else 0.0
+    assert stats.scores.cldice == pytest.approx(cldice, abs=1e-12)
+    assert stats.scores.iou == (truth & prediction).sum() / (truth | prediction).sum()
+    assert (stats.is_found == prediction[true_line]).all()
+    expected = [[(logits[part] > t).sum() for t in metrics.THRESHOLDS] for part in (~truth, truth)]
+    assert (stats.counts == expected).all()
+    assert asdict(stats.scores) == asdict(metrics.score(prediction, GroundTruth.from_mask(truth)))

@@ -1,4 +1,4 @@
-"""Matching images with masks by name, and checking the files."""
+"""Matching images with masks by name, and reading them."""
 
 import unicodedata
 
@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imaging import files, pairing
+from imaging import checking, files, pairing
 from imaging.files import FileError
-from imaging.masks import read_mask
 from imaging.pairing import Pair
 
 
@@ -59,37 +58,6 @@ def test_every_file_is_in_one_pair_or_in_one_message(tmp_path_factory, images, m
     assert {pair.image_path.stem for pair in pairs} == found_stems["imgs"] & found_stems["masks"]
     assert all(pair.image_path.stem == pair.mask_path.stem for pair in pairs)
     assert len(faults) == len(found_stems["imgs"] ^ found_stems["masks"]) + n_doubles
-
-
-# --- checks ---
-
-
-def test_a_check_records_intact_files_and_names_the_others(tmp_path):
-    folder = write_dataset(tmp_path / "a", 4)
-    pairs, _ = pairing.find_pairs(folder)
-    pairs[1].image_path.write_bytes(pairs[1].image_path.read_bytes()[:200])
-    Image.new("L", (9, 8)).save(pairs[2].mask_path)
-    background = tmp_path / "b.png"
-    background.write_bytes(pairs[3].image_path.read_bytes())
-    by_item, faults = pairing.check_files([*pairs, background, pairs[0]])
-    assert by_item.keys() == {pairs[0], pairs[3], background}
-    infos = {path: info for item in by_item.values() for path, info in item.items()}
-    masks = [pair.mask_path for pair in (pairs[0], pairs[3])]
-    assert infos.keys() == {pairs[0].image_path, pairs[3].image_path, background, *masks}
-    assert [infos[path].foreground for path in masks] == [read_mask(path).mean() for path in masks]
-    assert infos[background].foreground is None
-    assert {info.size for info in infos.values()} == {(48, 64)}
-    assert infos[background] == infos[pairs[3].image_path]  # equal pixels
-    assert infos[pairs[0].image_path] != infos[pairs[3].image_path]
-    assert len(faults) == 2
-    assert faults[0].startswith(f"{pairs[1].image_path}: cannot be decoded")
-    assert faults[1] == f"{pairs[2].image_path}: is 48 x 64 (h x w) but its mask is 8 x 9"
-
-
-def test_the_check_refuses_large_images(tmp_path):
-    pairs, _ = pairing.find_pairs(write_dataset(tmp_path / "a", 1))
-    infos, faults = pairing.check_files(pairs, max_pixels=1000)
-    assert infos == {} and len(faults) == 1 and "has 48 x 64 pixels" in faults[0]
 
 
 # --- names as other programs write them ---
@@ -177,7 +145,7 @@ def test_a_turned_photo_fits_its_mask_or_is_refused(tmp_path, image, mask, fits)
     pair = Pair(tmp_path / "imgs/x.jpg", tmp_path / "masks/x.png")
     write_turned(pair.image_path, *image)
     write_turned(pair.mask_path, *mask)
-    infos, faults = pairing.check_files([pair])
+    infos, faults = checking.check_files([pair])
     if fits:
         assert faults == [] and pairing.read_pair(pair)[0].shape[:2] == pairing.read_pair(pair)[1].shape
     else:
@@ -192,6 +160,6 @@ def test_masks_of_one_file_with_other_values_are_checked_apart(tmp_path):
     labels = np.repeat(np.array([[0, 1, 2, 0]], np.uint8), 15, axis=1).repeat(40, axis=0)
     Image.fromarray(labels).save(tmp_path / "masks/x.png")
     pairs = [Pair(tmp_path / "imgs/x.png", tmp_path / "masks/x.png", values) for values in ((1,), "nonzero")]
-    infos, faults = pairing.check_files(pairs)
+    infos, faults = checking.check_files(pairs)
     assert faults == []
     assert [infos[pair][pair.mask_path].foreground for pair in pairs] == [0.25, 0.5]

@@ -23,11 +23,11 @@ from PIL import Image
 
 import checkpoint
 import dataset
-import evaluation
 import experiment
 import finetune
 import runtime
 from config import load_config
+from dataset_index import index_datasets
 from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
@@ -110,26 +110,6 @@ def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, uni
     assert "--exp_name run --resume" in process.stderr and "Traceback" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
-
-
-def test_a_signal_during_a_test_ends_the_run_within_an_image(
-    config, tiny_weights, uninterrupted, monkeypatch, capsys
-):
-    compute_stats, calls = evaluation.compute_stats, []
-
-    def signal_in_second_test(logits, ground_truth):
-        calls.append(1)
-        if len(calls) == 5:  # 3 images in the first test
-            os.kill(os.getpid(), signal.SIGTERM)
-        return compute_stats(logits, ground_truth)
-
-    monkeypatch.setattr(evaluation, "compute_stats", signal_in_second_test)
-    assert run_tiny(config, tiny_weights, *FLAGS) == 143
-    assert len(calls) == 5
-    assert len(Path("exp/run/metrics.jsonl").read_text().splitlines()) == 1
-    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
-    assert "resumed     after iteration 6" in capsys.readouterr().out
     assert_same_results(results(), uninterrupted)
 
 
@@ -288,16 +268,16 @@ def test_a_test_image_that_vanishes_after_the_check_is_named(config, tiny_weight
 
 def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     config = load_config(config)
-    datasets = dataset.index_datasets(list(config.dataset.train))
+    datasets = index_datasets(list(config.dataset.train))
     train_set = dataset.TrainSet(datasets, spec=geometry.InputSpec(64, 32), prompt="none", seed=0)
     key = train_set.epoch(0)[0]
     expected, read_image, calls = train_set[key], compositing.read_image, []
 
-    def fail_once(path):
+    def fail_once(path, longest):
         calls.append(path)
         if len(calls) == 1:
             raise files.FileError("hiccup")
-        return read_image(path)
+        return read_image(path, longest)
 
     monkeypatch.setattr(compositing, "read_image", fail_once)
     assert torch.equal(train_set[key]["image"], expected["image"])

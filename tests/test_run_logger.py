@@ -24,7 +24,7 @@ def log_everything(logger):
     logger.settings({"lr": 1e-3}, {"dataset": {}}, 0)
     logger.print("text")
     logger.training(SCALARS, 1)
-    logger.test(metrics, stats, [image], [metrics["iou"]], 1)
+    logger.test(metrics, stats, [image], [image, image], 1)
     logger.best(metrics, 1)
     logger.training_panels([image], 1)
     logger.bar.update()

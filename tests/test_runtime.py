@@ -110,6 +110,19 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_run_at_once(capsys, n
         signal.signal(number, previous)
 
 
+@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
+def test_the_first_signal_ends_at_once_what_has_no_state(capsys, number):
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        with runtime.StopRequest(at_once=True) as stop, pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        assert stop.signal == number
+        assert "the run ends" not in capsys.readouterr().err
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, previous)
+
+
 def test_one_of_several_processes_stops_only_after_its_iteration(monkeypatch):
     with runtime.StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)

@@ -38,7 +38,8 @@ import checkpoint
 import runtime
 from base.errors import UserError
 from config import load_config
-from dataset import TrainSet, index_datasets
+from dataset import TrainSet
+from dataset_index import index_datasets
 from imaging.geometry import InputSpec
 from losses import dice_loss, focal_loss, iou_mse
 from sam import decoder, trainable, variants

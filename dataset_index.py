@@ -1,0 +1,171 @@
+"""The files of the datasets: found, checked, and compared between training and test."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from base.errors import UserError
+from config import DatasetConfig
+from imaging.checking import FileInfo, check_files
+from imaging.files import MAX_PIXELS, NO_IMAGE_FILE, format_list, image_files, unread_files
+from imaging.pairing import Pair, find_pairs
+
+MAX_NAMES = 5  # of files or colors in a note
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """The files of one dataset of the config, checked.
+
+    infos: size, pixel hash and, of masks, the foreground of every file, as the check at the start saw them.
+    unread: what lies in the folders and is no image file by its suffix.
+    """
+
+    config: DatasetConfig
+    pairs: tuple[Pair, ...]
+    backgrounds: tuple[Path, ...]
+    infos: dict[Path, FileInfo]
+    unread: tuple[Path, ...] = ()
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its samples are the same in every epoch: photos, neither composited nor augmented."""
+        return not self.config.composites and not self.config.w_aug
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """`round(percentage * n_pairs)`, at least 1."""
+        return max(1, round(self.config.percentage * len(self.pairs)))
+
+    def image_size(self, pair: int) -> tuple[int, int]:
+        """(h, w) of the image of a pair."""
+        return self.infos[self.pairs[pair].image_path].size
+
+    @property
+    def foreground(self) -> float:
+        """Mean over the masks of the fraction of their pixels that are foreground."""
+        return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
+
+    def notes(self) -> list[str]:
+        """What a user should know about the files: lines of text."""
+        notes = []
+        if self.unread:
+            names = ", ".join(str(path) for path in self.unread[:MAX_NAMES])
+            more = ", ..." if len(self.unread) > MAX_NAMES else ""
+            notes.append(
+                f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}{more}"
+            )
+        colors = sorted({color for pair in self.pairs for color in self.infos[pair.mask_path].colors})
+        if len(colors) > 1:
+            names = ", ".join(map(str, colors[:MAX_NAMES])) + (", ..." if len(colors) > MAX_NAMES else "")
+            notes.append(
+                f"masks have {len(colors)} colors besides the background, and each counts as cable: {names} "
+                "(mask_values in the YAML file selects some)"
+            )
+        return notes
+
+
+def index_datasets(
+    configs: Iterable[DatasetConfig], *, max_pixels: int = MAX_PIXELS, show_progress: bool = False
+) -> list[DatasetIndex]:
+    """Find the files of every dataset and check each file once; see `imaging.checking.check_files`.
+
+    Raises one UserError that lists what is wrong in all datasets (the first 10 faults and their number):
+    empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that are
+    not binary, and sets of masks that cannot be right (see `_mask_faults`).
+    """
+    faults: list[str] = []
+    found: list[DatasetIndex] = []
+    for config in configs:
+        pairs, pair_faults = find_pairs(config.data_dir, config.mask_values)
+        faults += pair_faults
+        backgrounds: list[Path] = []
+        for folder in config.bg_paths:
+            images = image_files(folder)
+            if not images:
+                faults.append(f"{folder}: {NO_IMAGE_FILE}")
+            backgrounds += images
+        folders = (config.data_dir / "imgs", config.data_dir / "masks", *config.bg_paths)
+        unread = tuple(path for folder in folders if folder.is_dir() for path in unread_files(folder))
+        found.append(DatasetIndex(config, tuple(pairs), tuple(backgrounds), {}, unread))
+    items: list[Pair | Path] = []
+    for dataset in found:
+        items += [*dataset.pairs, *dataset.backgrounds]
+    infos, file_faults = check_files(items, max_pixels, show_progress=show_progress)
+    faults += file_faults
+    for dataset in found:
+        files: list[Pair | Path] = [*dataset.pairs, *dataset.backgrounds]
+        for item in files:
+            dataset.infos.update(infos.get(item, {}))
+        faults += _mask_faults(dataset)
+    if faults:
+        raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
+    return found
+
+
+MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
+MAX_FOREGROUND_OF_MASK = 0.95
+FULL_SCALES = {1, 255, 65535}  # foreground values that have one meaning, also in one dataset
+
+
+def _mask_faults(dataset: DatasetIndex) -> list[str]:
+    """What is wrong with the masks of a dataset as a whole; its files were read without a fault.
+
+    It is a fault if foreground covers more than half of the pixels, or nearly all of one mask; if every mask
+    is empty; if masks of two values have different foreground values, as files of several classes have.
+    """
+    folder, config = dataset.config.data_dir / "masks", dataset.config
+    masks = {pair.mask_path: dataset.infos.get(pair.mask_path) for pair in dataset.pairs}
+    shares = {path: info.foreground for path, info in masks.items() if info and info.foreground is not None}
+    if not shares:
+        return []
+    faults = []
+    mean = float(np.mean(list(shares.values())))
+    full = [path for path, share in shares.items() if share > MAX_FOREGROUND_OF_MASK]
+    if (mean > MAX_FOREGROUND or full) and not config.allow_large_foreground:
+        what = f"foreground covers {mean:.0%} of the pixels of all masks"
+        if mean <= MAX_FOREGROUND:
+            what = f"foreground covers nearly all of {len(full)} mask(s), e.g. {full[0].name}"
+        faults.append(
+            f"{folder}: {what}; are the masks inverted (cables must be bright on black), or are imgs/ and "
+            "masks/ swapped? If they are right, set allow_large_foreground: true in the YAML file"
+        )
+    if mean == 0 and len(shares) == len(dataset.pairs) and not config.allow_empty_masks:
+        faults.append(
+            f"{folder}: all {len(shares)} masks are empty, so no cable can be learned or measured. If no "
+            "photo shows a cable, set allow_empty_masks: true in the YAML file"
+        )
+    return faults + _level_faults(folder, [info.level for info in masks.values() if info and info.level])
+
+
+def _level_faults(folder: Path, levels: list[int]) -> list[str]:
+    """A fault if the foreground values of masks of two values are those of several classes."""
+    counts = {level: levels.count(level) for level in sorted(set(levels))}
+    if len(counts) <= 1 or counts.keys() <= FULL_SCALES:
+        return []
+    listed = ", ".join(f"{level} in {count}" for level, count in list(counts.items())[:10])
+    return [
+        f"{folder}: the foreground has different values ({listed} file(s)), so they may be labels of several "
+        "classes; say which of them are cable, e.g. mask_values: [1], or mask_values: nonzero if all are"
+    ]
+
+
+def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
+    """Name each test photo that has the same pixels as a training photo or a training background."""
+    photos = {d.infos[pair.image_path].digest: pair.image_path for d in train for pair in d.pairs}
+    backgrounds = {d.infos[path].digest: path for d in train for path in d.backgrounds}
+    leaks = []
+    for path in (pair.image_path for pair in test.pairs):
+        digest = test.infos[path].digest
+        if digest in photos:
+            leaks.append(f"{path} = {photos[digest]}")
+        if digest in backgrounds:
+            leaks.append(f"{path} = background {backgrounds[digest]}, so training takes its cables for none")
+    return leaks
+
+
+def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
+    """Pixel hash of every file, by its path."""
+    return {str(path): info.digest for dataset in datasets for path, info in dataset.infos.items()}

@@ -1,0 +1,122 @@
+"""When a run saves its state and its best weights, and that both fit together when it is resumed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NOT_REPEATABLE, run_tiny, scalars
+
+import checkpoint
+import evaluation
+import finetune
+
+# 9 samples in batches of 2: 5 iterations an epoch, in optimizer steps of 2, 2 and 1 batches.
+FLAGS = (
+    "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
+    "--log_interval", 3, "--lr", 1e-2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(config_file):
+    return config_file(percentage=1.5)
+
+
+def assert_same_results(one, other):
+    for name in ("best.pth", "last.pth"):
+        paths = [Path(f"exp/{run}/checkpoints/{name}") for run in (one, other)]
+        ours, expected = map(checkpoint.load_weights, paths)
+        assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    curves = [scalars(f"exp/{run}") for run in (one, other)]
+    assert curves[0].keys() == curves[1].keys()
+    assert all(curves[0][tag] == curves[1][tag] for tag in curves[0].keys() - NOT_REPEATABLE)
+
+
+def iterations_of_tests():
+    lines = Path("exp/run/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["iteration"] for line in lines]
+
+
+def kill(batch, net):
+    """End the run as SIGKILL does, with nothing saved."""
+    raise KeyboardInterrupt
+
+
+def test_a_signal_during_a_test_ends_the_run_within_an_image(
+    config, tiny_weights, at_iteration, monkeypatch, capsys
+):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
+    compute_stats, calls = evaluation.compute_stats, []
+
+    def signal_in_second_test(logits, ground_truth):
+        calls.append(1)
+        if len(calls) == 5:  # 3 images in the first test
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_stats(logits, ground_truth)
+
+    monkeypatch.setattr(evaluation, "compute_stats", signal_in_second_test)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 143
+    assert len(calls) == 5
+    assert iterations_of_tests() == [0]
+    # The resumed run is killed soon after the test that it repeats.
+    at_iteration(2, kill)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 130
+    assert iterations_of_tests() == [0, 6]
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert capsys.readouterr().out.count("resumed     after iteration 6") == 2
+    assert_same_results("run", "whole")
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
+
+
+def test_a_test_saves_no_state(config, tiny_weights, monkeypatch):
+    saved, save_resume_state = [], checkpoint.save_resume_state
+
+    def record(state, path):
+        saved.append(state["train_state"]["counters"]["iteration"])
+        save_resume_state(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_resume_state", record)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 0
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
+    assert saved == [6, 20]  # beside the first weights, and at the end
+
+
+def test_best_weights_that_are_newer_than_the_state_are_trained_again(
+    config, tiny_weights, at_iteration, monkeypatch
+):
+    run_test, checkpoints, seen = finetune.run_test, Path("exp/run/checkpoints"), {}
+
+    def better_each_time(*args, iteration, **options):
+        return run_test(*args, iteration=iteration, **options) | {"iou": iteration / 100}
+
+    def look(name, then=None):
+        def act(batch, net):
+            seen[name] = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+            if then:
+                then(batch, net)
+
+        return act
+
+    monkeypatch.setattr(finetune, "run_test", better_each_time)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
+    at_iteration(9, look("after 8", kill))
+    assert run_tiny(config, tiny_weights, *FLAGS) == 130
+    assert set(seen["after 8"]) == {"best.pth"}  # of iteration 6, as the state
+    at_iteration(9, look("after 14", kill))  # the best is of iteration 12, the state of iteration 6
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 130
+    assert set(seen["after 14"]) == {"best.pth", "best_at_6.pth"}
+    assert seen["after 14"]["best_at_6.pth"] == seen["after 8"]["best.pth"] != seen["after 14"]["best.pth"]
+    at_iteration(1, look("resumed"))
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert seen["resumed"] == seen["after 8"]
+    assert {path.name for path in checkpoints.iterdir()} == {"best.pth", "last.pth"}
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
+    assert_same_results("run", "whole")
