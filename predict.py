@@ -35,6 +35,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
+    lines_help = "also write the centerline of each cable, as JSON and drawn"
+    add("--centerlines", action="store_true", help=lines_help)
+    instances_help = "also write the number of the cable at each pixel, as 16-bit PNG"
+    add("--instances", action="store_true", help=instances_help)
     threshold_help = "a pixel is cable if its logit is above it (default: that of the sidecar, else 0)"
     add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
@@ -75,14 +79,23 @@ import inference
 import runtime
 from base.errors import UserError
 from imaging import media
+from imaging.centerlines import cables_document, centerlines, find_crossings, instance_mask
 from imaging.coco import Region, coco_document, polygons, run_lengths
 from imaging.files import read_image
 from imaging.masks import read_mask
 from imaging.media import InputImage
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
-from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
+from imaging.output_folder import (
+    CENTERLINES,
+    INSTANCES,
+    LIST_NAME,
+    MASKS,
+    OVERLAYS,
+    PROBABILITIES,
+    OutputFolder,
+)
 from imaging.prompts import Prompt
-from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
+from imaging.visualize import PREDICTION_COLOR, draw_cables, overlay, panel, sheet
 from sidecar import sidecar_path
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
@@ -127,7 +140,9 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
     inputs = [args.input, args.masks, args.checkpoint, args.prompt, *paths, *mask_paths.values()]
     output = OutputFolder(args.output, [path for path in inputs if path])
     segment = load_segmenter(args)
-    options = Options(output, args.batch_size, args.threshold, args.probabilities)
+    options = Options(
+        output, args.batch_size, args.threshold, args.probabilities, args.centerlines, args.instances
+    )
     start_output(output, args, paths, options)
     try:
         if video:
@@ -175,11 +190,16 @@ class Options:
     batch_size: int  # images that are predicted together
     threshold: float  # a pixel is cable if its logit is above it
     probabilities: bool  # whether to write them
+    centerlines: bool  # whether to write them
+    instances: bool  # whether to write the instance masks
 
     def names(self, stem: str) -> list[str]:
         """The files of an image, relative to the output folder."""
         names = [f"{MASKS}/{stem}.png", f"{OVERLAYS}/{stem}.jpg"]
-        return [*names, f"{PROBABILITIES}/{stem}.png"] if self.probabilities else names
+        names += [f"{PROBABILITIES}/{stem}.png"] if self.probabilities else []
+        names += [f"{CENTERLINES}/{stem}.json", f"{CENTERLINES}/{stem}.jpg"] if self.centerlines else []
+        names += [f"{INSTANCES}/{stem}.png"] if self.instances else []
+        return names
 
 
 def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Path], options: Options) -> None:
@@ -277,7 +297,7 @@ def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
 def write_prediction(
     image: InputImage, logits: np.ndarray, options: Options, video: media.VideoWriter | None
 ) -> None:
-    """Write the mask and the overlay of an image and, if asked for, its probabilities."""
+    """Write the mask and the overlay of an image and, if asked for, its probabilities and cables."""
     mask = logits > options.threshold
     tinted = overlay(image.image, mask, PREDICTION_COLOR)
     if video is not None:
@@ -285,8 +305,25 @@ def write_prediction(
     arrays = [mask.astype(np.uint8) * 255, tinted]
     if options.probabilities:
         arrays.append(np.rint(65535 * inference.sigmoid(logits)).astype(np.uint16))
-    for name, array in zip(options.names(image.stem), arrays, strict=True):
-        options.output.write(name, media.encode_image(array, Path(name).suffix))
+    contents = [media.encode_image(array, ".png" if array.ndim == 2 else ".jpg") for array in arrays]
+    if options.centerlines or options.instances:
+        contents += encode_cables(image, mask, options)
+    for name, content in zip(options.names(image.stem), contents, strict=True):
+        options.output.write(name, content)
+
+
+def encode_cables(image: InputImage, mask: np.ndarray, options: Options) -> list[bytes]:
+    """The files of the cables of an image: centerlines and their drawing, instance mask, as asked for."""
+    cables = centerlines(mask)
+    contents = []
+    if options.centerlines:
+        document = cables_document(image.name, (mask.shape[0], mask.shape[1]), cables)
+        contents.append(json.dumps(document).encode(errors="surrogateescape"))
+        drawn = draw_cables(image.image, cables, find_crossings(cables))
+        contents.append(media.encode_image(drawn, ".jpg"))
+    if options.instances:
+        contents.append(media.encode_image(instance_mask(mask, cables), ".png"))
+    return contents
 
 
 def write_regions(

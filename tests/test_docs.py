@@ -19,7 +19,7 @@ import import_labels
 import predict
 import runtime
 from imaging.files import read_image
-from tools import bench, draw_cables, plot_curves, results, soak
+from tools import bench, draw_cables, measure_crossings, plot_curves, results, soak
 from train_config import MAY_CHANGE_ON_RESUME
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,7 @@ SCRIPTS = {
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
     "tools/draw_cables.py": draw_cables,
+    "tools/measure_crossings.py": measure_crossings,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
@@ -63,6 +64,7 @@ RUN_ELSEWHERE = {
     "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
+    "python tools/measure_crossings.py": ("tests/test_measure_crossings.py", "tool.main("),
     "python tools/draw_cables.py --out data/drawn --n 500": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',
@@ -211,9 +213,9 @@ def test_the_python_example_runs_and_both_ways_give_one_mask(tiny_weights, data,
     (example,) = [text for language, text in split_document(ROOT / "README.md")[1] if language == "python"]
     names = {"image": read_image(data / "test/imgs/1.png")}
     exec(example, names)
-    assert names["logits"].shape == names["image"].shape[:2]
+    assert names["mask"].shape == names["image"].shape[:2]
     assert names["masks"].shape == (1, *names["image"].shape[:2])
-    assert ((names["logits"] > 0) == names["masks"][0]).all() and names["masks"].any()
+    assert (names["mask"] == names["masks"][0]).all() and names["masks"].any()
 
 
 # --- Flags, files, tests, links ---------------------------------------------------------------

@@ -18,6 +18,7 @@ import checkpoint
 import inference
 import predict
 from imaging import media
+from imaging.centerlines import cables_document, centerlines, instance_mask
 from imaging.coco import decode_rle
 from imaging.files import read_image
 from imaging.masks import read_mask
@@ -172,6 +173,29 @@ def test_the_best_threshold_is_on_the_logits_themselves(trained, data, tmp_path,
         assert run(trained, data / "test/imgs", tmp_path / f"{threshold}", *flags) == 0
         last_line = capsys.readouterr().out.splitlines()[-1]
         assert "best_threshold -0.7500, best_iou 1.0000" in last_line
+
+
+def test_centerlines_and_instances_of_the_mask(trained, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    threshold = ("--threshold", -100)  # every pixel is cable: a mask without a centerline
+    assert run(trained, data / "test/imgs", output, "--centerlines", "--instances", *threshold) == 0
+    assert json.loads((output / "centerlines/0.json").read_text())["cables"] == []
+    assert run(trained, data / "test/imgs", output, "--centerlines", "--instances") == 0
+    assert "replaced 15 files" in capsys.readouterr().out
+    n_cables = 0
+    for stem in "012":
+        mask = read_mask(output / f"masks/{stem}.png")
+        cables = centerlines(mask)
+        document = json.loads((output / f"centerlines/{stem}.json").read_text())
+        assert document == json.loads(json.dumps(cables_document(f"{stem}.png", mask.shape, cables)))
+        assert read_image(output / f"centerlines/{stem}.jpg").shape == (*mask.shape, 3)
+        with Image.open(output / f"instances/{stem}.png") as file:
+            assert file.mode.startswith("I;16")
+            np.testing.assert_array_equal(np.asarray(file), instance_mask(mask, cables))
+        n_cables += len(cables)
+    assert n_cables > 0
+    assert run(trained, data / "test/imgs/0.png", output) == 0
+    assert not (output / "centerlines").exists() and not (output / "instances").exists()
 
 
 def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
