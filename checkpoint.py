@@ -4,8 +4,10 @@ Loads never run code from a file (`weights_only=True`). Writes are atomic.
 """
 
 import hashlib
+import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from torch import Tensor
 from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
+from sam.variants import VARIANTS
+from train_config import MAY_CHANGE_ON_RESUME
 
 RESUME_FILE = "resume.pth"  # in exp/NAME
 LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
@@ -32,23 +36,80 @@ def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
     write_atomically(path, lambda file: torch.save(on_cpu, file))
 
 
+HF_WEIGHTS = "model.safetensors"  # in a folder that transformers' `save_pretrained` wrote
+# What training loops put around a state_dict: MedSAM and others "model", Lightning "state_dict".
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
+ANCHOR = "mask_decoder.iou_token.weight"  # every SAM has it
+
+
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a plain `state_dict`.
+    """Read a `state_dict` with official names.
+
+    Accepts a plain one; one inside a dict of a training loop (see `WRAPPERS`); names with a prefix, such as
+    `module.` or `model.sam.`; and a folder of transformers' SamModel, or its file HF_WEIGHTS.
 
     Raises UserError, which names the file, if it is missing, truncated, holds anything that could run code,
-    or is no mapping of names to tensors.
+    or is none of these. A state for `--resume` is refused, and the message names the weights to give.
     """
+    if os.path.isdir(path) or path.suffix == ".safetensors":
+        return _official_names(_load_safetensors(weights_file(path)), path)
     state_dict = _load(path)
+    if isinstance(state_dict, dict):
+        if state_dict.keys() >= {"train_state", "weights"}:
+            last = path.parent / "checkpoints" / "last.pth"
+            raise UserError(f"{path} is the state for --resume, not a checkpoint: give {last}")
+        inner = next((state_dict[key] for key in WRAPPERS if isinstance(state_dict.get(key), dict)), None)
+        state_dict = state_dict if inner is None else inner
     is_plain = isinstance(state_dict, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
     )
     if not is_plain:
-        raise UserError(f"{path} is not a plain state_dict (weight names mapped to tensors)")
-    return state_dict
+        raise UserError(
+            f"{path} is not a plain state_dict (weight names mapped to tensors), and holds none under one of "
+            f"the keys {', '.join(WRAPPERS)}: save model.state_dict() alone with torch.save"
+        )
+    return _without_prefix(state_dict, path)
+
+
+def _without_prefix(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of the SAM in a model that holds one, under their official names.
+
+    Raises UserError if it holds several, such as a teacher and a student.
+    """
+    prefixes = [name.removesuffix(ANCHOR) for name in state_dict if name.endswith(ANCHOR)]
+    if prefixes in ([], [""]):
+        return state_dict
+    if len(prefixes) > 1:
+        listed = ", ".join(f"{prefix or 'no prefix'}" for prefix in prefixes)
+        raise UserError(
+            f"{path} holds the weights of several models, with the prefixes {listed}: "
+            "save those of one of them alone with torch.save"
+        )
+    starts = tuple(prefixes[0] + part for part in PARTS)
+    return {name.removeprefix(prefixes[0]): w for name, w in state_dict.items() if name.startswith(starts)}
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights: `path` itself, or HF_WEIGHTS in it if it is a folder."""
+    return path / HF_WEIGHTS if os.path.isdir(path) else path
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError  # needed for this format only
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"checkpoint not found: {path}; expected a .pth file or a folder of SamModel")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors; is it truncated? ({error})") from error
 
 
 def file_digest(path: Path) -> str:
-    """Hash of the bytes of a file."""
+    """Hash of the bytes of a file of weights; see `weights_file`."""
+    path = weights_file(path)
     digest = hashlib.blake2b(digest_size=16)
     try:
         with path.open("rb") as file:
@@ -68,32 +129,67 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it is damaged, or it holds more than weights and could run code when loaded "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}). If you trust it, save the weights in it alone: "
+            "torch.save(model.state_dict(), PATH)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error
 
 
-# --- Resuming ---------------------------------------------------------------------------------
+# --- Names of transformers --------------------------------------------------------------------
 
-# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
-# learning rates of the remaining steps. Another `device` must compute in the same precision.
-MAY_CHANGE_ON_RESUME = (
-    "config",
-    "epoch_num",
-    "device",
-    "num_workers",
-    "cache_mb",
-    "grad_checkpointing",
-    "save_interval",
-    "keep_last",
-    "resume_interval",
-    "max_bad_steps",
-    "max_pixels",
-    "test_interval",
-    "log_interval",
+# Patterns in the official names of weights, and what transformers has in their place; applied in this order.
+HF_NAMES = (
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"patch_embed\.proj\.", "patch_embed.projection."),
+    (r"vision_encoder\.blocks\.", "vision_encoder.layers."),
+    (r"neck\.0\.", "neck.conv1."),
+    (r"neck\.1\.", "neck.layer_norm1."),
+    (r"neck\.2\.", "neck.conv2."),
+    (r"neck\.3\.", "neck.layer_norm2."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"norm_final_attn", "layer_norm_final_attn"),
+    (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
+    (r"point_embeddings\.", "point_embed."),
+    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
+    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
+    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+    (r"output_upscaling\.0\.", "upscale_conv1."),
+    (r"output_upscaling\.1\.", "upscale_layer_norm."),
+    (r"output_upscaling\.3\.", "upscale_conv2."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
 )
 
+
+def hf_name(name: str) -> str:
+    """The name that transformers' SamModel has for a weight with this official name."""
+    for pattern, replacement in HF_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _official_names(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The official `state_dict` of a SamModel's. Raises UserError if it is not that of a known variant."""
+    # transformers has one weight under two names, and saves it under one of them.
+    shared, position = "shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding."
+    weights = {name: weight for name, weight in state_dict.items() if name != shared}
+    if shared in state_dict:
+        weights.setdefault(f"{position}positional_embedding", state_dict[shared])
+    for variant in VARIANTS.values():
+        name, shape = variant.fingerprint
+        if hf_name(name) in weights and tuple(weights[hf_name(name)].shape) == shape:
+            with torch.device("meta"):
+                names = {hf_name(name): name for name in variant.build().state_dict()}
+            if names.keys() == weights.keys():
+                return {name: weights[of_hf] for of_hf, name in names.items()}
+    raise UserError(f"{path} does not hold the weights of a SamModel as transformers saves them")
+
+
+# --- Resuming ---------------------------------------------------------------------------------
 
 # The value of `--amp` that asks for a precision.
 AMP_CHOICES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -105,8 +201,8 @@ class ResumeState(TypedDict):
     train_state: `TrainState.state_dict()`.
     weights: everything that trains, by name.
     gradients: the sum so far of an unfinished optimizer step, by name; else empty.
-    flags, config, files: what the run was started with: flags by name, the data's config as JSON, and pixel
-        hashes of the files by path.
+    flags, config, files: what the run was started with: flags by name, the data's config as JSON, and
+        `dataset.file_digests`.
     initial_weights, precision, world_size: hash of the weights file, dtype of mixed precision, and number of
         processes.
 
@@ -148,10 +244,36 @@ def check_same_settings(
     ]
     if state["world_size"] != world_size:
         faults.append(f"processes: were {state['world_size']}, are now {world_size}")
-    if state["config"] != config:
-        faults.append(f"the data: was {state['config']}, is now {config}")
+    faults += _changed_keys(json.loads(state["config"])["dataset"], json.loads(config)["dataset"])
     if faults:
         raise UserError("\n  ".join([f"{folder} cannot be resumed with other settings:", *faults]))
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the data of two configs, except the paths of folders: they may have been moved."""
+    before, now = _by_dataset(before), _by_dataset(now)
+    faults = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if old is None or new is None:
+            was, is_now = (keys["data_dir"] if keys else "missing" for keys in (old, new))
+            faults.append(f"{name}: was {was}, is now {is_now}")
+            continue
+        for keys in (old, new):
+            keys.pop("data_dir")
+            keys["bg_paths"] = f"{len(keys['bg_paths'])} folder(s)"
+        faults += [
+            f"{name}.{key}: was {old.get(key)}, is now {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+    return faults
+
+
+def _by_dataset(data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of every dataset, by its name in the YAML file."""
+    train = {f"dataset.train[{number}]": keys for number, keys in enumerate(data["train"])}
+    return train | ({"dataset.test": data["test"]} if data["test"] else {})
 
 
 def check_same_weights(
@@ -176,14 +298,20 @@ def check_same_weights(
 
 
 def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
-    """Raise UserError that names the files which were added, removed or changed."""
+    """Raise UserError that names the files which were added, removed or changed, and the way on."""
     before = state["files"]
-    changed = sorted(path for path in before.keys() | digests.keys() if before.get(path) != digests.get(path))
-    if changed:
-        raise UserError(
-            f"{folder} cannot be resumed: these files were added, removed or changed since it began:\n  "
-            f"{format_list(changed)}"
-        )
+    faults = [f"changed: {name}" for name in digests if before.get(name, digests[name]) != digests[name]]
+    faults += [f"added: {name}" for name in digests if name not in before]
+    faults += [f"removed: {name}" for name in before if name not in digests]
+    if not faults:
+        return
+    names = [folder / "checkpoints" / name for name in ("last.pth", "best.pth")]
+    weights = next((f" and --checkpoint {path}" for path in names if path.exists()), "")
+    raise UserError(
+        f"{folder} cannot be resumed, because its data has changed since it began:\n  "
+        f"{format_list(faults)}\n"
+        f"To train with the data as it is now, start a new run with another --exp_name{weights}."
+    )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from base.errors import UserError
+from base.flag_types import expand
 
 # --- Schema -----------------------------------------------------------------------------------
 
@@ -31,11 +32,13 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     """Return an existing folder.
 
     A relative path starts at the current directory. If there is no such folder, it starts at the YAML file.
+    If there is no such folder either, `~` and variables such as `$HOME` are expanded.
     """
     if not isinstance(value, str) or not value:
         raise ValueError("expected the path of a folder")
     assert info.context is not None  # `load_config` gives it
-    candidates = list(dict.fromkeys([Path(value), info.context["yaml_dir"] / value]))
+    roots = (Path(), info.context["yaml_dir"])
+    candidates = list(dict.fromkeys(root / text for text in (value, expand(value)) for root in roots))
     for folder in candidates:
         if os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
             return folder.resolve()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class DatasetIndex:
     def foreground(self) -> float:
         """Mean over the masks of the fraction of their pixels that are foreground."""
         return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of the config, and the numbers of pairs and backgrounds, as plain values of JSON."""
+        counts = {"pairs": len(self.pairs), "backgrounds": len(self.backgrounds)}
+        return self.config.model_dump(mode="json") | counts
 
     def notes(self) -> list[str]:
         """What a user should know about the files: lines of text."""
@@ -167,5 +173,12 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
 
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
-    """Pixel hash of every file, by its path."""
-    return {str(path): info.digest for dataset in datasets for path, info in dataset.infos.items()}
+    """Pixel hash of every file by its place in the data, such as `dataset 1: imgs/a`, wherever that lies."""
+    digests: dict[str, str] = {}
+    for number, dataset in enumerate(datasets, 1):
+        names = {pair.image_path: f"imgs/{pair.image_path.stem}" for pair in dataset.pairs}
+        names |= {pair.mask_path: f"masks/{pair.mask_path.stem}" for pair in dataset.pairs}
+        folders = {folder: index for index, folder in enumerate(dataset.config.bg_paths)}
+        names |= {path: f"bg_paths[{folders[path.parent]}]/{path.name}" for path in dataset.backgrounds}
+        digests |= {f"dataset {number}: {name}": dataset.infos[path].digest for path, name in names.items()}
+    return digests

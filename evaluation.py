@@ -1,9 +1,9 @@
-"""The test during training, and the panels that TensorBoard shows."""
+"""What a run measures: the test, the width of the cables; and the panels that TensorBoard shows."""
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
@@ -14,11 +14,12 @@ import runtime
 from dataset import SHOWN_SIDE, TrainSet
 from embeddings import EncodedTestSample, TrainBatch
 from imaging.geometry import pad_to_square
-from imaging.metrics import ImageStats, aggregate, compute_stats
+from imaging.metrics import ImageStats, aggregate, compute_stats, robust_threshold
 from imaging.visualize import draw_points, panel, shrink
 from inference import LoadedSam, decode_logits
 from run_logger import RunLogger
 from sam.decoder import upscale
+from sidecar import median_cable_width
 
 PANELS = 4  # how many images of the test set and of a training batch are shown
 
@@ -109,7 +110,7 @@ def run_test(
     logger: RunLogger,
     stop: runtime.StopRequest,
 ) -> dict[str, float]:
-    """Measure the model on the test set and log it; returns the metrics, with the iteration.
+    """Measure the model on the test set and log it; returns the metrics, iteration and `robust_threshold`.
 
     `tests` is the share of this process: of N processes, it has every N-th sample. Raises Stopped after the
     current images if a signal ends the run.
@@ -132,7 +133,7 @@ def run_test(
         [panels[number] for number in worst_and_median],
         iteration,
     )
-    return {"iteration": iteration} | metrics
+    return {"iteration": iteration, "threshold": robust_threshold(stats)} | metrics
 
 
 def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
@@ -157,3 +158,23 @@ def train_panels(net: LoadedSam, train_set: TrainSet, batch: TrainBatch, logits:
         )
         panels.append(panel(image, ground_truth, prediction))
     return panels
+
+
+WIDTH_SAMPLES = 32  # training samples that the width of cables is measured on
+WIDTH_GRID = 512  # side of the grid that it is measured on, but at most 4 cells per pixel of the input
+
+
+def training_cable_width(train_set: TrainSet) -> float | None:
+    """Median width of the cables in the first samples of the training, in pixels of the model's input.
+
+    The samples are made once more, on a finer grid, because thin cables are no wider than a pixel of the
+    input of 256 px. None if no cable is seen.
+    """
+    spec = train_set.spec
+    grid = max(spec.mask_grid, min(4 * spec.img_size, WIDTH_GRID))
+    fine = TrainSet(
+        train_set.datasets, spec=replace(spec, mask_grid=grid), prompt="none", seed=train_set.seed
+    )
+    targets = (fine[key]["target"][0].numpy() for key in fine.epoch(0)[:WIDTH_SAMPLES])
+    width = median_cable_width(target > 127 for target in targets)
+    return width and width * spec.img_size / grid

@@ -1,5 +1,6 @@
 """What a run works with: its data, its model and its folder, all checked before anything is written."""
 
+import hashlib
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +20,13 @@ from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
 from embeddings import pool_spec, raised_in_all, reserve_or_keep_less
 from imaging.files import format_list
 from imaging.geometry import InputSpec
+from imaging.pairing import Pair, normalized
 from inference import LoadedSam
 from preview import write_preview
 from sam.decoder import decode
 from sam.encoder import move_to_device
 from sam.variants import VARIANTS, load_state_dict, pretrained_path
-from train_config import TrainConfig
+from train_config import CONFIG_FILE, TrainConfig
 from train_state import Schedule
 
 FINER_LOSS_GRID = 2  # how much finer than the decoder's grid the loss is where the encoder trains
@@ -60,7 +62,7 @@ class Experiment:
 
 def preview(config: TrainConfig) -> None:
     """What `--preview` does, without weights. Raises UserError as `prepare` does."""
-    train, test = find_data(load_config(config.config), config.max_pixels)
+    train, test = find_data(load_data_config(config), config.max_pixels, config.val_percentage)
     variant = VARIANTS[config.model_type]
     write_preview(
         train,
@@ -72,7 +74,9 @@ def preview(config: TrainConfig) -> None:
     )
 
 
-def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], DatasetIndex | None]:
+def find_data(
+    data: Config, max_pixels: int, val_percentage: float = 0.0
+) -> tuple[list[DatasetIndex], DatasetIndex | None]:
     """The datasets to train on and the one to test on, all checked. Warns of images that are in both.
 
     Process 0 checks the files. The others get what it found, or raise the same UserError.
@@ -82,6 +86,8 @@ def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], Datase
         lambda: index_datasets(configs, max_pixels=max_pixels, show_progress=runtime.is_main())
     )
     test = datasets.pop() if data.dataset.test else None
+    if val_percentage:
+        datasets, test = split_off_test(datasets, val_percentage)
     leaks = find_leaks(datasets, test) if test else []
     if leaks and runtime.is_main():
         warnings.warn(
@@ -92,6 +98,38 @@ def find_data(data: Config, max_pixels: int) -> tuple[list[DatasetIndex], Datase
     return datasets, test
 
 
+def split_off_test(
+    datasets: list[DatasetIndex], percentage: float
+) -> tuple[list[DatasetIndex], DatasetIndex]:
+    """Take about `percentage` percent of the pairs of each dataset for a test set of photos as they are.
+
+    A hash of the stem decides, so a photo stays on its side when others are added. At least one pair of each
+    dataset is taken, and one is left.
+    """
+    train: list[DatasetIndex] = []
+    tested: dict[Path, Pair] = {}
+    for dataset in datasets:
+        by_hash = sorted((_stem_hash(pair), number) for number, pair in enumerate(dataset.pairs))
+        count = sum(hashed < percentage / 100 for hashed, _ in by_hash)
+        count = min(max(1, count), len(by_hash) - 1)
+        numbers = {number for _, number in by_hash[:count]}
+        tested |= {pair.image_path: pair for n, pair in enumerate(dataset.pairs) if n in numbers}
+        rest = tuple(pair for n, pair in enumerate(dataset.pairs) if n not in numbers)
+        train.append(replace(dataset, pairs=rest))
+    if not tested:
+        raise UserError(f"--val_percentage {percentage:g}: no dataset has more than one pair")
+    plain = {"bg_paths": (), "w_aug": False, "aug_details": None, "percentage": 1.0}
+    infos = {path: info for dataset in datasets for path, info in dataset.infos.items()}
+    config = datasets[0].config.model_copy(update=plain)
+    return train, DatasetIndex(config, tuple(tested.values()), (), infos)
+
+
+def _stem_hash(pair: Pair) -> float:
+    """A number in 0..1 that depends on nothing but the stem of the image."""
+    stem = normalized(pair.image_path.stem).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(stem, digest_size=6).digest(), "big") / 2**48
+
+
 def prepare(config: TrainConfig) -> Experiment:
     """Check every input and build the model. Raises UserError for what the user can mend."""
     folder = config.folder
@@ -99,7 +137,7 @@ def prepare(config: TrainConfig) -> Experiment:
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
-    data = load_config(config.config)
+    data = load_data_config(config)
     if resume_state:
         checkpoint.check_same_settings(
             resume_state,
@@ -108,7 +146,7 @@ def prepare(config: TrainConfig) -> Experiment:
             world_size=runtime.world_size(),
             folder=folder,
         )
-    train, test = find_data(data, config.max_pixels)
+    train, test = find_data(data, config.max_pixels, config.val_percentage)
     if resume_state:
         checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
 
@@ -116,7 +154,9 @@ def prepare(config: TrainConfig) -> Experiment:
     net, initial_state_dict = build_net(config, weights_path, device)
     train_set = make_train_set(config, train, net)
     batch_size = config.batch_size * runtime.world_size()
-    schedule = Schedule(train_set.epoch_length, batch_size, config.virtual_batch_size, config.epoch_num)
+    schedule = Schedule(
+        train_set.epoch_length, batch_size, config.virtual_batch_size, find_epochs(config, resume_state)
+    )
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
     images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
@@ -136,14 +176,50 @@ def prepare(config: TrainConfig) -> Experiment:
     )
 
 
+UNMEASURED_EPOCHS = 10**6  # of a run of --minutes, until its speed is known
+
+
+def find_epochs(config: TrainConfig, state: ResumeState | None) -> int:
+    """How many epochs the run has, as far as this is known."""
+    if config.minutes is None:
+        return config.epoch_num
+    measured = state["train_state"]["counters"]["epochs"] if state else None
+    return measured or UNMEASURED_EPOCHS
+
+
+def load_data_config(config: TrainConfig) -> Config:
+    """The YAML file that describes the data, checked against the flags of the test. Raises UserError."""
+    try:
+        data = load_config(config.config)
+    except UserError as error:
+        if config.config != config.folder / CONFIG_FILE:
+            raise
+        raise UserError(
+            f"{error}\nIf the data was moved, give --config with a YAML file of its new paths."
+        ) from error
+    if data.dataset.test and config.val_percentage:
+        raise UserError(
+            f"--val_percentage {config.val_percentage:g}: the YAML file has a test set already; "
+            "leave out dataset.test or the flag"
+        )
+    if config.patience and not data.dataset.test and not config.val_percentage:
+        raise UserError(
+            f"--patience {config.patience}: needs a test set; "
+            "add dataset.test to the YAML file, or the flag --val_percentage"
+        )
+    return data
+
+
 TESTS = 8  # of a run, at most, by default
+UNMEASURED_INTERVAL = 100  # iterations between tests, if the length of the run is not known
 
 
 def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeState | None) -> TrainConfig:
     """The flags with `test_interval`: by the flag, else as before the run was resumed, else by `TESTS`."""
     if config.test_interval is not None:
         return config
-    interval = state["flags"]["test_interval"] if state else -(-schedule.iterations // TESTS)
+    interval = -(-schedule.iterations // TESTS) if config.minutes is None else UNMEASURED_INTERVAL
+    interval = state["flags"]["test_interval"] if state else interval
     return replace(config, test_interval=interval)
 
 
@@ -178,10 +254,16 @@ def require_iterations_left(state: ResumeState, schedule: Schedule, config: Trai
     """Raise UserError if a run that is to be resumed has done all its iterations."""
     counters = state["train_state"]["counters"]
     done = counters["iteration"]
-    if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
+    if config.patience and counters["is_finished"] and counters["tests_without_gain"] >= config.patience:
         raise UserError(
-            f"{config.folder} has done {done} iterations; --epoch_num {config.epoch_num} asks for "
-            f"{schedule.iterations}: give a larger --epoch_num"
+            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain; "
+            f"--patience {config.patience} asks for no more: give a larger --patience"
+        )
+    if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
+        asked = f"--minutes {config.minutes:g}" if config.minutes else f"--epoch_num {config.epoch_num}"
+        way = "start a new run from its weights" if config.minutes else "give a larger --epoch_num"
+        raise UserError(
+            f"{config.folder} has done {done} iterations; {asked} asks for {schedule.iterations}: {way}"
         )
 
 

@@ -7,12 +7,39 @@ The tools of segment_anything load the checkpoint without conversion.
 """
 
 import argparse
-import os
-import re
 import sys
+from pathlib import Path
+
+from base.flag_types import answer_first, path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a checkpoint for other tools.")
+    parser.add_argument(
+        "--checkpoint",
+        type=path,
+        required=True,
+        help="a checkpoint of this tool or of another one; the model type is detected",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["hf", "onnx"],
+        required=True,
+        help="hf: a folder for transformers; onnx: an ONNX file",
+    )
+    parser.add_argument(
+        "--output", type=path, required=True, help="folder or file to write; it must not exist yet"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_first(parse_args)
+
+import os
 import tempfile
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,31 +49,13 @@ from torch import Tensor, nn
 import inference
 import runtime
 from base.errors import UserError
+from checkpoint import hf_name
 from sam import decoder, encoder
+from sidecar import Sidecar, read_sidecar, write_sidecar
 
 MEMORY_HINT = "export on a machine with more memory"
 ONNX_OPSET = 18
-ONNX_LIMIT = 2_000_000_000  # bytes; protobuf allows 2 GiB in one file
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint for other tools.")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="any checkpoint of this tool; the model type is detected",
-    )
-    parser.add_argument(
-        "--format",
-        choices=["hf", "onnx"],
-        required=True,
-        help="hf: a folder for transformers; onnx: an ONNX file",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder or file to write; it must not exist yet"
-    )
-    return parser.parse_args(argv)
+ONNX_LIMIT = 1_500_000_000  # bytes of weights in one file; protobuf allows 2 GiB, and vit_h has 2.5 GB
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     runtime.init()
     args = parse_args(argv)
     try:
-        run(args.checkpoint, args.format, args.output)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+        with runtime.interrupt_on_signals():
+            run(args.checkpoint, args.format, args.output)
+    except runtime.Interrupted as signal:
+        print(f"interrupted by {signal.name}: nothing was written", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -74,14 +84,15 @@ def run(checkpoint: Path, output_format: str, output: Path) -> None:
     Raises:
         UserError: the checkpoint cannot be read or converted, `output` exists or cannot be written.
     """
-    if os.path.lexists(output):
-        raise UserError(f"--output {output} already exists: choose a new path, or remove it first")
+    for target in (output, external_data_path(output)) if output_format == "onnx" else (output,):
+        if os.path.lexists(target):
+            raise UserError(f"--output {target} already exists: choose a new path, or remove it first")
     require_writable(output)
     sam, model_type = inference.load_any(checkpoint)
     if output_format == "hf":
-        export_hf(sam, model_type, output)
+        export_hf(sam, model_type, output, read_sidecar(checkpoint, model_type))
     else:
-        export_onnx(sam, model_type, output)
+        export_onnx(sam, model_type, output, onnx_metadata(sam, model_type, checkpoint))
 
 
 def require_writable(output: Path) -> None:
@@ -111,37 +122,11 @@ def not_written(output: Path, error: Exception) -> UserError:
 
 # --- Hugging Face -----------------------------------------------------------------------------
 
-# Patterns in the official names of weights, and what transformers has in their place; applied in this order.
-HF_NAMES = (
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"patch_embed\.proj\.", "patch_embed.projection."),
-    (r"vision_encoder\.blocks\.", "vision_encoder.layers."),
-    (r"neck\.0\.", "neck.conv1."),
-    (r"neck\.1\.", "neck.layer_norm1."),
-    (r"neck\.2\.", "neck.conv2."),
-    (r"neck\.3\.", "neck.layer_norm2."),
-    (r"\.norm(\d)\.", r".layer_norm\1."),
-    (r"norm_final_attn", "layer_norm_final_attn"),
-    (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
-    (r"point_embeddings\.", "point_embed."),
-    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
-    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
-    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
-    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
-    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
-    (r"output_upscaling\.0\.", "upscale_conv1."),
-    (r"output_upscaling\.1\.", "upscale_layer_norm."),
-    (r"output_upscaling\.3\.", "upscale_conv2."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
-    (r"(hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-)
 
-
-def export_hf(sam: Sam, model_type: str, output: Path) -> None:
+def export_hf(sam: Sam, model_type: str, output: Path, sidecar: Sidecar | None) -> None:
     """Write a folder for `SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
 
-    The folder appears under its name only when it is complete.
+    It also holds the sidecar. The folder appears under its name only when it is complete.
 
     Raises:
         UserError: transformers has no model of this variant, or the folder cannot be written.
@@ -162,6 +147,8 @@ def export_hf(sam: Sam, model_type: str, output: Path) -> None:
             complete = Path(temporary) / output.name
             hf.save_pretrained(complete)
             processor.save_pretrained(complete)
+            if sidecar:
+                write_sidecar(sidecar, complete)
             complete.rename(output)
     except (OSError, SafetensorError) as error:
         raise not_written(output, error) from error
@@ -180,11 +167,7 @@ def hf_sizes(sam: Sam) -> dict[str, Any]:
 
 def hf_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an official `state_dict`, under the names that transformers' SamModel uses."""
-    renamed = {}
-    for name, weight in state_dict.items():
-        for pattern, replacement in HF_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = weight
+    renamed = {hf_name(name): weight for name, weight in state_dict.items()}
     shared = renamed["prompt_encoder.shared_embedding.positional_embedding"]
     return renamed | {"shared_image_embedding.positional_embedding": shared}
 
@@ -246,14 +229,51 @@ class WithoutPrompt(nn.Module):
         return decoder.decode(self.sam, embeddings, no_points, no_labels)[0]
 
 
-def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
-    """Write `WithoutPrompt` as one ONNX file, for batches of any size. Changes `sam` in place.
+def onnx_metadata(sam: Sam, model_type: str, checkpoint: Path) -> dict[str, str]:
+    """What a program that runs the ONNX file must know; strings, as `metadata_props` holds them."""
+    sidecar = read_sidecar(checkpoint, model_type)
+    metadata = {
+        "model_type": model_type,
+        "input_size": str(sam.image_encoder.img_size),
+        "color_order": "RGB",
+        "resize_filter": "Pillow BILINEAR (antialiased), longest side to input_size",
+        "padding": "bottom and right",
+        "normalization": "none: it is part of the graph, whose input is uint8",
+        "threshold": repr(sidecar.threshold if sidecar else 0.0),
+    }
+    if sidecar and sidecar.cable_width:
+        metadata["cable_width"] = repr(sidecar.cable_width)
+    return metadata
 
-    Raises:
-        UserError: the weights do not fit in one ONNX file, or the file cannot be written.
+
+def external_data_path(output: Path) -> Path:
+    """The file with the weights of an ONNX file that is too large to hold them."""
+    return output.with_name(f"{output.name}.data")
+
+
+def export_onnx(sam: Sam, model_type: str, output: Path, metadata: Mapping[str, str]) -> None:
+    """Write `WithoutPrompt` as ONNX, for batches of any size. Changes `sam` in place.
+
+    Weights of more than ONNX_LIMIT bytes go to a second file, see `external_data_path`.
+    Raises UserError if a file cannot be written.
     """
-    if sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT:
-        raise UserError(f"--format onnx: {model_type} has more than the 2 GB that fit in one ONNX file")
+    is_large = sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT
+    onnx = to_onnx(sam, model_type)
+    onnx.model.metadata_props.update(metadata)
+    make_parent(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+            complete = Path(temporary) / output.name
+            onnx.save(complete, external_data=is_large)
+            if is_large:  # first, because nobody looks for it before the other file is there
+                external_data_path(complete).rename(external_data_path(output))
+            complete.rename(output)
+    except OSError as error:
+        raise not_written(output, error) from error
+
+
+def to_onnx(sam: Sam, model_type: str) -> torch.onnx.ONNXProgram:
+    """`WithoutPrompt` as an ONNX graph whose first axes are named "batch". Changes `sam` in place."""
     prepare_for_onnx(sam.image_encoder)
     side = sam.image_encoder.img_size
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8), torch.full((2, 2), side)
@@ -272,16 +292,16 @@ def export_onnx(sam: Sam, model_type: str, output: Path) -> None:
             verbose=False,
         )
     assert onnx is not None  # None only for the old exporter
-    serialized = onnx.model_proto.SerializeToString()
-
-    make_parent(output)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-            complete = Path(temporary) / output.name
-            complete.write_bytes(serialized)
-            complete.rename(output)
-    except OSError as error:
-        raise not_written(output, error) from error
+    # The exporter names the axis after a symbol such as "s34", also in the shapes of all other values.
+    graph = onnx.model.graph
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    known_shapes = [value.shape for value in values if value.shape is not None]
+    symbol = known_shapes[0][0]
+    for shape in known_shapes:
+        for axis, length in enumerate(shape):
+            if length == symbol:
+                shape[axis] = "batch"
+    return onnx
 
 
 def prepare_for_onnx(net: nn.Module) -> None:

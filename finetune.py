@@ -5,11 +5,19 @@
 The YAML file describes the data, the flags describe the training. See README.md.
 """
 
-import json
 import sys
-from dataclasses import dataclass
+
+from base.flag_types import answer_first
+from train_config import ARGS_FILE, TrainConfig, parse_args
+
+if __name__ == "__main__":
+    answer_first(parse_args)
+
+import json
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import SIGINT, Signals
+from signal import SIGINT
 
 import torch
 from torch import nn
@@ -21,10 +29,20 @@ from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
-from evaluation import run_test, train_panels
+from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
-from run_logger import RunLogger, Throughput, Timer, dataset_table, remove_logs, result_summary
+from run_logger import (
+    Budget,
+    RunLogger,
+    Throughput,
+    Timer,
+    dataset_table,
+    remove_logs,
+    result_summary,
+    shell_command,
+    tool_command,
+)
 from sam.encoder import valid_pixels
 from sam.trainable import (
     export_state_dict,
@@ -34,7 +52,7 @@ from sam.trainable import (
     prepare_training,
     trained_weights,
 )
-from train_config import TrainConfig, parse_args
+from sidecar import Sidecar, sidecar_path, write_sidecar
 from train_state import Schedule, TrainState, learning_rate
 
 MEMORY_HINT = (
@@ -47,20 +65,35 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
+    """A run under way: what it computes with, where it stands, what it shows, and who may stop it.
+
+    cable_width: see `evaluation.training_cable_width`; None in every process but the first.
+    """
 
     config: TrainConfig
     experiment: Experiment
-    schedule: Schedule
     state: TrainState
     logger: RunLogger
     stop: runtime.StopRequest
     tests: list[EncodedTestSample]
+    budget: Budget
+    cable_width: float | None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, with the number of epochs of `--minutes` once it is known."""
+        schedule = self.experiment.schedule
+        return replace(schedule, epochs=self.state.epochs) if self.state.epochs else schedule
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many tests in a row brought no gain that the run ends."""
+        return self.state.tests_without_gain >= (self.config.patience or math.inf)
 
     @property
     def is_last(self) -> bool:
         """Whether the current iteration is the last one."""
-        return self.state.iteration == self.schedule.iterations
+        return self.state.iteration == self.schedule.iterations or self.is_out_of_patience
 
     @property
     def is_test(self) -> bool:
@@ -70,7 +103,9 @@ class Run:
 
 def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> Run:
     """Make trainable what trains, load the state to resume if there is one, and open the folder."""
-    net, resume_state = experiment.net, experiment.resume_state
+    net, resume_state, train_set = experiment.net, experiment.resume_state, experiment.train_set
+    encoding = experiment.schedule.batches_per_epoch if train_set.n_cache_slots else 0
+    budget = Budget(config.minutes, encoding)
     torch.manual_seed(config.seed)
     groups = prepare_training(
         net.sam,
@@ -102,7 +137,8 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
             num_workers=config.num_workers,
             stop=stop,
         )
-    return Run(config, experiment, experiment.schedule, state, logger, stop, tests)
+    cable_width = training_cable_width(experiment.train_set) if runtime.is_main() else None
+    return Run(config, experiment, state, logger, stop, tests, budget, cable_width)
 
 
 def load_state(
@@ -132,14 +168,14 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
         remove_logs(experiment.folder)  # of a run that died before its first state
     logger = RunLogger(
         experiment.folder,
-        iterations=experiment.schedule.iterations,
+        iterations=None if is_unmeasured(config, state) else experiment.schedule.iterations,
         done=state.iteration,
         resumed=resumed,
         enabled=is_main,
     )
     flags = config.flags()
     logger.settings(flags, json.loads(experiment.data.model_dump_json()), state.iteration)
-    logger.print(summary(config, experiment))
+    logger.print(summary(config, experiment, is_unmeasured(config, state)))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
     elif config.resume:
@@ -147,17 +183,27 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
     return logger
 
 
-def summary(config: TrainConfig, experiment: Experiment) -> str:
+def is_unmeasured(config: TrainConfig, state: TrainState) -> bool:
+    """Whether the run has as many epochs as fit into `--minutes`, and this number is not known yet."""
+    return config.minutes is not None and state.epochs is None
+
+
+def summary(config: TrainConfig, experiment: Experiment, unmeasured: bool) -> str:
     """What is about to run, in a few lines."""
     net, train_set, test_set = experiment.net, experiment.train_set, experiment.test_set
     schedule = experiment.schedule
     trainable = sum(p.numel() for p in net.sam.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.sam.parameters()) - trainable
     precision = str(net.low_precision).removeprefix("torch.") if net.low_precision else "float32"
+    length = (
+        f"{schedule.epochs} epochs of {schedule.epoch_length} samples: "
+        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps"
+    )
+    if unmeasured:
+        length = f"epochs of {schedule.epoch_length} samples, as many as fit into {config.minutes:g} minutes"
     lines = [
         dataset_table(train_set.datasets, test_set.dataset if test_set else None),
-        f"training    {schedule.epochs} epochs of {schedule.epoch_length} samples: "
-        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps",
+        f"training    {length}",
         f"model       {config.model_type}, prompt {config.prompt}, --train {config.train}: "
         f"{trainable / 1e6:.2f} M parameters train, {frozen / 1e6:.2f} M are frozen",
         f"device      {net.device}, {precision}{', compiled' * bool(net.compiled_decode)}, "
@@ -196,10 +242,34 @@ def save_state(run: Run) -> None:
     checkpoint.remove_kept_best(experiment.checkpoints)
 
 
-def save_checkpoint(experiment: Experiment, name: str) -> None:
+def save_checkpoint(run: Run, name: str) -> None:
+    """Save the weights, and beside them what is known of them."""
     if runtime.is_main():
-        state_dict = export_state_dict(experiment.net.sam, experiment.initial_state_dict)
-        checkpoint.save_weights(state_dict, experiment.checkpoints / name)
+        path = run.experiment.checkpoints / name
+        state_dict = export_state_dict(run.experiment.net.sam, run.experiment.initial_state_dict)
+        checkpoint.save_weights(state_dict, path)
+        write_sidecar(describe_checkpoint(run), path)
+
+
+def describe_checkpoint(run: Run) -> Sidecar:
+    """What is known of the weights as they are now."""
+    config, experiment, metrics = run.config, run.experiment, run.state.last_metrics or {}
+    test_set = experiment.test_set
+    return Sidecar(
+        model_type=config.model_type,
+        input_size=experiment.net.spec.img_size,
+        train=config.train,
+        prompt=config.prompt,
+        iteration=run.state.iteration,
+        threshold=metrics.get("threshold", 0.0),
+        cable_width=run.cable_width,
+        metrics=metrics,
+        flags=config.flags(),
+        data={
+            "train": [dataset.summary() for dataset in experiment.train_set.datasets],
+            "test": test_set.dataset.summary() if test_set else None,
+        },
+    )
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
@@ -209,6 +279,7 @@ def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
         for path in by_epoch[:-keep]:
             try:
                 path.unlink()
+                sidecar_path(path).unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error
 
@@ -239,7 +310,7 @@ def train(run: Run) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 state.step,
-                total_steps=schedule.steps,
+                total_steps=run.schedule.steps,
                 peak=group["peak_lr"],
                 warmup=config.warmup_steps,
                 power=config.lr_power,
@@ -287,26 +358,48 @@ def train(run: Run) -> None:
         state.count_iteration(losses, samples)
         throughput.count(samples, batch["data_wait"])
         logger.bar.update()
+        epochs = measured_epochs(run, state.iteration - first_iteration + 1)
         if is_log := state.iteration % config.log_interval == 0 or run.is_last:
             logger.training(training_scalars(state, loss_weights) | throughput.rates(), state.iteration)
         if is_log or state.iteration == first_iteration:  # the first iteration warms up: it is not timed
             throughput.restart()
 
         # test and save; this time is not part of images per second
-        with throughput.paused():
+        with throughput.paused(), run.budget.paused():
             saves_weights = finish_iteration(run)
             if run.is_test and logger.enabled:
                 logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
             is_due = since_save.seconds() >= 60 * config.resume_interval
-            signal, save_now = runtime.all_reduce_max([run.stop.signal or 0, int(is_due)])
+            signal, save_now, epochs = runtime.all_reduce_max([run.stop.signal or 0, int(is_due), epochs])
+            if epochs:
+                fix_epochs(run, epochs)
             is_first = saves_weights and not has_state  # weights without a state could not be resumed
-            if save_now or signal or run.is_last or is_first:
+            if save_now or signal or run.is_last or is_first or epochs:
                 save_state(run)
                 since_save.restart()
                 has_state = True
         if signal:
             run.stop.signal = signal
+        if signal or run.is_last:
             return
+
+
+def measured_epochs(run: Run, done: int) -> int:
+    """How many epochs fit into `--minutes`, in process 0 and only once; else 0.
+
+    done: iterations of this process.
+    """
+    if run.state.epochs or not runtime.is_main():
+        return 0
+    return run.budget.epochs(done, run.state.iteration, run.schedule, run.config.test_interval)
+
+
+def fix_epochs(run: Run, epochs: int) -> None:
+    """Fix the number of epochs of a run of `--minutes`. A resumed run keeps it."""
+    run.state.epochs = epochs
+    iterations = run.schedule.iterations
+    run.logger.bar.total = iterations
+    run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
 
 
 def finish_iteration(run: Run) -> bool:
@@ -317,8 +410,9 @@ def finish_iteration(run: Run) -> bool:
     config, experiment, state, logger = run.config, run.experiment, run.state, run.logger
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
         metrics = test_model(run)
-        state.last_test = state.iteration
+        state.last_test, state.last_metrics = state.iteration, metrics
         is_best = state.best is None or metrics["iou"] > state.best["iou"]
+        state.tests_without_gain = 0 if is_best else state.tests_without_gain + 1
         if is_best and state.has_finite_weights():
             if state.best and runtime.is_main():
                 checkpoint.keep_best(experiment.checkpoints, int(state.best["iteration"]))
@@ -326,14 +420,14 @@ def finish_iteration(run: Run) -> bool:
             logger.best(metrics, state.iteration)
     is_best = state.best is not None and state.best["iteration"] == state.iteration
     if is_best:
-        save_checkpoint(experiment, checkpoint.BEST_FILE)
+        save_checkpoint(run, checkpoint.BEST_FILE)
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
     is_save = batch_index == 0 and epoch % config.save_interval == 0
     if is_save:
-        save_checkpoint(experiment, f"epoch_{epoch:04d}.pth")
+        save_checkpoint(run, f"epoch_{epoch:04d}.pth")
         remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
-        save_checkpoint(experiment, "last.pth")
+        save_checkpoint(run, "last.pth")
     state.is_finished = True
     return is_best or is_save or run.is_last
 
@@ -398,29 +492,37 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     state, logger = run.state, run.logger
     try:
         if experiment.test_set and not state.iteration and state.baseline is None:
+            before = run.budget.elapsed.seconds()
             state.baseline = test_model(run)
+            run.budget.test_seconds = run.budget.elapsed.seconds() - before
         if not state.is_finished:
             finish_iteration(run)
             save_state(run)  # so that a run that is killed soon does not log this iteration twice
-        train(run)
-    except Exception:
-        save_last_state(run)
+        if not run.is_last:
+            train(run)
+    except Exception as error:
+        save_last_state(run, error)
         raise
     finally:
         logger.bar.close()
-    logger.print(result_summary(state.baseline, state.best, experiment.checkpoints))
+    if run.is_out_of_patience:
+        logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
+    shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
+    images = shown.config.data_dir / "imgs"
+    logger.print(result_summary(state.baseline, state.best, experiment.folder, images))
     logger.close()
 
 
-def save_last_state(run: Run) -> None:
-    """Save the state of the last iteration, if it is whole, before an error is raised further."""
+def save_last_state(run: Run, reason: Exception) -> None:
+    """Save the state of the last iteration, if it is whole, before the error `reason` is raised further."""
     # Several processes do not fail in the same iteration, and saving needs all of them.
     if not run.state.iteration or not run.state.is_consistent or runtime.world_size() > 1:
         return
     try:
         save_state(run)
     except UserError as error:  # the disk is full, for example
-        print(f"error: {error}", file=sys.stderr)
+        if str(error) != str(reason):
+            print(f"error: {error}", file=sys.stderr)
 
 
 # --- Command ----------------------------------------------------------------------------------
@@ -434,18 +536,17 @@ def main(argv: list[str] | None = None) -> int:
     """
     runtime.init()
     config = parse_args(argv)
-    stop = runtime.StopRequest(at_once=True)
     try:
-        with stop:
+        with runtime.interrupt_on_signals():
             if config.preview:
                 preview(config)
                 return 0
             experiment = prepare(config)
             runtime.barrier()
-    except KeyboardInterrupt:
+    except runtime.Interrupted as signal:
         if runtime.is_main():
-            print(f"{Signals(stop.signal or SIGINT).name}: nothing was trained", file=sys.stderr)
-        return 128 + (stop.signal or SIGINT)
+            print(f"{signal.name}: nothing was trained", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -486,10 +587,11 @@ def print_resume_hint(config: TrainConfig) -> None:
         return
     state = config.folder / RESUME_FILE
     where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
-    print(
-        f"{where}; to continue, run the same command with --exp_name {config.exp_name} --resume",
-        file=sys.stderr,
-    )
+    flags = ("--exp_name", config.exp_name, "--resume")
+    command = tool_command("finetune.py", *flags, processes=runtime.local_world_size())
+    if not (config.folder / ARGS_FILE).exists():
+        command = f"run the same command with {shell_command(*flags)}"
+    print(f"{where}; to continue: {command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Prediction: from images to mask logits with a loaded SAM, whole or in tiles, with prompts or without.
+"""Prediction: from images to masks with a loaded SAM, whole or in tiles, with prompts or without.
+
+    from inference import load
+
+    segment = load("exp/NAME/checkpoints/best.pth")
+    mask = segment(image)  # bool (H, W), of an image that is RGB uint8 (H, W, 3)
 
 The test during training, predict.py and Python callers all compute their logits here.
 """
@@ -8,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -17,12 +23,13 @@ from torch import Tensor
 import checkpoint
 import runtime
 from base.errors import UserError
-from imaging.geometry import InputSpec, to_model_input
+from imaging.geometry import InputSpec, fit_size, resize_image, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
 from sam.encoder import encode, move_to_device
-from sam.point_labels import ABSENT
+from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
+from sidecar import Sidecar, median_cable_width, read_sidecar, sidecar_path
 
 TILE_OVERLAP = 0.25  # of a tile's side, with each neighbor
 
@@ -91,20 +98,6 @@ def load_any(path: Path) -> tuple[Sam, str]:
     sam = VARIANTS[model_type].build()
     load_state_dict(sam, weights, model_type, path)
     return sam, model_type
-
-
-def load(
-    path: Path,
-    device: torch.device,
-    low_precision: torch.dtype | None,
-    *,
-    prompt_batch_size: int | None = None,
-) -> PredictLogits:
-    """`predict_logits` with the SAM of a checkpoint. Raises UserError as `load_any` does."""
-    sam, model_type = load_any(path)
-    move_to_device(sam, device, low_precision)
-    net = LoadedSam(sam, model_type, low_precision)
-    return partial(predict_logits, net, prompt_batch_size=prompt_batch_size)
 
 
 @torch.inference_mode()
@@ -188,6 +181,192 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
         points[i, : len(prompt.labels)] = torch.from_numpy(prompt.points) * scale
         labels[i, : len(prompt.labels)] = torch.from_numpy(prompt.labels)
     return points, labels
+
+
+# --- Segmenter --------------------------------------------------------------------------------
+
+Tiles = int | Literal["auto"] | None
+COARSE_SIDE = 1024  # longest side of the image in which "auto" looks for cables, if the input is no larger
+MAX_ENLARGEMENT = 2
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A loaded checkpoint that segments images. `load` makes it.
+
+    threshold: a pixel is cable if its logit is above it.
+    tiles: side in pixels of the tiles that images are cut into; None predicts whole images; "auto" chooses
+        it for each image, see `tile_size`.
+    cable_width: median width of the cables in training, in pixels of the model's input; "auto" needs it.
+    batch_size: how many images, tiles or prompts are computed together.
+    sidecar: what is known of the checkpoint, if it has a sidecar.
+    """
+
+    net: LoadedSam
+    threshold: float = 0.0
+    tiles: Tiles = None
+    cable_width: float | None = None
+    batch_size: int = 4
+    sidecar: Sidecar | None = None
+
+    @overload
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[Prompt] | None = None, *, return_probs: bool = False
+    ) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[Prompt]] | None = None,
+        *,
+        return_probs: bool = False,
+    ) -> list[np.ndarray]: ...
+
+    def __call__(self, images, prompts=None, *, return_probs=False):  # type: ignore[no-untyped-def]
+        """The mask of an image, bool (H, W); of a list of images, the list of their masks.
+
+        Args:
+            images: RGB uint8 (H, W, 3), or a list of such, of any sizes.
+            prompts: those of the image (see `box_prompt`), or a list with those of each image. The mask of
+                an image is the union of the masks of its prompts. By default there are none.
+            return_probs: return probabilities instead, float32 (H, W) in 0..1.
+
+        Raises:
+            UserError: an image is no such array, or there are prompts and tiles.
+        """
+        if isinstance(images, np.ndarray):
+            prompts = None if prompts is None else [prompts]
+            return self([images], prompts, return_probs=return_probs)[0]
+        for number, image in enumerate(images):
+            _check_image(image, number)
+        logits = self.logits(images, prompts)
+        return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
+
+    def logits(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[Prompt]] | None = None,
+        tile_sizes: Sequence[int | None] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call.
+
+        tile_sizes: the `tile_size` of each image, if the caller has it already.
+        """
+        if self.tiles and prompts is not None:
+            raise UserError(
+                f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
+            )
+        given = [NO_PROMPT] * len(images) if prompts is None else prompts
+        if len(given) != len(images):
+            raise UserError(
+                f"{len(images)} images but {len(given)} lists of prompts; expected one list for each"
+            )
+        predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
+        for first in range(0, len(images), self.batch_size):
+            chunk = slice(first, first + self.batch_size)
+            batch = list(images[chunk])
+            sizes = [self.tile_size(image) for image in batch] if tile_sizes is None else tile_sizes[chunk]
+            if not any(sizes):
+                yield from predict(batch, list(given[chunk]))
+                continue
+            for image, size in zip(batch, sizes, strict=True):
+                side = size or max(image.shape[:2])
+                yield predict_logits_tiled(predict, image, tile_size=side, batch_size=self.batch_size)
+
+    def tile_size(self, image: np.ndarray) -> int | None:
+        """Side in pixels of the tiles that an image, RGB uint8 (H, W, 3), is cut into; None: it stays whole.
+
+        "auto" predicts the whole image first, and measures the median width of the cables found. In tiles
+        of the side that it chooses, cables are as wide for the model as in training. A tile is enlarged at
+        most by MAX_ENLARGEMENT. An image in which no cable is found stays whole.
+        """
+        if self.tiles != "auto":
+            return self.tiles
+        assert self.cable_width  # `load` requires it
+        side, longest = self.net.spec.img_size, max(image.shape[:2])
+        coarse_longest = min(longest, max(side, COARSE_SIDE))
+        coarse = resize_image(image, fit_size((image.shape[0], image.shape[1]), coarse_longest))
+        (logits,) = predict_logits(self.net, [coarse], [NO_PROMPT])
+        width = median_cable_width([logits > self.threshold])
+        if width is None:
+            return None
+        size = round(width * longest / coarse_longest * side / self.cable_width)
+        size = max(size, side // MAX_ENLARGEMENT)
+        return size if size < longest else None
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    threshold: float | None = None,
+    *,
+    tiles: Tiles = None,
+    cable_width: float | None = None,
+    batch_size: int = 4,
+    amp: str = "auto",
+) -> Segmenter:
+    """Load a checkpoint of any model type.
+
+    From then on, this process keeps freed memory (see `runtime.keep_freed_memory`). On a GPU, a blank image
+    is predicted once, so that the first real one is not slower than the next.
+
+    Args:
+        device: "auto" takes the first available of cuda, mps, cpu.
+        threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
+        tiles, batch_size: see `Segmenter`.
+        cable_width: see `Segmenter`; None takes that of the sidecar.
+        amp: precision: "auto" (what the hardware computes fast), "bf16", "fp16", or "off" for float32.
+
+    Raises:
+        UserError: the file cannot be read or fits no model type, there is no such device, or `tiles` is
+            "auto" and the width of the cables is not known.
+    """
+    runtime.keep_freed_memory()
+    path = Path(path)
+    device = runtime.pick_device(device) if isinstance(device, str) else device
+    low_precision = runtime.amp_dtype(amp, device)
+    sam, model_type = load_any(path)
+    sidecar = read_sidecar(path, model_type)
+    move_to_device(sam, device, low_precision)
+    if threshold is None:
+        threshold = sidecar.threshold if sidecar else 0.0
+    if cable_width is None and sidecar:
+        cable_width = sidecar.cable_width
+    if tiles == "auto" and not cable_width:
+        raise _unknown_cable_width(path)
+    net = LoadedSam(sam, model_type, low_precision)
+    if device.type != "cpu":
+        list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
+    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
+
+
+def _unknown_cable_width(path: Path) -> UserError:
+    return UserError(
+        f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not say it: "
+        "give --cable_width PIXELS, in pixels of the model's input"
+    )
+
+
+def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:
+    """The prompt that is a box, in pixels of the image."""
+    return Prompt(np.array([[x1, y1], [x2, y2]], np.float32), np.array([BOX_CORNER_1, BOX_CORNER_2]))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in 0..1 of logits, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def _check_image(image: object, number: int) -> None:
+    """Raise UserError unless it is RGB uint8 (H, W, 3) with at least one pixel."""
+    if not isinstance(image, np.ndarray):
+        found = type(image).__name__
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        found = f"{image.dtype} {image.shape}"
+    else:
+        return
+    raise UserError(f"image {number}: expected a NumPy array, RGB uint8 (H, W, 3), got {found}")
 
 
 # --- Tiles ------------------------------------------------------------------------------------

@@ -7,39 +7,19 @@ the true masks.
 """
 
 import argparse
-import csv
-import io
-import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
+from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int
 
-import inference
-import runtime
-from base.errors import UserError
-from base.flag_types import number, positive_int
-from imaging import media
-from imaging.coco import coco_document, polygons
-from imaging.files import MAX_PIXELS, read_image
-from imaging.masks import read_mask
-from imaging.media import InputImage
-from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
-from imaging.output_folder import LIST_NAME, MASKS, OVERLAYS, PROBABILITIES, OutputFolder
-from imaging.prompts import NO_PROMPT, Prompt
-from imaging.visualize import PREDICTION_COLOR, overlay, panel, sheet
-
-MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
-N_WORST = 4  # images in worst.jpg
-tile_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+tile_size = number(
+    lambda text: text if text == "auto" else int(text),
+    lambda value: value == "auto" or value >= 16,
+    "a whole number of at least 16, or auto",
+)
 finite = number(float, math.isfinite, "a finite number")
-SCORE_NAMES = [field.name for field in fields(Scores)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,26 +28,79 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add_path = partial(add, type=Path, required=True, default=argparse.SUPPRESS)
-    add_path("--checkpoint", help="any checkpoint of this tool; the model type is detected")
+    add_path = partial(add, type=path, required=True, default=argparse.SUPPRESS)
+    add_path("--checkpoint", help="a checkpoint of this tool or of another one; the model type is detected")
     add_path("--input", help="an image, a folder of images, or a video")
     add_path("--output", help="folder for the results: masks/, overlays/ and others")
-    add("--masks", type=Path, help="folder of true masks, matched by stem; scores are printed")
+    add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
     add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
-    add("--threshold", type=finite, default=0.0, help="a pixel is cable if its logit is above it")
+    lines_help = "also write the centerline of each cable, as JSON and drawn"
+    add("--centerlines", action="store_true", help=lines_help)
+    instances_help = "also write the number of the cable at each pixel, as 16-bit PNG"
+    add("--instances", action="store_true", help=instances_help)
+    threshold_help = "a pixel is cable if its logit is above it (default: that of the sidecar, else 0)"
+    add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
-    add("--prompt", type=Path, help=prompt_help)
-    tiles_help = "cut images into overlapping tiles of this side"
+    add("--prompt", type=path, help=prompt_help)
+    tiles_help = "cut images into overlapping tiles of this side; auto: cables as wide as in training"
     add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
+    add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
     add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
+    add("--rle", action="store_true", help="also write rle.json, a COCO file like that of --polygons")
+    area_help = "smaller regions, in pixels, are left out of --polygons and --rle"
+    add("--min_area", type=positive_int, default=1, help=area_help)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(threshold=None))
     if args.tiles and args.prompt:
         parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
+    if args.cable_width and args.tiles != "auto":
+        parser.error("--cable_width is for --tiles auto")
     return args
+
+
+if __name__ == "__main__":
+    answer_first(parse_args)
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import islice
+
+import numpy as np
+from tqdm import tqdm
+
+import inference
+import runtime
+from base.errors import UserError
+from imaging import media
+from imaging.centerlines import cables_document, centerlines, find_crossings, instance_mask
+from imaging.coco import Region, coco_document, polygons, run_lengths
+from imaging.files import read_image
+from imaging.masks import read_mask
+from imaging.media import InputImage
+from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
+from imaging.output_folder import (
+    CENTERLINES,
+    INSTANCES,
+    LIST_NAME,
+    MASKS,
+    OVERLAYS,
+    PROBABILITIES,
+    OutputFolder,
+)
+from imaging.prompts import Prompt
+from imaging.visualize import PREDICTION_COLOR, draw_cables, overlay, panel, sheet
+from sidecar import sidecar_path
+
+MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
+N_WORST = 4  # images in worst.jpg
+SCORE_NAMES = [field.name for field in fields(Scores)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,12 +109,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     faults: list[str] = []
     try:
-        run(args, faults)
-    except KeyboardInterrupt:
+        with runtime.interrupt_on_signals():
+            run(args, faults)
+    except runtime.Interrupted as signal:
         written = args.output / LIST_NAME
         lists = f"{written} lists the files written so far" if written.exists() else "nothing was written"
-        print(f"interrupted: {lists}", file=sys.stderr)
-        return 130
+        print(f"interrupted by {signal.name}: {lists}", file=sys.stderr)
+        return signal.exit_code
     except Exception as error:
         message = runtime.user_message(error, MEMORY_HINT)
         if message is None:
@@ -105,20 +139,22 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
     prompts = media.find_prompts(args.prompt, paths) if args.prompt else {}
     inputs = [args.input, args.masks, args.checkpoint, args.prompt, *paths, *mask_paths.values()]
     output = OutputFolder(args.output, [path for path in inputs if path])
-    device = runtime.pick_device(args.device)
-    low_precision = runtime.amp_dtype(args.amp, device)
-    predict = inference.load(args.checkpoint, device, low_precision, prompt_batch_size=args.batch_size)
-    options = Options(output, args.batch_size, args.tiles, args.threshold, args.probabilities)
+    segment = load_segmenter(args)
+    options = Options(
+        output, args.batch_size, args.threshold, args.probabilities, args.centerlines, args.instances
+    )
     start_output(output, args, paths, options)
     try:
         if video:
-            names = predict_video(predict, video, options, faults)
+            names = predict_video(segment, video, options, faults)
             stats: dict[str, ImageStats] = {}
         else:
             images = media.read_images(paths, mask_paths, args.max_pixels, faults)
-            names, stats = predict_images(predict, images, prompts, options, len(paths))
+            names, stats = predict_images(segment, images, prompts, options, len(paths))
         if args.polygons:
-            write_polygons(output, names)
+            write_regions(output, names, "polygons.json", partial(polygons, min_area=args.min_area))
+        if args.rle:
+            write_regions(output, names, "rle.json", partial(run_lengths, min_area=args.min_area))
         if stats:
             report_scores(output, stats, options.threshold)
             write_worst(output, stats, {path.stem: path for path in paths}, mask_paths)
@@ -126,20 +162,44 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         output.finish()
 
 
+def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
+    """Load the checkpoint. Prints which threshold is used, and sets `args.threshold` to it."""
+    segment = inference.load(
+        args.checkpoint,
+        args.device,
+        args.threshold,
+        tiles=args.tiles,
+        cable_width=args.cable_width,
+        batch_size=args.batch_size,
+        amp=args.amp,
+    )
+    name = sidecar_path(args.checkpoint).name
+    origin = f"from {name}" if segment.sidecar else f"the default, without {name}"
+    if args.threshold is not None:
+        origin = "--threshold"
+    print(f"threshold {segment.threshold:g} ({origin})")
+    args.threshold = segment.threshold
+    return segment
+
+
 @dataclass(frozen=True)
 class Options:
     """How images are predicted, and what is written for them."""
 
     output: OutputFolder
-    batch_size: int  # images or tiles that are predicted together
-    tile_size: int | None  # in pixels; None predicts whole images
+    batch_size: int  # images that are predicted together
     threshold: float  # a pixel is cable if its logit is above it
     probabilities: bool  # whether to write them
+    centerlines: bool  # whether to write them
+    instances: bool  # whether to write the instance masks
 
     def names(self, stem: str) -> list[str]:
         """The files of an image, relative to the output folder."""
         names = [f"{MASKS}/{stem}.png", f"{OVERLAYS}/{stem}.jpg"]
-        return [*names, f"{PROBABILITIES}/{stem}.png"] if self.probabilities else names
+        names += [f"{PROBABILITIES}/{stem}.png"] if self.probabilities else []
+        names += [f"{CENTERLINES}/{stem}.json", f"{CENTERLINES}/{stem}.jpg"] if self.centerlines else []
+        names += [f"{INSTANCES}/{stem}.png"] if self.instances else []
+        return names
 
 
 def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Path], options: Options) -> None:
@@ -158,14 +218,14 @@ def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Pat
 
 
 def predict_video(
-    predict: inference.PredictLogits, video: Path, options: Options, faults: list[str]
+    segment: inference.Segmenter, video: Path, options: Options, faults: list[str]
 ) -> dict[str, str]:
     """Predict the frames of a video and join their overlays to a video; returns their names by stem."""
     expected = media.frame_count(video)
     name = f"{OVERLAYS}/{video.stem}.mp4"
     with media.VideoWriter(options.output.path / name, media.frame_rate(video)) as writer:
         frames = media.read_frames(video)
-        names, _ = predict_images(predict, frames, {}, options, expected, writer)
+        names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
     options.output.add(name)
     if len(names) < expected:
@@ -178,7 +238,7 @@ def predict_video(
 
 
 def predict_images(
-    predict: inference.PredictLogits,
+    segment: inference.Segmenter,
     images: Iterator[InputImage],
     prompts: Mapping[str, Sequence[Prompt]],
     options: Options,
@@ -196,59 +256,86 @@ def predict_images(
     """
     names: dict[str, str] = {}
     stats: dict[str, ImageStats] = {}
+    tile_sizes: list[int | None] = []
     with tqdm(total=n_images, unit=" images", dynamic_ncols=True) as progress:
         while batch := list(islice(images, options.batch_size)):
             options.output.announce(name for image in batch for name in options.names(image.stem))
-            for image, logits in zip(batch, predict_batch(predict, batch, prompts, options), strict=True):
+            for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
                 write_prediction(image, logits, options, video)
                 names[image.stem] = image.name
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
                 progress.update()
+    if segment.tiles == "auto":
+        print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     return names, stats
 
 
 def predict_batch(
-    predict: inference.PredictLogits,
+    segment: inference.Segmenter,
     batch: list[InputImage],
     prompts: Mapping[str, Sequence[Prompt]],
-    options: Options,
+    tile_sizes: list[int | None],
 ) -> Iterator[np.ndarray]:
-    """Yield the logits float32 (H, W) of each image, predicted whole or in tiles."""
-    if options.tile_size is None:
-        image_prompts = [prompts.get(image.stem, NO_PROMPT) for image in batch]
-        yield from predict([image.image for image in batch], image_prompts)
-        return
-    for image in batch:
-        yield inference.predict_logits_tiled(
-            predict, image.image, tile_size=options.tile_size, batch_size=options.batch_size
-        )
+    """The logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
+    images = [image.image for image in batch]
+    sizes = [segment.tile_size(image) for image in images]
+    tile_sizes += sizes
+    return segment.logits(images, [prompts[image.stem] for image in batch] if prompts else None, sizes)
+
+
+def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
+    """A line about the tiles that --tiles auto chose."""
+    sides = [side for side in tile_sizes if side]
+    tiled = f"{len(sides)} images in tiles of {min(sides)} to {max(sides)} px, " if sides else ""
+    return f"tiles auto: {tiled}{len(tile_sizes) - len(sides)} images whole"
 
 
 def write_prediction(
     image: InputImage, logits: np.ndarray, options: Options, video: media.VideoWriter | None
 ) -> None:
-    """Write the mask and the overlay of an image and, if asked for, its probabilities."""
+    """Write the mask and the overlay of an image and, if asked for, its probabilities and cables."""
     mask = logits > options.threshold
     tinted = overlay(image.image, mask, PREDICTION_COLOR)
     if video is not None:
         video.write(tinted)
     arrays = [mask.astype(np.uint8) * 255, tinted]
     if options.probabilities:
-        probabilities = 0.5 * (1 + np.tanh(0.5 * logits))  # a sigmoid without overflow
-        arrays.append(np.rint(65535 * probabilities).astype(np.uint16))
-    for name, array in zip(options.names(image.stem), arrays, strict=True):
-        options.output.write(name, media.encode_image(array, Path(name).suffix))
+        arrays.append(np.rint(65535 * inference.sigmoid(logits)).astype(np.uint16))
+    contents = [media.encode_image(array, ".png" if array.ndim == 2 else ".jpg") for array in arrays]
+    if options.centerlines or options.instances:
+        contents += encode_cables(image, mask, options)
+    for name, content in zip(options.names(image.stem), contents, strict=True):
+        options.output.write(name, content)
 
 
-def write_polygons(output: OutputFolder, names: Mapping[str, str]) -> None:
-    """Write `polygons.json`, a COCO file, from the masks written before; `names` are by stem."""
+def encode_cables(image: InputImage, mask: np.ndarray, options: Options) -> list[bytes]:
+    """The files of the cables of an image: centerlines and their drawing, instance mask, as asked for."""
+    cables = centerlines(mask)
+    contents = []
+    if options.centerlines:
+        document = cables_document(image.name, (mask.shape[0], mask.shape[1]), cables)
+        contents.append(json.dumps(document).encode(errors="surrogateescape"))
+        drawn = draw_cables(image.image, cables, find_crossings(cables))
+        contents.append(media.encode_image(drawn, ".jpg"))
+    if options.instances:
+        contents.append(media.encode_image(instance_mask(mask, cables), ".png"))
+    return contents
+
+
+def write_regions(
+    output: OutputFolder,
+    names: Mapping[str, str],
+    file_name: str,
+    describe: Callable[[np.ndarray], list[Region]],
+) -> None:
+    """Write a COCO file of the regions of the masks written before; `names` are by stem."""
     masks = ((name, read_mask(output.path / MASKS / f"{stem}.png")) for stem, name in names.items())
-    document = coco_document((name, (mask.shape[0], mask.shape[1]), polygons(mask)) for name, mask in masks)
-    output.write("polygons.json", json.dumps(document).encode())
+    document = coco_document((name, (mask.shape[0], mask.shape[1]), describe(mask)) for name, mask in masks)
+    output.write(file_name, json.dumps(document).encode())
 
 
 def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats], threshold: float) -> None:

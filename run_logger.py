@@ -1,7 +1,15 @@
 """What a run shows and logs: TensorBoard, metrics.jsonl, console. Silent in every process but the first."""
 
+import io
 import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from base.atomic import write_text
@@ -18,6 +27,8 @@ from base.errors import UserError
 from dataset_index import DatasetIndex
 from imaging.metrics import ImageStats
 from imaging.visualize import sheet
+from train_config import ARGS_FILE, CONFIG_FILE
+from train_state import Schedule
 
 METRICS_FILE = "metrics.jsonl"
 # TensorBoard's table of runs (HPARAMS) shows these metrics of the best test, and all flags but these.
@@ -28,6 +39,56 @@ NOT_IN_HPARAMS = {
 }  # fmt: skip
 
 
+class EventFile:
+    """A file of TensorBoard events in a folder.
+
+    PyTorch's `SummaryWriter` writes in a thread, whose errors show as tracebacks. Here, `flush` writes, and
+    raises OSError. If the file was deleted, `flush` gives a warning and continues in a new one.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        """Open a new file. TensorBoard ignores earlier events from `purge_step` on."""
+        self._folder, self._pending = folder, io.BytesIO()
+        self.path = self._new_path()
+        self.path.touch(exist_ok=False)
+        self._add(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add(self, content: Any, step: int = 0) -> None:
+        """Add what a function of `torch.utils.tensorboard.summary` returned."""
+        self._add(Event(summary=content, step=step))
+
+    def flush(self) -> None:
+        """Append all events to the file. If this fails, the file stays as it was, and they are kept."""
+        if not self.path.exists():
+            deleted, self.path = self.path, self._new_path()
+            warnings.warn(f"{deleted} was deleted; the curves go on in {self.path.name}", stacklevel=2)
+            events = self._pending.getvalue()
+            self._pending = io.BytesIO()
+            self._add(Event(file_version="brain.Event:2"))
+            self._pending.write(events)
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            rest = self._pending.getvalue()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]  # a disk that fills up may take a part
+            except OSError:
+                file.truncate(size)
+                raise
+        self._pending = io.BytesIO()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._pending).write(event.SerializeToString())
+
+    def _new_path(self) -> Path:
+        # TensorBoard reads files in the order of their names, which begins with the time.
+        return self._folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+
+
 class RunLogger:
     """Logs of one run in `folder`. With `enabled` false every method does nothing.
 
@@ -35,24 +96,27 @@ class RunLogger:
 
     Args:
         folder: exp/NAME.
-        iterations: how many the whole run has.
+        iterations: how many the whole run has; None if that is not known yet.
         done: how many of them are done.
         resumed: whether earlier logs are there; what they hold after iteration `done` is dropped.
     """
 
-    def __init__(self, folder: Path, *, iterations: int, done: int, resumed: bool, enabled: bool) -> None:
-        self.folder, self.enabled = folder, enabled
+    def __init__(
+        self, folder: Path, *, iterations: int | None, done: int, resumed: bool, enabled: bool
+    ) -> None:
+        self.folder, self.enabled, self._has_metrics = folder, enabled, False
         self.bar = tqdm(total=iterations, initial=done, unit="it", dynamic_ncols=True, disable=not enabled)
         if enabled:
             with self._writing():
-                self.writer = SummaryWriter(folder, purge_step=done + 1 if resumed else None)
-                if resumed:
-                    _drop_later_lines(folder / METRICS_FILE, done)
+                self.events = EventFile(folder, purge_step=done + 1 if resumed else None)
+            if resumed:
+                _drop_later_lines(folder / METRICS_FILE, done)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
+            self.events.flush()
         except OSError as error:  # TensorBoard's names no file
             raise UserError(f"writing to {self.folder} failed: {error}") from error
 
@@ -64,16 +128,16 @@ class RunLogger:
         """Write `args.yaml` and `config.yaml`; show the flags as text and as this run's row in HPARAMS."""
         if not self.enabled:
             return
-        for name, values in (("config.yaml", config), ("args.yaml", flags)):
+        for name, values in ((CONFIG_FILE, config), (ARGS_FILE, flags)):
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             write_text(self.folder / name, text)
         with self._writing():
             text = yaml.safe_dump(flags, sort_keys=False)
-            self.writer.add_text("flags", f"```\n{text}```", iteration)
+            self.events.add(summary.text("flags", f"```\n{text}```"), iteration)
             shown = {name: value for name, value in flags.items() if name not in NOT_IN_HPARAMS}
             best = {f"best/{name}": 0.0 for name in BEST_METRICS}
-            for summary in hparams(shown, best)[:2]:  # the third would say that the run has ended
-                self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+            for part in summary.hparams(shown, best)[:2]:  # the third would say that the run has ended
+                self.events.add(part)
 
     def training(self, scalars: dict[str, float], iteration: int) -> None:
         """Write scalars under `train/`, and show the main ones beside the progress bar."""
@@ -81,7 +145,7 @@ class RunLogger:
             return
         with self._writing():
             for name, value in scalars.items():
-                self.writer.add_scalar(f"train/{name}", value, iteration)
+                self._scalar(f"train/{name}", value, iteration)
         self.bar.set_postfix_str(
             f"loss {scalars['loss']:.3f}, lr {scalars['lr']:.1e}, "
             f"{scalars['images_per_s']:.2f} images/s, {scalars['data_wait']:.0%} data wait"
@@ -100,13 +164,20 @@ class RunLogger:
             return
         with self._writing():
             for name, value in metrics.items():
-                self.writer.add_scalar(f"test/{name}", value, iteration)
+                self._scalar(f"test/{name}", value, iteration)
             self._precision_recall(stats, iteration)
             self._image("test/panel", sheet(panels), iteration)
             self._image("test/worst_and_median", sheet(worst_and_median), iteration)
-            with (self.folder / METRICS_FILE).open("a") as file:
-                file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+            self._metrics({"iteration": iteration} | metrics)
         self.print(f"iteration {iteration}: test IoU {metrics['iou']:.4f}, Dice {metrics['dice']:.4f}")
+
+    def _metrics(self, line: dict[str, float]) -> None:
+        path = self.folder / METRICS_FILE
+        if self._has_metrics and not path.exists():
+            warnings.warn(f"{path} was deleted; it goes on without the earlier tests", stacklevel=2)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._has_metrics = True
 
     def _precision_recall(self, stats: list[ImageStats], iteration: int) -> None:
         """Precision and recall of all pixels together, at the thresholds of `imaging.metrics`."""
@@ -120,16 +191,15 @@ class RunLogger:
             background - false_positives,
             foreground - true_positives,
         )
-        self.writer.add_pr_curve_raw(
-            "test/pixels", *counts, precision, recall, iteration, num_thresholds=len(true_positives)
-        )
+        curve = summary.pr_curve_raw("test/pixels", *counts, precision, recall, len(true_positives))
+        self.events.add(curve, iteration)
 
     def best(self, metrics: dict[str, float], iteration: int) -> None:
         """Write the metrics of a new best test."""
         if self.enabled:
             with self._writing():
                 for name in BEST_METRICS:
-                    self.writer.add_scalar(f"best/{name}", metrics[name], iteration)
+                    self._scalar(f"best/{name}", metrics[name], iteration)
 
     def training_panels(self, panels: list[np.ndarray], iteration: int) -> None:
         """Show samples of a training batch."""
@@ -138,18 +208,20 @@ class RunLogger:
                 self._image("train/panel", sheet(panels), iteration)
 
     def _image(self, tag: str, image: np.ndarray, iteration: int) -> None:
-        self.writer.add_image(tag, image, iteration, dataformats="HWC")
+        self.events.add(summary.image(tag, image, dataformats="HWC"), iteration)
+
+    def _scalar(self, tag: str, value: float, iteration: int) -> None:
+        self.events.add(summary.scalar(tag, value), iteration)
 
     def flush(self) -> None:
+        """Write again what could not be written."""
         if self.enabled:
             with self._writing():
-                self.writer.flush()
+                pass
 
     def close(self) -> None:
         self.bar.close()
-        if self.enabled:
-            with self._writing():
-                self.writer.close()
+        self.flush()
 
 
 def remove_logs(folder: Path) -> None:
@@ -215,6 +287,47 @@ class Throughput:
         return self._timer.paused()
 
 
+WARM_UP = 3  # iterations that are not timed: memory is allocated, kernels are chosen
+MIN_TIMED = 10  # iterations
+MIN_SHARE, MAX_SHARE = 0.05, 0.5  # of the minutes that measuring takes
+
+
+class Budget:
+    """Measures the speed of a run of `--minutes`, from which its number of epochs follows.
+
+    test_seconds: how long a test takes.
+    """
+
+    def __init__(self, minutes: float | None, encoding: int) -> None:
+        """`encoding` is the number of first iterations that are slow, because they encode for later ones."""
+        self._seconds, self._encoding = 60 * minutes if minutes else None, encoding
+        self.elapsed, self._timer, self._untimed = Timer(), Timer(), 0
+        self.test_seconds = 0.0
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose time does not count as that of iterations."""
+        return self._timer.paused()
+
+    def epochs(self, done: int, iteration: int, schedule: Schedule, test_interval: int) -> int:
+        """How many epochs the run has, at least the current one; 0 as long as this is not measured.
+
+        done, iteration: iterations that this process and the run have done.
+        """
+        if self._seconds is None:
+            return 0
+        if done in (WARM_UP, self._encoding):
+            self._timer.restart()
+            self._untimed = done
+        timed, share = done - self._untimed, self.elapsed.seconds() / self._seconds
+        is_exact = self._untimed >= self._encoding and timed >= MIN_TIMED and share >= MIN_SHARE
+        if not timed or not (is_exact or share >= MAX_SHARE):
+            return 0
+        seconds = self._timer.seconds() / timed + self.test_seconds / test_interval
+        possible = iteration + max(0.0, self._seconds - self.elapsed.seconds()) / seconds
+        length = schedule.batches_per_epoch
+        return max(iteration // length + 1, int(possible // length))
+
+
 # --- Summaries --------------------------------------------------------------------------------
 
 
@@ -240,17 +353,49 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else "..." + text[3 - length :]
 
 
+EMPTY_IOU = 5e-5  # a test IoU that shows as 0.0000
+EMPTY_HINT = (
+    "warning: the predictions are empty or find no cable (test IoU 0.0000); train for more epochs "
+    "(--epoch_num) or with --train encoder, and check the data with --preview"
+)
+
+
 def result_summary(
-    baseline: dict[str, float] | None, best: dict[str, float] | None, checkpoints: Path
+    baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
 ) -> str:
-    """The closing lines of a run: baseline against best, and where the files are."""
+    """The closing lines of a run: baseline against best, where the files are, and how to predict `images`."""
+    best_weights, last_weights = folder / "checkpoints/best.pth", folder / "checkpoints/last.pth"
     lines = []
     if baseline and best:
         lines += [
             f"baseline -> fine-tuned: IoU {baseline['iou']:.4f} -> {best['iou']:.4f}, "
             f"Dice {baseline['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})",
-            f"best weights     {checkpoints / 'best.pth'}",
+            f"best weights     {best_weights}",
         ]
-    if (checkpoints / "last.pth").exists():
-        lines.append(f"last weights     {checkpoints / 'last.pth'}")
-    return "\n".join([*lines, f"curves           tensorboard --logdir {checkpoints.parent}"])
+        if best["iou"] < EMPTY_IOU:
+            lines.append(EMPTY_HINT)
+    if last_weights.exists():
+        lines.append(f"last weights     {last_weights}")
+    lines.append(f"curves           {shell_command('tensorboard', '--logdir', folder)}")
+    weights = next((path for path in (best_weights, last_weights) if path.exists()), None)
+    if weights:
+        flags = ("--checkpoint", weights, "--input", images, "--output", Path("predictions") / folder.name)
+        lines.append(f"next             {tool_command('predict.py', *flags)}")
+    return "\n".join(lines)
+
+
+def tool_command(script: str, *arguments: str | Path, processes: int = 1) -> str:
+    """The command line to paste into a shell, which runs a script of this tool in the current directory."""
+    python = "python" if shutil.which("python") == sys.executable else Path(sys.executable)
+    start = [python] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shell_command(*start, Path(__file__).parent / script, *arguments)
+
+
+def shell_command(*parts: str | Path) -> str:
+    """A command line, quoted where a shell needs it. Paths below the current directory are relative to it."""
+    here = Path.cwd()
+    texts = [
+        str(part.relative_to(here)) if isinstance(part, Path) and part.is_relative_to(here) else str(part)
+        for part in parts
+    ]
+    return shlex.join(texts) if os.name == "posix" else subprocess.list2cmdline(texts)

@@ -11,8 +11,8 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from signal import SIGINT, SIGTERM
@@ -35,7 +35,7 @@ def init() -> None:
     warnings.formatwarning = lambda message, *rest, **options: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; they name no file
     Image.MAX_IMAGE_PIXELS = None  # imaging.files checks sizes itself, against --max_pixels
-    _keep_freed_memory()
+    keep_freed_memory()
     _data_workers.clear()
 
 
@@ -47,7 +47,7 @@ def init_data_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)  # one process per core is parallel enough
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, of any thread.
 
     By default, glibc returns large blocks to the kernel at once. The kernel must then map and clear new pages
@@ -293,6 +293,57 @@ def _has_dead_data_worker() -> bool:
 STOP_SIGNALS = [SIGINT, SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP ends a command.
+
+    name, exit_code: such as "SIGTERM", and 128 + the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name, self.exit_code = signal.Signals(number).name, 128 + number
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """A context in which the first signal raises Interrupted, at any line.
+
+    A second signal ends the process at once.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for handled in previous:
+            signal.signal(handled, signal.SIG_DFL)
+        _leave_terminal(number)
+        raise Interrupted(number)
+
+    previous = _handle_signals(interrupt)
+    try:
+        yield
+    finally:
+        _restore_handlers(previous)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle SIGINT, SIGTERM and SIGHUP; returns the previous handlers. SIGHUP stays ignored under nohup."""
+    return {
+        number: signal.signal(number, handler)
+        for number in STOP_SIGNALS
+        if number in (SIGINT, SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
+    }
+
+
+def _restore_handlers(previous: dict[int, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def _leave_terminal(number: int) -> None:
+    """Print to nowhere after SIGHUP: the terminal is gone, and printing to it would fail."""
+    if number not in (SIGINT, SIGTERM) and sys.stderr.isatty():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+
+
 class Stopped(Exception):
     """A signal ends the run before it is done."""
 
@@ -300,26 +351,17 @@ class Stopped(Exception):
 class StopRequest:
     """A context that notes the first SIGINT, SIGTERM or SIGHUP, so that the run can end with its state saved.
 
-    A second signal raises KeyboardInterrupt at once. With `at_once`, which is for the time before there is a
-    state to save, the first signal does so too. A SIGHUP that is ignored (nohup) stays ignored.
+    A second signal raises KeyboardInterrupt at once.
     """
 
     signal: int | None = None
 
-    def __init__(self, *, at_once: bool = False) -> None:
-        self.at_once = at_once
-
     def __enter__(self) -> "StopRequest":
-        self._previous = {
-            number: signal.signal(number, self._note)
-            for number in STOP_SIGNALS
-            if number in (SIGINT, SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
-        }
+        self._previous = _handle_signals(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        _restore_handlers(self._previous)
 
     def check(self) -> None:
         """Raise Stopped if a signal was noted. Several processes stop together, after an iteration."""
@@ -330,9 +372,5 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        is_hangup = number not in (SIGINT, SIGTERM)
-        if is_hangup and sys.stderr.isatty():  # the terminal is gone, and printing to it would fail
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-        if self.at_once:
-            raise KeyboardInterrupt
+        _leave_terminal(number)
         print(f"\n{signal.Signals(number).name}: the run ends once its state is saved", file=sys.stderr)

@@ -3,17 +3,27 @@
 import argparse
 import os
 import re
+import sys
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import runtime
-from base.flag_types import count, decay, fraction, not_negative, positive, positive_int
-from checkpoint import MAY_CHANGE_ON_RESUME
-from imaging.files import MAX_PIXELS
+import yaml
+
+# Nothing here imports PyTorch, so that `--help` is quick.
+from base.flag_types import (
+    MAX_PIXELS,
+    count,
+    decay,
+    fraction,
+    not_negative,
+    path,
+    percentage,
+    positive,
+    positive_int,
+)
 from imaging.prompts import PROMPT_KINDS
-from sam.variants import VARIANTS
 
 
 def folder_name(text: str) -> str:
@@ -26,7 +36,8 @@ def folder_name(text: str) -> str:
 
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // runtime.local_world_size() - 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine
+    return max(1, min(16, cores // processes - 1))
 
 
 # --- Flags ------------------------------------------------------------------------------------
@@ -34,7 +45,31 @@ def default_workers() -> int:
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
-RESUME_HELP = f"continue exp/EXP_NAME; flags that may change: {', '.join(MAY_CHANGE_ON_RESUME)}"
+MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam"]  # the keys of sam.variants.VARIANTS
+
+# Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
+# learning rates of the remaining steps. Another `device` must compute in the same precision. The files under
+# other paths of `config` and `checkpoint` must have the same content.
+MAY_CHANGE_ON_RESUME = (
+    "config",
+    "checkpoint",
+    "epoch_num",
+    "device",
+    "num_workers",
+    "cache_mb",
+    "grad_checkpointing",
+    "save_interval",
+    "keep_last",
+    "resume_interval",
+    "max_bad_steps",
+    "max_pixels",
+    "test_interval",
+    "patience",
+    "log_interval",
+)
+RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
+# The flags and the data of a run, in exp/NAME.
+ARGS_FILE, CONFIG_FILE = "args.yaml", "config.yaml"
 
 
 def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str | None = None) -> Any:
@@ -51,12 +86,14 @@ class TrainConfig:
 
     # fmt: off
     # run
-    config: Path = flag(MISSING, Path, "YAML file that describes the data", short="-c")
+    config: Path = flag(MISSING, path, "YAML file that describes the data", short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels of an image; larger ones are refused")
     test_interval: int = flag(None, positive_int, "iterations (batches) between tests (default: 1/8 of all)")
+    patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
+    val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, without a test set")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")
     # saving
     resume: bool = flag(False, bool, RESUME_HELP)
@@ -71,8 +108,8 @@ class TrainConfig:
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
-    model_type: str = flag("vit_b", VARIANTS, "SAM variant")
-    checkpoint: Path | None = flag(None, Path, "weights to start from (default: the published weights)")
+    model_type: str = flag("vit_b", MODEL_TYPES, "SAM variant")
+    checkpoint: Path | None = flag(None, path, "weights to start from (default: the published weights)")
     train: str = flag("decoder", TRAIN, "the mask decoder; also adapters in the encoder; also all of it")
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
     lora_alpha: float = flag(16.0, positive, "the adapters' output is multiplied by alpha / rank")
@@ -80,6 +117,7 @@ class TrainConfig:
     prompt: str = flag("none", PROMPT_KINDS, "prompt of each sample; mixed: none, point or box at random")
     # optimization
     epoch_num: int = flag(50, positive_int, "number of epochs", short="-e")
+    minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
     batch_size: int = flag(None, positive_int, "samples per batch (default: 4; encoder, lora: 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
     lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
@@ -153,9 +191,13 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag."""
+    """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag.
+
+    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first.
+    """
     parser = build_parser()
-    flags = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    flags = vars(parser.parse_args([*_flags_of_resumed_run(parser, argv), *argv]))
     for name, (if_frozen, if_trained) in DEFAULTS_BY_TRAIN.items():
         if flags[name] is None:
             flags[name] = if_frozen if flags["train"] == "decoder" else if_trained
@@ -163,8 +205,40 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         flags["encoder_lr"] = flags["lr"] * (2 if flags["train"] == "lora" else 0.5)
     if flags["embedding_reuse"] > 1 and flags["train"] != "decoder":
         parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {flags['train']}")
-    if flags["resume"] and flags["exp_name"] is None:
-        parser.error("--resume needs the --exp_name of the run that it continues")
     if flags["exp_name"] is None:
         flags["exp_name"] = f"{flags['config'].stem}_{datetime.now():%Y%m%d-%H%M%S}"
     return TrainConfig(**flags)
+
+
+def _flags_of_resumed_run(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The flags that a run was started with, as a command line; empty without --resume."""
+    resume_parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    resume_parser.add_argument("--resume", action="store_true")
+    resume_parser.add_argument("--exp_name", "-n", type=folder_name)
+    try:
+        flags, _ = resume_parser.parse_known_args(argv)
+    except argparse.ArgumentError:  # `parser` says which
+        return []
+    if not flags.resume:
+        return []
+    if flags.exp_name is None:
+        parser.error("--resume needs the --exp_name of the run that it continues")
+    folder = Path("exp") / flags.exp_name
+    if not folder.is_dir():
+        parser.error(f"{folder}: there is no such run to resume (--exp_name, --resume)")
+    path = folder / ARGS_FILE
+    if not path.exists():  # the run died early: it starts again with the flags that are given
+        return []
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"{path}: cannot be read ({error}); expected the flags of the run")
+    if not isinstance(stored, dict):
+        parser.error(f"{path}: expected the flags of the run, one in each line")
+    if (folder / CONFIG_FILE).exists():
+        stored["config"] = folder / CONFIG_FILE
+    names = {f.name for f in fields(TrainConfig)} - {"exp_name"}
+    shown = {name: value for name, value in stored.items() if name in names and value not in (None, "")}
+    return [f"--{name}={value}" for name, value in shown.items() if not isinstance(value, bool)] + [
+        f"--{name}" for name, value in shown.items() if value is True
+    ]

@@ -68,7 +68,9 @@ class TrainState:
     step: optimizer steps, with bad ones, without those that were repeated with a lower scale (float16).
     bad_steps, bad_steps_in_a_row: skipped optimizer steps of the run, and those since the last good step.
     baseline, best: metrics of the first and of the best test, with their iteration.
-    last_test: iteration of the last test.
+    last_test, last_metrics: iteration and metrics of the last test after the baseline.
+    tests_without_gain: tests since the best one.
+    epochs: how many fit into --minutes; None until that is measured, and without --minutes.
     is_finished: whether the tests and checkpoints of the current iteration are done.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
     """
@@ -84,6 +86,9 @@ class TrainState:
     baseline: dict[str, float] | None = None
     best: dict[str, float] | None = None
     last_test: int = 0
+    last_metrics: dict[str, float] | None = None
+    tests_without_gain: int = 0
+    epochs: int | None = None
     is_finished: bool = True
     is_consistent: bool = True
 

@@ -1,8 +1,34 @@
-"""Types of command-line flags for argparse: numbers in a range."""
+"""Command-line flags: types for argparse, and their reading before slow imports."""
 
 import argparse
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+# Larger images are refused before they are decoded: a file of a few kilobytes can claim gigabytes.
+MAX_PIXELS = 100_000_000
+
+
+def answer_first(parse_args: Callable[[], object]) -> None:
+    """Read the command line of a script before its slow imports; `--help` and wrong flags end the process.
+
+    From here on, Ctrl-C ends the process at once and without a traceback, until the script handles it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parse_args()
+
+
+def path(text: str) -> Path:
+    """An argparse type for paths. If `text` itself does not exist, `~` and `$NAME` in it are expanded."""
+    return Path(text if os.path.lexists(text) else expand(text))
+
+
+def expand(text: str) -> str:
+    """Replace a leading `~` and every `$NAME` of a variable that exists, as a shell does."""
+    return os.path.expandvars(os.path.expanduser(text))
 
 
 def number(
@@ -28,3 +54,6 @@ positive = number(float, lambda value: 0 < value < float("inf"), "a number above
 not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 decay = number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+percentage = number(
+    float, lambda value: value == 0 or 1 <= value <= 90, "0 or a percentage from 1 to 90, where 20 is a fifth"
+)

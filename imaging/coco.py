@@ -1,13 +1,15 @@
-"""Files of other tools: prompts from CSV or COCO files, and masks as COCO polygons."""
+"""Files of other tools: prompts from CSV or COCO files, masks from labels, and masks as polygons."""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
+from pycocotools import mask as coco_mask
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial import Delaunay
@@ -53,7 +55,8 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
     """Read the prompts of each image, by the stem of the image: one for all its points, one for each box.
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
-    background) or per box (`image,x1,y1,x2,y2`). In a COCO file, an annotation gives its visible
+    background) or per box (`image,x1,y1,x2,y2`). It may be separated by semicolons or tabs, and then have
+    decimal commas. In a COCO file, an annotation gives its visible
     keypoints, or its box if it has no keypoints. All coordinates are pixels of the image.
 
     Raises FileError, which says what is wrong with the file and what is expected.
@@ -94,17 +97,22 @@ def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=header.count)
+        rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
         if rows.fieldnames is None or "image" not in rows.fieldnames:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
         for row in rows:
             name = _require_text(row["image"])
+            texts = [row[column] or "" for column in (("x1", "y1", "x2", "y2") if is_box else ("x", "y"))]
+            numbers = _finite(text if delimiter == "," else text.replace(",", ".") for text in texts)
             if is_box:
-                yield name, _Box(*_finite(row[name] for name in ("x1", "y1", "x2", "y2")))
+                yield name, _Box(*numbers)
             else:
-                x, y = _finite((row["x"], row["y"]))
+                x, y = numbers
                 yield name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
 
 
@@ -146,24 +154,169 @@ def _parse_label(value: str | int) -> int:
     return int(value)
 
 
-# --- Polygons ---------------------------------------------------------------------------------
+# --- Masks of labels --------------------------------------------------------------------------
+
+MAX_OUTSIDE = 10  # longest sides of the image that a coordinate of a label may lie outside
+
+
+def fill_polygons(rings: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Fill polygons, each float (n, 2) with n >= 3, as COCO does; the mask is their union."""
+    _require_near(np.concatenate(rings), size)
+    encoded = coco_mask.frPyObjects([ring.ravel().tolist() for ring in rings], *size)
+    return decode_rle(coco_mask.merge(encoded)["counts"].decode(), size)
+
+
+def _require_near(points: np.ndarray, size: tuple[int, int]) -> None:
+    """Raise FileError if points (n, 2) lie so far outside of the image that they must be wrong."""
+    largest = float(np.abs(points).max())
+    if largest > MAX_OUTSIDE * max(size):
+        raise FileError(f"coordinate {largest:g} lies far outside of the image of {size[0]} x {size[1]}")
+
+
+def draw_line(points: np.ndarray, width: float, size: tuple[int, int]) -> np.ndarray:
+    """Draw a polyline, float (n, 2), with a width in pixels and round ends."""
+    _require_near(points, size)
+    mask = np.zeros(size, bool)
+    for start, end in pairwise(points):
+        left, top = np.maximum(np.floor(np.minimum(start, end) - width / 2), 0).astype(int)
+        right, bottom = np.maximum(np.ceil(np.maximum(start, end) + width / 2), 0).astype(int)
+        window = mask[top:bottom, left:right]
+        y, x = np.ogrid[: window.shape[0], : window.shape[1]]  # of the centers of pixels, from `start`
+        y, x = y + top + 0.5 - start[1], x + left + 0.5 - start[0]
+        dx, dy = end - start
+        nearest = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12), 0, 1)  # between start and end
+        window |= np.hypot(x - nearest * dx, y - nearest * dy) <= width / 2
+    return mask
+
+
+def paste(region: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """Put a bool mask (h, w) into the mask of the whole image; what lies outside is cut off."""
+    mask = np.zeros(size, bool)
+    bottom, right = min(top + len(region), size[0]), min(left + region.shape[1], size[1])
+    if bottom > max(top, 0) and right > max(left, 0):
+        inside = region[max(-top, 0) : bottom - top, max(-left, 0) : right - left]
+        mask[max(top, 0) : bottom, max(left, 0) : right] = inside
+    return mask
+
+
+def expand_runs(counts: Iterable[int], size: tuple[int, int]) -> np.ndarray:
+    """The mask, bool (h, w), of run lengths along its rows: background first, then foreground, in turn."""
+    runs = list(counts)
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise FileError(f"RLE of {sum(runs)} pixels, expected {size[0]} x {size[1]}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size)
+
+
+def decode_rle(counts: list[int] | str, size: tuple[int, int]) -> np.ndarray:
+    """The mask, bool (h, w), of an RLE of COCO: run lengths along the columns, or a compressed text of them.
+
+    pycocotools decodes them too, but writes beyond its memory if they are damaged.
+    """
+    runs = _decompress_runs(counts) if isinstance(counts, str) else counts
+    return expand_runs(runs, (size[1], size[0])).T
+
+
+def _decompress_runs(text: str) -> list[int]:
+    """The run lengths of a compressed RLE of COCO.
+
+    A run length is written as the difference to the one before the last, in characters of 5 bits and one bit
+    that says whether more follow. Source: rleFrString in cocoapi/common/maskApi.c.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise FileError(f"compressed RLE with the character {character!r}")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise FileError("compressed RLE that is cut off")
+    return counts
+
+
+def decode_brush(data: list[int], size: tuple[int, int]) -> np.ndarray:
+    """The mask of a brush stroke of Label Studio: where the alpha channel of an RGBA image is above half.
+
+    The bytes are a stream of bits: 32 for the number of values, 5 for the length of a value, 4 x 4 for the
+    lengths of counts (lengths are in bits, less one). Then follow blocks: 1 bit for "repeated", 2 for which
+    length the count has, the count less one, and one value or as many as counted.
+    Source: https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack, the encoder of Label Studio.
+    """
+    bits = f"{int.from_bytes(bytes(data), 'big'):0{8 * len(data)}b}"
+    position = 0
+
+    def read(length: int) -> int:
+        nonlocal position
+        position += length
+        return int(bits[position - length : position], 2)
+
+    try:
+        n_values, word = read(32), read(5) + 1
+        if n_values != 4 * size[0] * size[1] or word != 8:
+            raise FileError(f"brush of {n_values} values of {word} bits, expected 4 x {size[0]} x {size[1]}")
+        lengths = [read(4) + 1 for _ in range(4)]
+        values = np.zeros(n_values, np.uint8)
+        start = 0
+        while start < n_values:
+            repeated, which = read(1), read(2)
+            end = start + 1 + read(lengths[which])
+            values[start:end] = read(word) if repeated else [read(word) for _ in range(start, end)]
+            start = end
+    except ValueError as error:  # the bits end too early
+        raise FileError("brush whose RLE is cut off") from error
+    return values.reshape(*size, 4)[..., 3] > 127
+
+
+# --- Polygons and run lengths of a mask -------------------------------------------------------
+
+
+class RunLengths(TypedDict):
+    """The compressed RLE of COCO of a mask (h, w); `size` is [h, w]."""
+
+    size: list[int]
+    counts: str
 
 
 class Region(TypedDict):
     """One connected region of a mask, in the form of a COCO annotation.
 
-    segmentation: one polygon, as the flat list x1, y1, x2, y2, ...
+    segmentation: one polygon, as the flat list x1, y1, x2, y2, ..., or run lengths.
     bbox: left, top, width, height in pixels.
     area: number of pixels.
     """
 
-    segmentation: list[list[float]]
+    segmentation: list[list[float]] | RunLengths
     bbox: list[int]
     area: int
 
 
-def polygons(mask: np.ndarray) -> list[Region]:
+def run_lengths(mask: np.ndarray, min_area: int = 1) -> list[Region]:
+    """Describe every connected region (with diagonal neighbors) of a bool mask (H, W) by run lengths.
+
+    Regions of fewer than `min_area` pixels are left out.
+    """
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    regions: list[Region] = []
+    for region in range(1, count):
+        *bbox, area = (int(value) for value in stats[region])
+        if area >= min_area:
+            rle = coco_mask.encode(np.asfortranarray(labels == region, np.uint8))
+            run: RunLengths = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+            regions.append({"segmentation": run, "bbox": bbox, "area": area})
+    return regions
+
+
+def polygons(mask: np.ndarray, min_area: int = 1) -> list[Region]:
     """Describe every connected region (with diagonal neighbors) of a bool mask (H, W) by one polygon.
+
+    Regions of fewer than `min_area` pixels are left out.
 
     A COCO polygon has no holes, but a cable that crosses itself encloses some: each hole is joined to the
     outline by a slit of zero width. The origin is the outer corner of the first pixel, as in COCO. The
@@ -181,6 +334,8 @@ def polygons(mask: np.ndarray) -> list[Region]:
     regions: list[Region] = []
     for region in range(1, count):
         left, top, width, height, area = (int(value) for value in stats[region])
+        if area < min_area:
+            continue
         segmentation = np.round(_join(rings[region]).astype(float) - 0.5, 2)  # without the padding
         regions.append(
             {
@@ -234,7 +389,7 @@ def _shortest_slits(corners: np.ndarray, ring_of: np.ndarray) -> list[tuple[int,
 
 
 def coco_document(images: Iterable[tuple[str, tuple[int, int], list[Region]]]) -> dict[str, list[Any]]:
-    """Build a COCO document from the file name, the size (h, w) and the `polygons` of each image."""
+    """Build a COCO document from the file name, the size (h, w) and the regions of each image."""
     image_entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (name, (height, width), regions) in enumerate(images, 1):

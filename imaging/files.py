@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from base.errors import UserError
+from base.flag_types import MAX_PIXELS
 from imaging.geometry import fit_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -36,9 +37,6 @@ OTHER_CONTENT = {
     b"version https://git-lfs": "a Git LFS pointer, and the image is not downloaded",
     b"<": "a web page, SVG or XML",
 }
-
-# Larger images are refused before they are decoded: a file of a few kilobytes can claim gigabytes.
-MAX_PIXELS = 100_000_000
 
 # Pillow's modes with at most 8 bits per channel.
 MODES_OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")

@@ -252,3 +252,23 @@ def _ious(counts: np.ndarray, pixel_counts: np.ndarray) -> np.ndarray:
     false_positives, true_positives = counts
     union = false_positives + pixel_counts[1]
     return np.where(union > 0, true_positives / np.maximum(union, 1), 1.0)
+
+
+MIN_IMAGES_FOR_THRESHOLD = 5
+
+
+def robust_threshold(stats: Sequence[ImageStats]) -> float:
+    """The threshold nearest to 0 whose mean IoU is within one standard error of the best mean IoU.
+
+    The error is that of the mean difference of the IoU of each image between the two thresholds, so a small
+    or uneven gain does not move the threshold (the one-standard-error rule: Breiman et al., Classification
+    and Regression Trees, 1984). Below MIN_IMAGES_FOR_THRESHOLD images it is 0.
+    """
+    if len(stats) < MIN_IMAGES_FOR_THRESHOLD:
+        return 0.0
+    ious = np.stack([_ious(image.counts, image.pixel_counts) for image in stats])  # (images, T)
+    losses = ious[:, [np.argmax(ious.mean(axis=0))]] - ious
+    errors = losses.std(axis=0, ddof=1) / np.sqrt(len(stats))
+    # A gain of one image alone equals its standard error, so rounding must not decide.
+    good = THRESHOLDS[losses.mean(axis=0) <= errors + 1e-9]
+    return float(good[np.argmin(np.abs(good))])

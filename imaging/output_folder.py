@@ -13,9 +13,11 @@ from base.errors import UserError
 from imaging.files import format_list
 
 LIST_NAME = "predictions.json"
-MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"  # folders with a file per image
-FOLDERS = (MASKS, OVERLAYS, PROBABILITIES)
-SINGLE_FILES = ("polygons.json", "measures.csv", "worst.jpg")
+# Folders with a file or two per image.
+MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
+CENTERLINES, INSTANCES = "centerlines", "instances"
+FOLDERS = (MASKS, OVERLAYS, PROBABILITIES, CENTERLINES, INSTANCES)
+SINGLE_FILES = ("polygons.json", "rle.json", "measures.csv", "worst.jpg")
 
 
 class OutputFolder:

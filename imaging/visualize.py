@@ -5,11 +5,22 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from imaging.centerlines import Cable, Crossing
 from sam.point_labels import BOX_CORNERS, FOREGROUND_POINT
 
 GROUND_TRUTH_COLOR = (0, 220, 0)
 PREDICTION_COLOR = (255, 0, 200)
 PROMPT_COLOR = (255, 255, 0)
+# Of neighboring cables; they stay apart for most people with a color vision deficiency (Okabe and Ito, 2008).
+CABLE_COLORS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 200, 120),
+    (240, 228, 66),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
@@ -70,6 +81,41 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int = 4, width: int = 4
             row[: cell.shape[0], column * width : column * width + cell.shape[1]] = cell
         rows.append(row)
     return np.vstack(rows)
+
+
+def draw_cables(image: np.ndarray, cables: Sequence[Cable], crossings: Sequence[Crossing]) -> np.ndarray:
+    """Draw centerlines on a darkened copy of an image, each in a color of its own.
+
+    The id of a cable is at its first point. A dot marks each end, and a white circle each crossing.
+    """
+    drawn = (0.6 * image).astype(np.uint8)
+    unit = max(1, round(max(image.shape[:2]) / 600))
+    for cable in cables:
+        color = CABLE_COLORS[(cable.id - 1) % len(CABLE_COLORS)]
+        points = np.rint(16 * cable.points).astype(np.int32)  # 4 binary digits after the point
+        cv2.polylines(drawn, [points], cable.closed, (0, 0, 0), 4 * unit, cv2.LINE_AA, 4)
+        cv2.polylines(drawn, [points], cable.closed, color, 2 * unit, cv2.LINE_AA, 4)
+        for point in [] if cable.closed else points[[0, -1]].tolist():
+            cv2.circle(drawn, point, 16 * 4 * unit, color, -1, cv2.LINE_AA, 4)
+    for crossing in crossings:
+        center = np.rint(16 * np.array(crossing.point)).astype(int).tolist()
+        for color, thickness in ((0, 0, 0), 3 * unit), ((255, 255, 255), unit):
+            cv2.circle(drawn, center, 16 * 8 * unit, color, thickness, cv2.LINE_AA, 4)
+    for cable in cables:
+        _draw_id(drawn, cable, unit)
+    return drawn
+
+
+def _draw_id(image: np.ndarray, cable: Cable, unit: int) -> None:
+    """Write the id of a cable beside its first point, within the image."""
+    text, font = str(cable.id), cv2.FONT_HERSHEY_SIMPLEX
+    size, baseline = cv2.getTextSize(text, font, 0.6 * unit, 2 * unit)
+    right, bottom = image.shape[1] - size[0], image.shape[0] - baseline
+    x = min(max(0, round(float(cable.points[0, 0])) + 6 * unit), max(0, right))
+    y = min(max(size[1], round(float(cable.points[0, 1])) - 6 * unit), bottom)
+    color = CABLE_COLORS[(cable.id - 1) % len(CABLE_COLORS)]
+    cv2.putText(image, text, (x, y), font, 0.6 * unit, (0, 0, 0), 5 * unit, cv2.LINE_AA)
+    cv2.putText(image, text, (x, y), font, 0.6 * unit, color, 2 * unit, cv2.LINE_AA)
 
 
 def panel(image: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:

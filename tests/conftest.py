@@ -29,6 +29,9 @@ from dataset_index import DatasetIndex, index_datasets
 from imaging.checking import FileInfo
 from imaging.pairing import Pair
 from sam import variants
+from train_config import MODEL_TYPES
+
+MODEL_TYPES.append("tiny")  # `tiny_weights` builds it
 
 # Tiny tensors are slower on many threads, and far slower on a busy machine.
 torch.set_num_threads(1)
@@ -85,7 +88,7 @@ def tiny_sam() -> Sam:
 TINY = variants.Variant(
     build_tiny,
     variants.normalize_mean_std,
-    ("image_encoder.patch_embed.proj.weight", 48),
+    ("image_encoder.patch_embed.proj.weight", (48, 3, TINY_PATCH, TINY_PATCH)),
     img_size=TINY_SIZE,
     mask_grid=4 * TINY_SIZE // TINY_PATCH,
 )
@@ -98,6 +101,15 @@ def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     path = tmp_path / "tiny.pth"
     checkpoint.save_weights(tiny_sam.state_dict(), path)
     return path
+
+
+def randomize_batch_norm(net: torch.nn.Module) -> None:
+    """Give every BatchNorm of a TinyViT random parameters and statistics; by default they do nothing."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_(0.5, 0.3)
+            module.running_var.uniform_(0.5, 2)
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Prompts from CSV and COCO; polygons that are the masks they were made of."""
+"""Prompts from CSV and COCO; masks of labels; polygons that are the masks they were made of."""
 
 import json
 import time
@@ -6,10 +6,21 @@ import time
 import cv2
 import numpy as np
 import pytest
+from label_samples import encode_brush
+from pycocotools import mask as coco_mask
 from skimage.draw import polygon2mask
 
 from base.errors import UserError
-from imaging.coco import coco_document, polygons, read_prompts
+from imaging.coco import (
+    coco_document,
+    decode_brush,
+    decode_rle,
+    draw_line,
+    paste,
+    polygons,
+    read_prompts,
+    run_lengths,
+)
 from sam.point_labels import BACKGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
 
@@ -87,6 +98,27 @@ def test_thin_lines_keep_their_width_and_place():
         assert (x.min(), y.min(), np.ptp(x), np.ptp(y)) == (left, top, width, height)
 
 
+def test_run_lengths_describe_the_same_regions_as_polygons():
+    mask = np.zeros((40, 60), bool)
+    mask[5:30, 5:8] = mask[10:12, 3:50] = True
+    mask[35, 20:24] = True
+    parts, runs = polygons(mask), run_lengths(mask)
+    assert [(part["bbox"], part["area"]) for part in parts] == [(run["bbox"], run["area"]) for run in runs]
+    decoded = [decode_rle(run["segmentation"]["counts"], mask.shape) for run in runs]
+    np.testing.assert_array_equal(np.any(decoded, axis=0), mask)
+    assert [int(region.sum()) for region in decoded] == [run["area"] for run in runs] == [163, 4]
+    json.dumps(coco_document([("a.png", mask.shape, runs)]))
+
+
+def test_regions_below_the_smallest_area_are_left_out():
+    mask = np.zeros((20, 20), bool)
+    mask[2, 2:6] = mask[8, 2:7] = mask[14, 2:8] = True
+    for describe in (polygons, run_lengths):
+        assert [region["area"] for region in describe(mask)] == [4, 5, 6]
+        assert [region["area"] for region in describe(mask, min_area=5)] == [5, 6]
+        assert describe(mask, min_area=7) == []
+
+
 def test_pixels_that_touch_at_a_corner_are_one_region():
     assert len(polygons(np.eye(6, dtype=bool))) == 1
     assert polygons(np.zeros((5, 5), bool)) == []
@@ -110,6 +142,39 @@ def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
     assert prompt.points[:2].tolist() == [[3, 4], [5.5, 6]]
     assert prompt.labels.tolist() == [FOREGROUND_POINT, BACKGROUND_POINT, NOT_A_POINT]
     assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffimage,x,y,label\na.png,3.5,4,0\n",  # with a byte order mark, as Excel writes it
+        "\ufeffimage;x;y;label\r\na.png;3,5;4;0\r\n",
+        "image; x; y; label\na.png; 3.5; 4; 0\n",
+        "image\tx\ty\tlabel\na.png\t3,5\t4\t0\n",
+    ],
+)
+def test_csv_files_as_spreadsheets_write_them(tmp_path, text):
+    path = tmp_path / "points.csv"
+    path.write_bytes(text.encode())
+    (prompt,) = read_prompts(path)["a"]
+    assert prompt.points[0].tolist() == [3.5, 4] and prompt.labels[0] == BACKGROUND_POINT
+
+
+def test_a_comma_in_a_number_of_a_csv_with_commas_is_refused(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text('image,x,y\na.png,"1,234",4\n')
+    with pytest.raises(UserError, match=r"points\.csv: could not convert"):
+        read_prompts(path)
+
+
+def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "boxes.json"
+    document = {
+        "images": [{"id": 1, "file_name": "ü.png"}],
+        "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}],
+    }
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(document).encode())
+    assert read_prompts(path)["ü"][0].points.tolist() == [[1, 2], [3, 5]]
 
 
 def test_every_box_is_a_prompt(tmp_path):
@@ -164,3 +229,61 @@ def test_files_without_prompts_are_named(tmp_path, name, text):
 def test_a_missing_prompt_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--prompt .*p\.csv: cannot be read"):
         read_prompts(tmp_path / "p.csv")
+
+
+# --- masks from labels ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compressed_run_lengths_are_those_of_pycocotools(seed):
+    random = np.random.default_rng(seed)
+    mask = random.random(random.integers(1, 90, 2)) < random.random()
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    np.testing.assert_array_equal(decode_rle(rle["counts"].decode(), mask.shape), mask)
+
+
+@pytest.mark.parametrize("text", ["", "5`1", "`````", "zz", "P", "5 1"])
+def test_damaged_run_lengths_are_refused(text):
+    with pytest.raises(UserError, match="RLE"):
+        decode_rle(text, (10, 10))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["runs", "single values"])
+def test_a_brush_of_label_studio_is_decoded(soft):
+    random = np.random.default_rng(0)
+    alpha = random.integers(0, 256, (40, 50)) if soft else 255 * (random.random((40, 50)) < 0.02)
+    alpha[10:30] = 255
+    values = np.repeat(alpha[..., None], 4, axis=2).astype(np.uint8)
+    data = list(encode_brush(values.ravel()))
+    np.testing.assert_array_equal(decode_brush(data, (40, 50)), alpha > 127)
+    with pytest.raises(UserError, match="brush whose RLE is cut off"):
+        decode_brush(data[:-5], (40, 50))
+    with pytest.raises(UserError, match="expected 4 x 40 x 51"):
+        decode_brush(data, (40, 51))
+
+
+def test_the_encoder_of_the_brush_begins_as_the_files_of_label_studio():
+    # The first bytes of a published export of 3332 x 2527 pixels, which begins with background:
+    # https://huggingface.co/datasets/alkzar90/cell_benchmark, label_JSON.json
+    published = [2, 1, 233, 240, 57, 27, 255, 255, 255, 0, 255, 255, 224, 31, 255, 252, 3]
+    assert list(encode_brush(np.zeros(4 * 2527 * 3332, np.uint8)))[: len(published)] == published
+
+
+def test_a_region_may_lie_partly_outside_of_the_image():
+    whole = np.zeros((9, 9), bool)
+    whole[2:6, 3:8] = True
+    for left, top in ((0, 0), (-4, -3), (6, 5), (-20, 0), (0, 30)):
+        expected = np.zeros((7, 8), bool)
+        for y, x in np.argwhere(whole) + np.array([top, left]):
+            if 0 <= y < 7 and 0 <= x < 8:
+                expected[y, x] = True
+        np.testing.assert_array_equal(paste(whole, left, top, (7, 8)), expected)
+
+
+def test_a_polyline_has_its_width_and_place():
+    mask = draw_line(np.array([[5.0, 10.0], [25.0, 10.0], [25.0, 40.0]]), 4, (20, 30))  # leaves the image
+    assert np.flatnonzero(mask[:, 15]).tolist() == [8, 9, 10, 11]
+    assert np.flatnonzero(mask[18]).tolist() == [23, 24, 25, 26]
+    assert np.flatnonzero(mask[9]).tolist() == list(range(3, 27))  # with round ends
+    slanted = draw_line(np.array([[10.0, 10.0], [90.3, 66.1]]), 6.5, (80, 100))
+    assert slanted.sum() == pytest.approx(np.hypot(80.3, 56.1) * 6.5 + np.pi * 3.25**2, rel=0.01)

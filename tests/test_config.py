@@ -72,6 +72,19 @@ def test_relative_paths_start_at_the_current_directory_then_at_the_yaml(folders,
     assert load(folders, text).dataset.train[0].data_dir == elsewhere / "cables"
 
 
+def test_home_and_variables_in_paths_are_expanded_unless_the_folder_exists(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders))
+    monkeypatch.setenv("USERPROFILE", str(folders))
+    monkeypatch.setenv("DATA", "cables")
+    for path in ("~/cables", "$HOME/cables", "${HOME}/$DATA", "$DATA"):
+        text = f"dataset: {{train: [{{data_dir: '{path}', bg_paths: ['~/bg_1']}}]}}"
+        (dataset,) = load(folders, text).dataset.train
+        assert dataset.data_dir == folders / "cables" and dataset.bg_paths == (folders / "bg_1",)
+    (folders / "$DATA").mkdir()
+    (dataset,) = load(folders, "dataset: {train: [{data_dir: $DATA}]}").dataset.train
+    assert dataset.data_dir == folders / "$DATA"
+
+
 def test_backgrounds_without_aug_details_composite(folders):
     config = load(folders, "dataset: {train: [{data_dir: cables, bg_paths: [bg_1]}]}")
     assert config.dataset.train[0].composites

@@ -11,13 +11,16 @@ import pytest
 import segment_anything
 import torch
 from conftest import TINY, write_backgrounds, write_dataset
+from label_samples import WRITERS
 
-import checkpoint
 import export
 import finetune
+import import_labels
 import predict
+import runtime
 from imaging.files import read_image
-from tools import bench, draw_cables, plot_curves, results, soak
+from tools import bench, draw_cables, measure_crossings, plot_curves, results, soak
+from train_config import MAY_CHANGE_ON_RESUME
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,14 +28,16 @@ SCRIPTS = {
     "finetune.py": finetune,
     "predict.py": predict,
     "export.py": export,
+    "import_labels.py": import_labels,
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
     "tools/draw_cables.py": draw_cables,
+    "tools/measure_crossings.py": measure_crossings,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
 }
-RUN_HERE = ("finetune.py", "predict.py", "export.py", "tools/plot_curves.py")
+RUN_HERE = ("finetune.py", "predict.py", "export.py", "import_labels.py", "tools/plot_curves.py")
 
 # The other commands. Each has the file that runs it, perhaps in a shorter form, and the text there that does.
 RUN_ELSEWHERE = {
@@ -59,6 +64,7 @@ RUN_ELSEWHERE = {
     "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
+    "python tools/measure_crossings.py": ("tests/test_measure_crossings.py", "tool.main("),
     "python tools/draw_cables.py --out data/drawn --n 500": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',
@@ -122,6 +128,8 @@ def arrange_data(folder: Path) -> None:
     for name in ("my_backgrounds", "data/backgrounds"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
+    for name, (write, _) in WRITERS.items():
+        write(folder / "exports" / name)
 
 
 def run(script: str, argv: list[str], tiny_weights: Path) -> int:
@@ -157,6 +165,8 @@ def test_the_commands_run_in_the_order_of_the_documents(tiny_weights, tmp_path, 
     assert Path("exp/my_cables_vit_b/checkpoints/best.pth").exists()
     assert Path("exported/config.json").exists() and Path("cables.onnx").exists()
     assert Path("curves.png").exists()
+    imported = [Path(argv[argv.index("--output") + 1]) for _, script, *argv in COMMANDS if "import" in script]
+    assert len(imported) >= 7 and all(len(list(path.glob("masks/*.png"))) == 2 for path in imported)
 
 
 def test_every_other_command_is_listed_with_who_runs_it():
@@ -195,6 +205,7 @@ def test_the_python_example_runs_and_both_ways_give_one_mask(tiny_weights, data,
         return sam
 
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
+    monkeypatch.setattr(runtime, "amp_dtype", lambda choice, device: None)  # float32, as in that package
     monkeypatch.chdir(tmp_path)
     for name in ("my_cables", "my_cables_vit_b"):
         Path(f"exp/{name}/checkpoints").mkdir(parents=True)
@@ -202,9 +213,9 @@ def test_the_python_example_runs_and_both_ways_give_one_mask(tiny_weights, data,
     (example,) = [text for language, text in split_document(ROOT / "README.md")[1] if language == "python"]
     names = {"image": read_image(data / "test/imgs/1.png")}
     exec(example, names)
-    assert names["logits"].shape == names["image"].shape[:2]
+    assert names["mask"].shape == names["image"].shape[:2]
     assert names["masks"].shape == (1, *names["image"].shape[:2])
-    assert ((names["logits"] > 0) == names["masks"][0]).all() and names["masks"].any()
+    assert (names["mask"] == names["masks"][0]).all() and names["masks"].any()
 
 
 # --- Flags, files, tests, links ---------------------------------------------------------------
@@ -219,7 +230,12 @@ def test_flags_that_the_documents_name_exist(capsys):
 
 @pytest.mark.parametrize(
     ("script", "document"),
-    [("finetune.py", "configuration.md"), ("predict.py", "prediction.md"), ("export.py", "export.md")],
+    [
+        ("finetune.py", "configuration.md"),
+        ("predict.py", "prediction.md"),
+        ("export.py", "export.md"),
+        ("import_labels.py", "labels.md"),
+    ],
 )
 def test_every_flag_is_in_its_document(script, document, capsys):
     options = r"^  (?:-\w[^,]*, )?(--\w+)"  # "  -c CONFIG, --config CONFIG  help"
@@ -232,7 +248,7 @@ def test_every_flag_is_in_its_document(script, document, capsys):
 def test_the_flags_that_may_change_on_resume_are_listed():
     text = PROSE[ROOT / "docs/configuration.md"]
     (paragraph,) = [p for p in text.split("\n\n") if p.startswith("These flags may change on resume:")]
-    assert re.findall(r"`--(\w+)`", paragraph) == list(checkpoint.MAY_CHANGE_ON_RESUME)
+    assert re.findall(r"`--(\w+)`", paragraph) == list(MAY_CHANGE_ON_RESUME)
 
 
 def heading_anchors(path: Path) -> set[str]:

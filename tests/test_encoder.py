@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_SIZE
+from conftest import TINY_SIZE, randomize_batch_norm
 from segment_anything.modeling.image_encoder import Attention, Block
 
 from sam import encoder, variants
@@ -28,15 +28,11 @@ def random_attention(side, heads=3, head_dim=16, rel_pos=True):
     return layer
 
 
-def lite_medsam_encoder():
-    """LiteMedSAM's encoder with random weights and random BatchNorm parameters and statistics."""
+def tiny_vit(model_type="lite_medsam"):
+    """A variant's TinyViT with random weights and random BatchNorm parameters and statistics."""
     torch.manual_seed(0)
-    net = variants.VARIANTS["lite_medsam"].build().eval().image_encoder
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.weight.data, module.bias.data):
-                tensor.normal_(0.5, 0.3)
-            module.running_var.uniform_(0.5, 2)
+    net = variants.VARIANTS[model_type].build().eval().image_encoder
+    randomize_batch_norm(net)
     return net
 
 
@@ -188,7 +184,7 @@ def test_a_whole_vit_equals_the_official_one(tiny_sam):
 @pytest.mark.parametrize("fold", [True, False])
 @torch.no_grad()
 def test_tiny_vit_without_batch_norm_layers_equals_the_official_one(fold):
-    official = lite_medsam_encoder()
+    official = tiny_vit()
     ours = copy.deepcopy(official)
     encoder.accelerate(ours, fold=fold)
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.modules()) != fold
@@ -199,7 +195,7 @@ def test_tiny_vit_without_batch_norm_layers_equals_the_official_one(fold):
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
 def test_acceleration_keeps_device_and_dtype(fold, device, dtype):
-    net = lite_medsam_encoder().patch_embed.to(device, dtype)
+    net = tiny_vit().patch_embed.to(device, dtype)
     encoder.accelerate(net, fold=fold)
     parameters = list(net.parameters())
     assert len(parameters) == (4 if fold else 6)
@@ -221,8 +217,19 @@ def test_gradients_of_attention_equal_the_official_ones():
         assert relative_error(a, b) < 1e-4
 
 
-def test_gradients_through_frozen_statistics_equal_the_official_ones():
-    official = lite_medsam_encoder().patch_embed
+@torch.no_grad()
+def test_the_strided_patch_embedding_of_mobile_sam_is_folded_exactly():
+    official = tiny_vit("mobile_sam").patch_embed
+    ours = copy.deepcopy(official)
+    encoder.accelerate(ours)
+    x = torch.randn(2, 3, 32, 48)
+    assert ours(x).shape == (2, 64, 8, 12)
+    assert relative_error(ours(x), official(x)) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["lite_medsam", "mobile_sam"])
+def test_gradients_through_frozen_statistics_equal_the_official_ones(model_type):
+    official = tiny_vit(model_type).patch_embed
     ours = copy.deepcopy(official)
     encoder.accelerate(ours, fold=False)
     assert list(ours.state_dict()) == list(official.state_dict())

@@ -1,7 +1,11 @@
 """Exported models compute the logits of SAM in transformers and onnxruntime."""
 
+import os
+import re
+import signal
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,6 +18,7 @@ import export
 import inference
 from imaging.files import read_image
 from sam import encoder, variants
+from sidecar import Sidecar, write_sidecar
 
 
 @pytest.fixture
@@ -44,10 +49,22 @@ def random_weights(tiny_weights, tiny_sam):
     return tiny_weights
 
 
+def check_reads_back(folder, state_dict):
+    """The folder, and the file in it, are checkpoints for this tool."""
+    for path in (folder, folder / "model.safetensors"):
+        weights = checkpoint.load_weights(path)
+        assert weights.keys() == state_dict.keys()
+        assert all(torch.equal(weights[name], state_dict[name]) for name in weights)
+    assert inference.load(folder, "cpu").threshold == -0.75
+    assert checkpoint.file_digest(folder) == checkpoint.file_digest(folder / "model.safetensors")
+
+
 def test_transformers_computes_the_same(random_weights, tiny_sam, image_path, tmp_path):
     from transformers import SamModel, SamProcessor
 
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=-0.75), random_weights)
     assert run(random_weights, "hf", tmp_path / "hf") == 0
+    check_reads_back(tmp_path / "hf", tiny_sam.state_dict())
     net, processor = (kind.from_pretrained(tmp_path / "hf") for kind in (SamModel, SamProcessor))
     with Image.open(image_path) as file:
         inputs = processor(images=file.convert("RGB"), return_tensors="pt")
@@ -106,6 +123,67 @@ def test_onnx_computes_the_same_for_lite_medsam(tmp_path):
     assert ((logits > 0) != (ours.numpy() > 0)).mean() < 1e-4
 
 
+def test_the_example_of_the_documents_gives_the_mask_of_predict(
+    random_weights, image_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    image = cv2.resize(read_image(image_path), (203, 150), interpolation=cv2.INTER_NEAREST)
+    Path("photos").mkdir()
+    Image.fromarray(image).save("photos/0.png")
+    segment = inference.load(random_weights, "cpu", amp="off")
+    threshold = float(np.quantile(next(segment.logits([image])), 0.7))
+    sidecar = Sidecar(model_type="tiny", input_size=64, threshold=threshold, cable_width=4.5)
+    write_sidecar(sidecar, random_weights)
+    assert run(random_weights, "onnx", Path("cables.onnx")) == 0
+    text = (Path(export.__file__).parent / "docs/export.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnx" in code]
+    names = {}
+    exec(example, names)
+    expected = inference.load(random_weights, "cpu", amp="off")(image)
+    assert 0.25 < expected.mean() < 0.35
+    assert np.mean(names["mask"] != expected) < 1e-3
+    check_description(names["session"], threshold)
+
+
+def check_description(session, threshold):
+    """Names of axes and metadata of an ONNX file."""
+    shapes = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
+    assert shapes == {
+        "images": ["batch", 64, 64, 3],
+        "sizes": ["batch", 2],
+        "logits": ["batch", 1, 32, 32],
+    }
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata.items() >= {"model_type": "tiny", "input_size": "64", "color_order": "RGB"}.items()
+    assert float(metadata["threshold"]) == threshold and float(metadata["cable_width"]) == 4.5
+    assert "Pillow BILINEAR" in metadata["resize_filter"] and "part of the graph" in metadata["normalization"]
+
+
+def test_weights_that_do_not_fit_in_one_file_go_to_a_second_one(
+    random_weights, tiny_sam, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
+    assert run(random_weights, "onnx", tmp_path / "new/cables.onnx") == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    assert sizes.keys() == {"cables.onnx", "cables.onnx.data"}
+    n_weights = sum(weight.numel() for weight in tiny_sam.parameters())
+    assert sizes["cables.onnx.data"] > 0.9 * 4 * n_weights
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "new/cables.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": image[None], "sizes": np.array([[64, 64]])})
+    np.testing.assert_allclose(logits[0], official_logits(tiny_sam, image), atol=1e-4)
+
+
+def test_only_vit_h_needs_a_second_file():
+    """Its switch, without the memory of these models."""
+    with torch.device("meta"):
+        sizes = {
+            name: 4 * sum(weight.numel() for weight in variants.VARIANTS[name].build().parameters())
+            for name in ("vit_b", "vit_l", "vit_h")
+        }
+    assert [name for name, size in sizes.items() if size > export.ONNX_LIMIT] == ["vit_h"]
+
+
 def test_the_mask_generator_takes_the_checkpoint(random_weights, tiny_sam, image_path):
     fresh = variants.VARIANTS["tiny"].build()
     fresh.load_state_dict(torch.load(random_weights, weights_only=True), strict=True)
@@ -120,26 +198,29 @@ def test_the_mask_generator_takes_the_checkpoint(random_weights, tiny_sam, image
     ("output_format", "fault", "message"),
     [
         ("hf", "lite_medsam", "transformers has no model of lite_medsam"),
+        ("hf", "mobile_sam", "transformers has no model of mobile_sam; use --format onnx"),
         ("hf", "exists", "out already exists"),
         ("hf", "no folder", "cannot be created"),
         ("onnx", "missing", "checkpoint not found"),
-        ("onnx", "large", "more than the 2 GB"),
+        ("onnx", "data exists", "out.data already exists"),
     ],
 )
 def test_what_cannot_be_exported_ends_with_a_message(
-    random_weights, tmp_path, monkeypatch, capsys, output_format, fault, message
+    random_weights, tmp_path, capsys, output_format, fault, message
 ):
     output, weights = tmp_path / "out", random_weights
     if fault == "lite_medsam":
         weights = variants.pretrained_path("lite_medsam")
+    elif fault == "mobile_sam":
+        checkpoint.save_weights(variants.VARIANTS["mobile_sam"].build().state_dict(), weights)
     elif fault == "exists":
         output.mkdir()
     elif fault == "no folder":
         output = random_weights / "out"  # inside a file
     elif fault == "missing":
         weights = tmp_path / "none.pth"
-    else:
-        monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
+    elif fault == "data exists":
+        (tmp_path / "out.data").touch()
     before = set(tmp_path.rglob("*"))
     assert run(weights, output_format, output) == 2
     assert message in capsys.readouterr().err
@@ -187,13 +268,11 @@ def test_a_link_to_nowhere_is_not_replaced(random_weights, tmp_path, capsys):
     assert (tmp_path / "out").is_symlink()
 
 
-def test_ctrl_c_leaves_nothing(random_weights, tmp_path, monkeypatch, capsys):
-    def interrupt(sam):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "hf_config", interrupt)
-    assert run(random_weights, "hf", tmp_path / "new/out") == 130
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(random_weights, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(export, "hf_config", lambda sam: os.kill(os.getpid(), number))
+    assert run(random_weights, "hf", tmp_path / "new/out") == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}: nothing was written\n"
     assert not (tmp_path / "new").exists()
 
 

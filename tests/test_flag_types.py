@@ -1,10 +1,17 @@
-"""Number types of command-line flags."""
+"""Command-line flags: numbers, paths, and what is answered before slow imports."""
 
 import argparse
+import signal
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import run_process
 
 from base import flag_types
+
+ROOT = Path(__file__).parent.parent
+SLOW = ("torch", "cv2", "scipy", "skimage", "segment_anything", "tensorboard", "pydantic")
 
 
 @pytest.mark.parametrize(
@@ -23,3 +30,46 @@ def test_numbers_in_range_are_parsed_and_others_are_named(parse, accepted, refus
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match=rf"expected a .*, got '{text}'"):
             parse(text)
+
+
+def test_home_and_variables_in_a_path_are_expanded_unless_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert flag_types.path("~/a") == flag_types.path("$HOME/a") == tmp_path / "home/a"
+    assert flag_types.path("a/~") == Path("a/~") and flag_types.path("$NO_SUCH/a") == Path("$NO_SUCH/a")
+    Path("$HOME").mkdir()
+    assert flag_types.path("$HOME") == Path("$HOME")
+
+
+def run_command(command, modules, code, *argv):
+    """Run a command where the import of slow modules runs `code` instead."""
+    modules.mkdir()
+    for name in SLOW:
+        (modules / f"{name}.py").write_text(code)
+    return run_process(sys.executable, ROOT / command, *argv, PYTHONPATH=modules)
+
+
+@pytest.mark.parametrize("command", ["finetune.py", "predict.py", "export.py"])
+def test_help_and_wrong_flags_are_answered_before_slow_imports(tmp_path, command):
+    fail = "raise AssertionError(__name__)"
+    process = run_command(command, tmp_path / "1", fail, "--help")
+    assert process.returncode == 0 and "--checkpoint" in process.stdout, process.stderr
+    process = run_command(command, tmp_path / "2", fail, "--nonsense")
+    assert process.returncode == 2 and "usage: " in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("command", ["finetune.py", "predict.py", "export.py"])
+def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path, command):
+    flags = {
+        "finetune.py": ("-c", "x"),
+        "predict.py": ("--checkpoint", "x", "--input", "x", "--output", "x"),
+        "export.py": ("--checkpoint", "x", "--output", "x", "--format", "hf"),
+    }[command]
+    interrupt = "import signal; signal.raise_signal(signal.SIGINT); print('goes on')"
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        process = run_command(command, tmp_path / "modules", interrupt, *flags)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "", "")

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("base", "sam", "imaging", "tools", "tests")
-COMMANDS = {"finetune", "predict", "export"}
+COMMANDS = {"finetune", "predict", "export", "import_labels"}
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))])
 
 MAX_MODULE_LINES = 600

@@ -1,13 +1,21 @@
-"""Tiles without seams, prompts as SamPredictor takes them."""
+"""The Python API, tiles without seams, prompts as SamPredictor takes them."""
+
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from segment_anything import SamPredictor
 
 import inference
+from base.errors import UserError
+from imaging.files import read_image
 from imaging.prompts import NO_PROMPT, Prompt
-from inference import LoadedSam, predict_logits, predict_logits_tiled
+from inference import LoadedSam, box_prompt, load, predict_logits, predict_logits_tiled
+from sidecar import Sidecar, write_sidecar
 
 
 def by_pixel(images, prompts):
@@ -95,3 +103,170 @@ def test_prompts_in_chunks_give_the_same_logits(tiny_weights, tiny_sam):
     in_chunks = list(predict_logits(net, images, shares, prompt_batch_size=4))
     assert n_decoded == [9, 4, 4, 1]
     np.testing.assert_allclose(in_chunks, together, atol=1e-5)
+
+
+# --- The size of tiles ------------------------------------------------------------------------
+
+
+def by_brightness(net, images, prompts, **options):
+    """A model that finds every bright pixel, at any scale."""
+    return by_pixel(images, prompts)
+
+
+def cables(size, width):
+    """A photo of dark ground with two straight bright cables of `width` pixels."""
+    image = np.zeros((*size, 3), np.uint8)
+    for part in (0.3, 0.7):
+        top = round(part * size[0])
+        image[top : top + width] = 255
+    return image
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "width_in_training", "expected"),
+    [
+        ((900, 1200), 24, 6, 256),  # 64 px of input for 24 / 6 times as many pixels of the photo
+        ((900, 1200), 24, 3, 512),
+        ((2400, 3200), 60, 5, 768),
+        ((1200, 900), 24, 6, 256),
+        ((900, 1200), 33, 1.6, None),  # at least as wide in the whole photo
+        ((900, 1200), 60, 1.6, None),
+        ((900, 1200), 3, 20, 32),  # an input of 64 px is enlarged at most twice
+        ((900, 1200), 0, 6, None),  # nothing is found
+        ((30, 20), 2, 20, None),  # smaller than the smallest tile
+    ],
+)
+def test_tiles_make_cables_as_wide_as_in_training(
+    tiny_weights, monkeypatch, size, width, width_in_training, expected
+):
+    segment = load(tiny_weights, "cpu", tiles="auto", cable_width=width_in_training)
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    chosen = segment.tile_size(cables(size, width))
+    assert chosen == expected if expected is None else chosen == pytest.approx(expected, rel=0.1)
+
+
+def test_images_of_one_batch_have_tiles_of_their_own(tiny_weights, monkeypatch):
+    """The mask of each is that of its own tile size, also if one stays whole."""
+    segment = load(tiny_weights, "cpu", tiles="auto", cable_width=6)
+    shapes = []
+
+    def recorded(net, images, prompts, **options):
+        shapes.append({image.shape[:2] for image in images})
+        return by_pixel(images, prompts)
+
+    monkeypatch.setattr(inference, "predict_logits", recorded)
+    images = [cables((300, 400), width) for width in (12, 0, 24)]
+    masks = segment(images)
+    for image, mask in zip(images, masks, strict=True):
+        np.testing.assert_array_equal(mask, image[..., 0] > 100)
+    sides = [segment.tile_size(image) for image in images]
+    assert sides[0] < sides[2] and sides[1] is None
+    assert {(sides[0], sides[0])} in shapes and {(sides[2], sides[2])} in shapes
+
+
+def test_the_width_in_training_is_that_of_the_sidecar(tiny_weights):
+    with pytest.raises(UserError, match=r"--tiles auto needs the width .*tiny.json does not say it"):
+        load(tiny_weights, "cpu", tiles="auto")
+    write_sidecar(Sidecar(model_type="tiny", input_size=64), tiny_weights)
+    with pytest.raises(UserError, match="--cable_width PIXELS"):
+        load(tiny_weights, "cpu", tiles="auto")
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4.5), tiny_weights)
+    assert load(tiny_weights, "cpu", tiles="auto").cable_width == 4.5
+    assert load(tiny_weights, "cpu", tiles="auto", cable_width=7).cable_width == 7
+
+
+# --- The Python API ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos():
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((48, 90), (64, 64), (100, 30))]
+
+
+@pytest.fixture
+def logits_of_sam(tiny_sam, photos):
+    """What SamPredictor finds in the photos."""
+    predictor = SamPredictor(tiny_sam)
+    found = []
+    for image in photos:
+        predictor.set_image(image)
+        found.append(predictor.predict(multimask_output=False, return_logits=True)[0][0])
+    return found
+
+
+def test_an_image_gives_a_mask_and_a_list_gives_a_list(tiny_weights, photos, logits_of_sam):
+    segment = load(tiny_weights, "cpu", float(np.median(logits_of_sam[0])), batch_size=2, amp="off")
+    masks, probs = segment(photos), segment(photos, return_probs=True)
+    assert type(masks) is type(probs) is list and len(masks) == len(probs) == 3
+    for image, mask, prob, logits in zip(photos, masks, probs, logits_of_sam, strict=True):
+        assert mask.dtype == bool and prob.dtype == np.float32
+        assert np.mean(mask != (logits > segment.threshold)) < 0.002
+        np.testing.assert_allclose(prob, 1 / (1 + np.exp(-logits)), atol=1e-5)
+        np.testing.assert_array_equal(segment(image), mask)
+        np.testing.assert_allclose(segment(image, return_probs=True), prob, atol=1e-6)
+    assert 0.4 < masks[0].mean() < 0.6
+    assert segment([]) == []
+
+
+def test_the_threshold_of_the_api_is_that_of_the_sidecar(tiny_weights, photos, logits_of_sam):
+    middle = float(np.median(logits_of_sam[0]))
+    assert load(str(tiny_weights), torch.device("cpu")).threshold == 0
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=middle), tiny_weights)
+    segment = load(str(tiny_weights), "cpu", amp="off")
+    assert segment.threshold == segment.sidecar.threshold == middle
+    assert 0.4 < segment(photos[0]).mean() < 0.6
+    assert load(tiny_weights, "cpu", 0.5).threshold == 0.5
+
+
+def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
+    segment = load(tiny_weights, "cpu", amp="off")
+    boxes = [[box_prompt(5, 6, 20, 30)], [box_prompt(1, 1, 60, 60), box_prompt(5, 6, 20, 30)], NO_PROMPT]
+    probs = segment(photos, boxes, return_probs=True)
+    for image, box, prob in zip(photos, boxes, probs, strict=True):
+        np.testing.assert_allclose(segment(image, box, return_probs=True), prob, atol=1e-5)
+    without = segment(photos, return_probs=True)
+    assert np.abs(probs[0] - without[0]).max() > 1e-4 and np.abs(probs[2] - without[2]).max() < 1e-5
+    with pytest.raises(UserError, match="tiles=64 cannot be combined with prompts"):
+        load(tiny_weights, "cpu", tiles=64)(photos, boxes)
+    with pytest.raises(UserError, match="3 images but 2 lists of prompts"):
+        segment(photos, boxes[:2])
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((4, 5, 3), np.float32), r"got float32 \(4, 5, 3\)"),
+        (np.zeros((4, 5), np.uint8), r"got uint8 \(4, 5\)"),
+        (np.zeros((4, 5, 4), np.uint8), r"got uint8 \(4, 5, 4\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"got uint8 \(0, 5, 3\)"),
+        (["photo.jpg"], "got str"),
+    ],
+)
+def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
+    with pytest.raises(UserError, match=f"image 0: expected a NumPy array, RGB uint8 .*{found}"):
+        load(tiny_weights, "cpu")(image)
+
+
+def test_a_flipped_view_is_an_image(tiny_weights, photos):
+    """Callers turn BGR to RGB with a negative step."""
+    segment = load(tiny_weights, "cpu", amp="off")
+    view = photos[0][..., ::-1]
+    np.testing.assert_array_equal(segment(view, return_probs=True), segment(view.copy(), return_probs=True))
+
+
+def test_the_example_of_the_documents_runs(tiny_weights, photos, tmp_path, monkeypatch):
+    text = (Path(inference.__file__).parent / "docs/prediction.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("exp/my_cables/checkpoints").mkdir(parents=True)
+    shutil.copy(tiny_weights, "exp/my_cables/checkpoints/best.pth")
+    Path("photos").mkdir()
+    Image.fromarray(photos[0]).save("photos/0.png")
+    names = {}
+    exec(example, names)
+    segment = load(tiny_weights)
+    np.testing.assert_array_equal(names["image"], read_image(Path("photos/0.png")))
+    np.testing.assert_array_equal(names["mask"], segment(photos[0]))
+    np.testing.assert_array_equal(names["masks"][1], names["mask"])
+    assert names["probs"].dtype == np.float32 and names["in_box"].shape == names["mask"].shape

@@ -188,3 +188,34 @@ def test_stats_are_those_of_the_plain_formulas(monkeypatch, left, right):
     expected = [[(logits[part] > t).sum() for t in metrics.THRESHOLDS] for part in (~truth, truth)]
     assert (stats.counts == expected).all()
     assert asdict(stats.scores) == asdict(metrics.score(prediction, GroundTruth.from_mask(truth)))
+
+
+def images_best_at_one(n, noise):
+    """Stats of `n` images whose cables have logits about 2 and whose background has logits about 0."""
+    rng = np.random.default_rng(0)
+    truth = GroundTruth.from_mask(bar(20, 30))
+    logits = (np.where(truth.mask, 2.0, 0.0) + rng.normal(0, noise, truth.mask.shape) for _ in range(n))
+    return [metrics.compute_stats(x, truth) for x in logits]
+
+
+def test_a_clear_and_even_gain_moves_the_robust_threshold():
+    stats = images_best_at_one(20, noise=0.4)
+    assert abs(metrics.robust_threshold(stats) - metrics.aggregate(stats)["best_threshold"]) < 0.2
+    assert metrics.robust_threshold(stats[:4]) == 0  # too few images
+
+
+def test_the_gain_of_one_image_does_not_move_the_robust_threshold():
+    """Nine images are as good at 0 as at 1, and one gains: the mean gains, but within its error."""
+    truth = GroundTruth.from_mask(bar(20, 30))
+    even = metrics.compute_stats(np.where(truth.mask, 3.0, -3.0), truth)
+    stats = [*[even] * 9, *images_best_at_one(1, noise=0.4)]
+    assert metrics.aggregate(stats)["best_threshold"] > 0.5
+    assert metrics.robust_threshold(stats) == 0
+
+
+def test_the_robust_threshold_is_no_farther_than_it_pays():
+    """At every threshold between -3 and 3 the IoU is the same."""
+    truth = GroundTruth.from_mask(bar(20, 30))
+    stats = [metrics.compute_stats(np.where(truth.mask, 3.0, -3.0), truth)] * 10
+    assert metrics.aggregate(stats)["best_threshold"] == -3
+    assert metrics.robust_threshold(stats) == 0

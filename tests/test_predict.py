@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+import warnings
 
 import cv2
 import numpy as np
@@ -12,13 +15,17 @@ from PIL import Image
 from segment_anything import SamPredictor
 
 import checkpoint
+import inference
 import predict
 from imaging import media
+from imaging.centerlines import cables_document, centerlines, instance_mask
+from imaging.coco import decode_rle
 from imaging.files import read_image
 from imaging.masks import read_mask
 from imaging.metrics import GroundTruth, score
 from imaging.output_folder import OutputFolder
 from sam import variants
+from sidecar import Sidecar, sidecar_path, write_sidecar
 
 
 @pytest.fixture
@@ -75,7 +82,8 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         assert np.mean((ours == 255) != official) < 0.002
         assert read_image(tmp_path / f"out/overlays/{path.stem}.jpg").shape == (*ours.shape, 3)
         ious.append(score(ours == 255, GroundTruth.from_mask(read_mask(masks / path.name))).iou)
-    speed, *table, of_the_set = capsys.readouterr().out.splitlines()
+    threshold, speed, *table, of_the_set = capsys.readouterr().out.splitlines()
+    assert threshold == "threshold 0 (the default, without tiny.json)"
     assert speed.startswith("5 images, ") and "images/s" in speed
     assert of_the_set.startswith("total_iou 0.1") and "recall_thin" in of_the_set
     assert len(ious) == 5 and len(table) == 7
@@ -101,6 +109,18 @@ def test_a_single_image(trained, data, tmp_path):
     assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["1.png"]
 
 
+def test_run_lengths_without_small_regions(trained, data, tmp_path):
+    flags = ("--rle", "--polygons", "--min_area", 20, "--threshold", 0.01)
+    assert run(trained, data / "test/imgs", tmp_path / "out", *flags) == 0
+    runs, parts = (json.loads((tmp_path / f"out/{name}.json").read_text()) for name in ("rle", "polygons"))
+    assert [entry["area"] for entry in runs["annotations"]] == [p["area"] for p in parts["annotations"]]
+    assert runs["annotations"] and all(entry["area"] >= 20 for entry in runs["annotations"])
+    for entry in runs["annotations"]:
+        region = decode_rle(entry["segmentation"]["counts"], tuple(entry["segmentation"]["size"]))
+        mask = read_mask(tmp_path / f"out/masks/{entry['image_id'] - 1}.png")
+        assert region.sum() == entry["area"] and mask[region].all()
+
+
 def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
     flags = ("--probabilities", "--polygons", "--threshold", 0.01)
     assert run(trained, data / "test/imgs", tmp_path / "out", *flags) == 0
@@ -119,6 +139,63 @@ def test_probabilities_polygons_and_another_threshold(trained, data, tmp_path):
     with_zero = tmp_path / "zero"
     assert run(trained, data / "test/imgs", with_zero) == 0
     assert read_mask(with_zero / "masks/0.png").sum() > read_mask(tmp_path / "out/masks/0.png").sum()
+
+
+def test_the_threshold_is_that_of_the_sidecar(trained, data, tmp_path, capsys):
+    """The flag comes before the sidecar, and a damaged sidecar leaves the default."""
+    masks, first_lines = {}, {}
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=0.01), trained)
+    for name, flags in (("sidecar", ()), ("flag", ("--threshold", -0.02)), ("damaged", ())):
+        if name == "damaged":
+            sidecar_path(trained).write_text("{")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert run(trained, data / "test/imgs", tmp_path / name, *flags) == 0
+        assert (len(warned) == 1 and "tiny.json is ignored" in str(warned[0].message)) == (name == "damaged")
+        first_lines[name] = capsys.readouterr().out.splitlines()[0]
+        masks[name] = read_mask(tmp_path / name / "masks/0.png")
+        document = json.loads((tmp_path / name / "predictions.json").read_text())
+        assert document["flags"]["threshold"] == {"sidecar": 0.01, "flag": -0.02, "damaged": 0}[name]
+    assert first_lines["sidecar"] == "threshold 0.01 (from tiny.json)"
+    assert first_lines["flag"] == "threshold -0.02 (--threshold)"
+    assert first_lines["damaged"] == "threshold 0 (the default, without tiny.json)"
+    assert 0 < masks["sidecar"].sum() < masks["damaged"].sum() < masks["flag"].sum() < masks["flag"].size
+
+
+def test_the_best_threshold_is_on_the_logits_themselves(trained, data, tmp_path, capsys, monkeypatch):
+    def by_brightness(net, images, prompts, **options):
+        """Noise has gray values below 60 and cables have more than 170: logits below -0.8 and above 1.4."""
+        return [image.mean(axis=2, dtype=np.float32) / 50 - 2 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    for threshold in (0, 0.25, 3):
+        flags = ("--masks", data / "test/masks", "--threshold", threshold)
+        assert run(trained, data / "test/imgs", tmp_path / f"{threshold}", *flags) == 0
+        last_line = capsys.readouterr().out.splitlines()[-1]
+        assert "best_threshold -0.7500, best_iou 1.0000" in last_line
+
+
+def test_centerlines_and_instances_of_the_mask(trained, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    threshold = ("--threshold", -100)  # every pixel is cable: a mask without a centerline
+    assert run(trained, data / "test/imgs", output, "--centerlines", "--instances", *threshold) == 0
+    assert json.loads((output / "centerlines/0.json").read_text())["cables"] == []
+    assert run(trained, data / "test/imgs", output, "--centerlines", "--instances") == 0
+    assert "replaced 15 files" in capsys.readouterr().out
+    n_cables = 0
+    for stem in "012":
+        mask = read_mask(output / f"masks/{stem}.png")
+        cables = centerlines(mask)
+        document = json.loads((output / f"centerlines/{stem}.json").read_text())
+        assert document == json.loads(json.dumps(cables_document(f"{stem}.png", mask.shape, cables)))
+        assert read_image(output / f"centerlines/{stem}.jpg").shape == (*mask.shape, 3)
+        with Image.open(output / f"instances/{stem}.png") as file:
+            assert file.mode.startswith("I;16")
+            np.testing.assert_array_equal(np.asarray(file), instance_mask(mask, cables))
+        n_cables += len(cables)
+    assert n_cables > 0
+    assert run(trained, data / "test/imgs/0.png", output) == 0
+    assert not (output / "centerlines").exists() and not (output / "instances").exists()
 
 
 def test_prompts_reach_the_decoder(trained, data, tmp_path, capsys):
@@ -155,6 +232,33 @@ def test_a_tile_is_predicted_like_an_image_of_its_own(trained, data, tmp_path):
     assert (ours == expected).all() and 0 < expected.mean() < 1
     with pytest.raises(SystemExit):
         run(trained, large, tmp_path / "no", "--tiles", 64, "--prompt", "p.csv")
+
+
+def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, capsys, monkeypatch):
+    def by_brightness(net, images, prompts, **options):
+        return [image.mean(axis=2, dtype=np.float32) - 100 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    (tmp_path / "photos").mkdir()
+    for stem, width in (("thin", 8), ("thick", 40), ("none", 0)):
+        image = np.zeros((300, 400, 3), np.uint8)
+        image[100 : 100 + width] = 255
+        Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
+    flags = ("--tiles", "auto", "--cable_width", 4)
+    assert run(trained, tmp_path / "photos", tmp_path / "out", *flags) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    side = int(line.split()[7])
+    assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
+    assert side == pytest.approx(8 * 64 / 4, rel=0.15)
+    assert read_mask(tmp_path / "out/masks/thin.png").sum() == 8 * 400
+
+
+def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test/imgs", tmp_path / "out", "--tiles", "auto") == 2
+    assert "--cable_width PIXELS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(trained, data / "test/imgs", tmp_path / "out", "--tiles", 64, "--cable_width", 4)
+    assert "--cable_width is for --tiles auto" in capsys.readouterr().err
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
@@ -257,21 +361,31 @@ def test_an_output_that_would_lose_files_is_refused(trained, data, tmp_path, cap
     assert snapshot(tmp_path) == before
 
 
-def test_ctrl_c_ends_with_a_line_and_the_written_files_are_listed(
-    trained, data, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_with_a_line_and_the_written_files_are_listed(
+    trained, data, tmp_path, capsys, monkeypatch, number
 ):
-    encode_image = media.encode_image
-    monkeypatch.setattr(media, "encode_image", lambda *args: (_interrupt_third(), encode_image(*args))[1])
-    calls = iter(range(100))
+    handler = signal.getsignal(number)
+    calls = []
 
-    def _interrupt_third():
-        if next(calls) == 2:
-            raise KeyboardInterrupt
+    def signal_in_fifth_call(file):  # amid a write
+        calls.append(file)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
 
-    assert run(trained, data / "test/imgs", tmp_path / "out", "--batch_size", 1) == 130
-    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
-    assert written_files(tmp_path / "out") == ["masks/0.png", "overlays/0.jpg"]
-    assert run(trained, data / "test/imgs", tmp_path / "out") == 0
+    monkeypatch.setattr(os, "fsync", signal_in_fifth_call)
+
+    output = tmp_path / "out"
+    assert run(trained, data / "test/imgs", output, "--batch_size", 1) == 128 + number
+    line = f"interrupted by {number.name}: {output / 'predictions.json'} lists the files written so far"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    written = {
+        str(path.relative_to(output)) for path in output.rglob("*.*") if "predictions" not in path.name
+    }
+    assert written == set(written_files(output)) and 0 < len(written) < 6
+    assert all(read_image(output / name).shape == (48, 64, 3) for name in written)
+    assert signal.getsignal(number) is handler
+    assert run(trained, data / "test/imgs", output) == 0
 
 
 def test_a_killed_prediction_can_be_repeated(trained, data, tmp_path, monkeypatch):

@@ -2,14 +2,22 @@
 
 import json
 import re
+import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import scalars
 
+import predict
 import run_logger
 from base.errors import UserError
 from imaging.metrics import GroundTruth, aggregate, compute_stats
-from run_logger import RunLogger, Throughput, Timer
+from run_logger import Budget, RunLogger, Throughput, Timer, result_summary, tool_command
+from train_state import Schedule
 
 SCALARS = {"loss": 1.0, "lr": 1e-3, "images_per_s": 2.0, "data_wait": 0.5}
 
@@ -62,6 +70,96 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         RunLogger(tmp_path / "run", iterations=2, done=0, resumed=False, enabled=True)
 
 
+def curve(folder):
+    return scalars(folder).get("train/loss", [])
+
+
+def train_to(logger, first, last):
+    for iteration in range(first, last + 1):
+        logger.training(SCALARS | {"loss": float(iteration)}, iteration)
+
+
+def test_curves_go_on_in_a_new_file_if_theirs_is_deleted(tmp_path, capsys):
+    logger = RunLogger(tmp_path, iterations=9, done=0, resumed=False, enabled=True)
+    log_everything(logger)
+    (first,) = tmp_path.glob("events.out.tfevents.*")
+    first.unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=f"{first.name} was deleted; the curves go on in events"):
+        train_to(logger, 3, 4)
+    with pytest.warns(UserWarning, match="jsonl was deleted"):
+        log_everything(logger)
+    (second,) = tmp_path.glob("events.out.tfevents.*")
+    assert second.name > first.name
+    assert curve(tmp_path) == [(1, 1.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_resumed_logger_replaces_later_events(tmp_path):
+    logger = RunLogger(tmp_path, iterations=9, done=0, resumed=False, enabled=True)
+    train_to(logger, 1, 6)
+    logger = RunLogger(tmp_path, iterations=9, done=3, resumed=True, enabled=True)
+    train_to(logger, 4, 5)
+    assert curve(tmp_path) == [(n, float(n)) for n in range(1, 6)]
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(True)` lets no file grow above 2000 bytes, `full_disk(False)` lets them."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else limits[0], limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_gives_one_error_and_no_half_event(tmp_path, full_disk, capfd):
+    logger = RunLogger(tmp_path, iterations=99, done=0, resumed=False, enabled=True)
+    full_disk(True)
+    with pytest.raises(UserError, match=re.escape(f"writing to {tmp_path} failed: ") + ".*File too large"):
+        train_to(logger, 1, 99)
+    before = curve(tmp_path)
+    assert 2 < len(before) < 30 and before == [(n, float(n)) for n in range(1, len(before) + 1)]
+    assert "Traceback" not in capfd.readouterr().err
+    full_disk(False)
+    logger.flush()  # what was left
+    train_to(logger, len(before) + 2, 40)
+    assert curve(tmp_path) == [(n, float(n)) for n in range(1, 41)]
+
+
+# --- summaries ---
+
+
+def test_predictions_that_stay_empty_are_said_with_the_way_out(tmp_path):
+    for iou, is_said in ((0.0, True), (0.00004, True), (0.001, False)):
+        metrics = {"iou": iou, "dice": iou, "iteration": 9}
+        text = result_summary(metrics, metrics, tmp_path, tmp_path)
+        assert ("warning: the predictions are empty" in text) is is_said
+        assert is_said == all(flag in text for flag in ("--epoch_num", "--train encoder", "--preview"))
+
+
+def test_the_summary_ends_with_a_command_that_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "it's data" / "imgs"
+    (tmp_path / "exp/my run/checkpoints").mkdir(parents=True)
+    folder = Path("exp/my run")
+    assert "next" not in result_summary(None, None, folder, images)
+    for name in ("last.pth", "best.pth"):
+        (folder / "checkpoints" / name).touch()
+        last_line = result_summary(None, None, folder, images).splitlines()[-1]
+        python, script, *argv = shlex.split(last_line.removeprefix("next "))
+        assert shutil.which(python) == sys.executable and Path(script).samefile(predict.__file__)
+        args = predict.parse_args(argv)
+        assert (args.checkpoint, args.input) == (folder / "checkpoints" / name, Path("it's data/imgs"))
+        assert args.output == Path("predictions/my run")
+
+
+def test_commands_name_paths_as_seen_from_the_current_directory(monkeypatch):
+    monkeypatch.chdir(Path(predict.__file__).parent)
+    monkeypatch.setattr(sys, "executable", str(Path(".venv/bin/python").absolute()))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/python")
+    assert tool_command("export.py", "a b") == ".venv/bin/python export.py 'a b'"
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    assert tool_command("export.py", Path("a")) == "python export.py a"
+
+
 # --- time ---
 
 
@@ -101,3 +199,39 @@ def test_throughput_counts_images_and_the_share_of_waiting(clock):
     clock(2)
     throughput.count(4, data_wait=0.0)
     assert throughput.rates() == {"images_per_s": 2.0, "data_wait": 0.0}
+
+
+def epochs_of(budget, clock, seconds, pause=0.0):
+    """(iteration, epochs) once `budget` knows them, for iterations of so many seconds: 5 make an epoch."""
+    schedule = Schedule(epoch_length=10, batch_size=2, virtual_batch_size=1, epochs=99)
+    for iteration in range(1, 99):
+        clock(seconds(iteration))
+        epochs = budget.epochs(iteration, iteration, schedule, test_interval=4)
+        with budget.paused():
+            clock(pause)
+        if epochs:
+            return iteration, epochs
+    return None
+
+
+def test_epochs_follow_from_the_speed_of_the_first_iterations(clock):
+    assert epochs_of(Budget(None, 0), clock, lambda iteration: 1) is None
+    # 60 s: 3 iterations take 6 s and are not timed, 10 take 10 s, and 44 s are left
+    assert epochs_of(Budget(1, 0), clock, lambda iteration: 1 if iteration > 3 else 2) == (13, (13 + 44) // 5)
+    # with tests: 47 s are left after the 13th iteration, and 4 s of a test are 1 s an iteration
+    budget = Budget(1, 0)
+    budget.test_seconds = 4.0
+    assert epochs_of(budget, clock, lambda iteration: 1) == (13, (13 + 47 // 2) // 5)
+    # pauses count as time of the run, but not of an iteration: 60 - 13 - 12 = 35 s are left
+    assert epochs_of(Budget(1, 0), clock, lambda iteration: 1, pause=1.0) == (13, (13 + 35) // 5)
+    # long runs measure for a twentieth of their time
+    assert epochs_of(Budget(10, 0), clock, lambda iteration: 1) == (30, 600 // 5)
+
+
+def test_a_budget_does_not_count_on_the_speed_of_iterations_that_encode_for_later_ones(clock):
+    # the first epoch takes 2 s an iteration, later ones 0.5 s; timing starts after it
+    found = epochs_of(Budget(1, 5), clock, lambda iteration: 2 if iteration <= 5 else 0.5)
+    assert found == (15, (15 + 45 * 2) // 5)
+    # if the first epoch takes too long, what is known after half the time counts
+    assert epochs_of(Budget(1, 50), clock, lambda iteration: 4) == (8, (8 + 28 // 4) // 5)
+    assert epochs_of(Budget(0.1, 50), clock, lambda iteration: 9) == (1, 1)  # at least the current epoch

@@ -1,10 +1,14 @@
 """Device, precision, failures and signals."""
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_tiny
 
+import experiment
 import runtime
 from base.errors import UserError
 
@@ -110,19 +114,6 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_run_at_once(capsys, n
         signal.signal(number, previous)
 
 
-@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
-def test_the_first_signal_ends_at_once_what_has_no_state(capsys, number):
-    previous = signal.signal(number, signal.default_int_handler)
-    try:
-        with runtime.StopRequest(at_once=True) as stop, pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-        assert stop.signal == number
-        assert "the run ends" not in capsys.readouterr().err
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, previous)
-
-
 def test_one_of_several_processes_stops_only_after_its_iteration(monkeypatch):
     with runtime.StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
@@ -142,3 +133,35 @@ def test_a_hangup_that_is_ignored_stays_ignored():
             assert stop.signal is None
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
+def test_a_signal_interrupts_a_command_and_a_second_one_ends_it_at_once(number):
+    def interrupt():
+        with runtime.interrupt_on_signals():
+            try:
+                signal.raise_signal(number)
+            finally:
+                handlers.append(signal.getsignal(number))
+
+    handlers = []
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(runtime.Interrupted) as raised:
+            interrupt()
+        assert handlers == [signal.SIG_DFL]
+        assert (raised.value.name, raised.value.exit_code) == (signal.Signals(number).name, 128 + number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("flags", [(), ("--preview",)])
+def test_a_signal_before_the_training_ends_with_a_line(
+    tiny_weights, config_file, tmp_path, monkeypatch, capsys, flags
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "index_datasets", lambda *args, **_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_tiny(config_file(), tiny_weights, *flags) == 143
+    assert capsys.readouterr().err == "SIGTERM: nothing was trained\n"
+    assert not Path("exp").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import run_tiny
 
-from train_config import default_workers, parse_args
+from sam.variants import VARIANTS
+from train_config import MODEL_TYPES, default_workers, parse_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +106,10 @@ def test_bad_flags_end_with_a_message(tiny_weights, config_file, capsys, flag, v
     error = capsys.readouterr().err
     assert flag in error and expected in error
     assert not Path("exp").exists()
+
+
+def test_every_model_type_is_a_variant():
+    assert [name for name in MODEL_TYPES if name != "tiny"] == list(VARIANTS)
 
 
 def test_reuse_needs_a_frozen_encoder(tiny_weights, config_file, capsys):

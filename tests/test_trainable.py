@@ -75,6 +75,15 @@ def test_all_that_trains_has_a_gradient_and_a_group_and_statistics_stay(name, tr
     assert bool(statistics) == (name == "tiny_vit" and train == "encoder")
 
 
+def test_the_classifier_of_mobile_sam_is_not_used_and_never_trains():
+    sam = variants.VARIANTS["mobile_sam"].build().eval()
+    prepare(sam, "encoder")
+    frozen = {key for key, p in sam.image_encoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"norm_head.weight", "norm_head.bias", "head.weight", "head.bias"}
+    sam.image_encoder(torch.rand(1, 3, 1024, 1024)).square().mean().backward()
+    assert {key for key, p in sam.image_encoder.named_parameters() if p.grad is None} == frozen
+
+
 def test_learning_rates_decay_with_every_block_from_the_output(tiny_sam):
     groups = prepare(tiny_sam, "encoder")
     rate = {id(p): group["peak_lr"] for group in groups for p in group["params"]}

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import build_tiny, randomize_batch_norm
+from segment_anything import SamPredictor
 
 import checkpoint
+import inference
 from base.errors import UserError
+from imaging.prompts import NO_PROMPT
 from sam import decoder, encoder, variants
 
 # --- normalization and architecture ---
@@ -57,6 +60,99 @@ def test_lite_medsam_computes_what_the_package_computes():
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+# --- MobileSAM ---
+
+MOBILE_SAM_BYTES = 40_728_226  # of the published file
+
+
+def conv_bn(name, n_in, n_out, kernel=1):
+    """The keys and shapes of a `Conv2d_BN`; `n_in` is counted per group."""
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    return {
+        f"{name}.c.weight": (n_out, n_in, kernel, kernel),
+        **{f"{name}.bn.{key}": (n_out,) for key in statistics},
+        f"{name}.bn.num_batches_tracked": (),
+    }
+
+
+def affine(name, *shape):
+    """The keys and shapes of a layer with a weight and a bias, such as `Linear` and `LayerNorm`."""
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def tiny_vit_block(name, dim, window):
+    """The keys and shapes of a `TinyViTBlock`: attention in a window, MLP, 3x3 depthwise convolution."""
+    return {
+        f"{name}.attn.attention_biases": (dim // 32, window**2),  # heads, offsets between two pixels
+        **affine(f"{name}.attn.norm", dim),
+        **affine(f"{name}.attn.qkv", 3 * dim, dim),
+        **affine(f"{name}.attn.proj", dim, dim),
+        **affine(f"{name}.mlp.norm", dim),
+        **affine(f"{name}.mlp.fc1", 4 * dim, dim),
+        **affine(f"{name}.mlp.fc2", dim, 4 * dim),
+        **conv_bn(f"{name}.local_conv", 1, dim, 3),
+    }
+
+
+def mobile_sam_encoder_shapes():
+    """The keys and shapes of MobileSAM's image encoder, as its public source defines them.
+
+    Source: class `TinyViT` in mobile_sam/modeling/tiny_vit_sam.py and the arguments that `build_sam_vit_t` in
+    mobile_sam/build_sam.py gives it, https://github.com/ChaoningZhang/MobileSAM.
+    """
+    dims, depths, windows = (64, 128, 160, 320), (2, 2, 6, 2), (None, 7, 14, 7)
+    shapes = conv_bn("patch_embed.seq.0", 3, 32, 3) | conv_bn("patch_embed.seq.2", 32, 64, 3)
+    for i, (dim, depth, window) in enumerate(zip(dims, depths, windows, strict=True)):
+        for name in (f"layers.{i}.blocks.{j}" for j in range(depth)):
+            if i > 0:
+                shapes |= tiny_vit_block(name, dim, window)
+                continue
+            shapes |= conv_bn(f"{name}.conv1", dim, 4 * dim) | conv_bn(f"{name}.conv2", 1, 4 * dim, 3)
+            shapes |= conv_bn(f"{name}.conv3", 4 * dim, dim)
+        if i < 3:
+            n_out = dims[i + 1]
+            shapes |= conv_bn(f"layers.{i}.downsample.conv1", dim, n_out)
+            shapes |= conv_bn(f"layers.{i}.downsample.conv2", 1, n_out, 3)
+            shapes |= conv_bn(f"layers.{i}.downsample.conv3", n_out, n_out)
+    shapes |= affine("norm_head", 320) | affine("head", 1000, 320)
+    shapes |= {"neck.0.weight": (256, 320, 1, 1), "neck.2.weight": (256, 256, 3, 3)}
+    return shapes | affine("neck.1", 256) | affine("neck.3", 256)
+
+
+def test_mobile_sam_has_the_official_keys_and_shapes():
+    ours = variants.VARIANTS["mobile_sam"].build().state_dict()
+    shapes = {f"image_encoder.{name}": shape for name, shape in mobile_sam_encoder_shapes().items()}
+    with torch.device("meta"):
+        sam = variants.VARIANTS["vit_b"].build()  # MobileSAM has the prompt encoder and the decoder of SAM
+    shapes |= {
+        name: tuple(weight.shape)
+        for name, weight in sam.state_dict().items()
+        if not name.startswith("image_encoder.")
+    }
+    assert {name: tuple(weight.shape) for name, weight in ours.items()} == shapes
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in ours.values())
+    # torch.save adds names and alignment: 378 bytes a weight in the published file of LiteMedSAM. Without
+    # the classifier, which nothing uses, it would be 3300.
+    assert 350 < (MOBILE_SAM_BYTES - n_bytes) / len(ours) < 400
+
+
+def test_mobile_sam_predicts_what_sam_predicts_with_its_weights(tmp_path):
+    torch.manual_seed(0)
+    sam = variants.build_mobile_sam()
+    randomize_batch_norm(sam)
+    path = tmp_path / "mobile_sam.pt"
+    checkpoint.save_weights(sam.state_dict(), path)
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    image = np.kron(image[:12, :16], np.ones((25, 25, 1), np.uint8))  # blocks, which survive resizing
+    predictor = SamPredictor(sam.eval())
+    predictor.set_image(image)
+    official, _, _ = predictor.predict(multimask_output=False, return_logits=True)
+    (ours,) = inference.load(path, torch.device("cpu"), None)([image], [NO_PROMPT])
+    assert np.ptp(official) > 0.1
+    np.testing.assert_allclose(ours, official[0], atol=0.02 * np.ptp(official))
+    np.testing.assert_allclose(ours.mean(), official.mean(), atol=1e-3 * np.ptp(official))
+
+
 # --- weights ---
 
 
@@ -64,9 +160,21 @@ def test_weights_of_another_variant_are_named(tiny_sam, tiny_weights):
     state_dict = tiny_sam.state_dict()
     with pytest.raises(UserError, match=r"mine\.pth holds weights of tiny, not of vit_b"):
         variants.load_state_dict(tiny_sam, state_dict, "vit_b", Path("mine.pth"))
-    lite = {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(32, 3, 1, 1)}
-    with pytest.raises(UserError, match="holds weights of lite_medsam, not of tiny"):
-        variants.load_state_dict(tiny_sam, lite, "tiny", Path("mine.pth"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "kernel"), [("lite_medsam", "mobile_sam", 1), ("mobile_sam", "lite_medsam", 3)]
+)
+def test_the_two_tiny_vits_are_never_mistaken_for_each_other(given, expected, kernel):
+    weights = {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(32, 3, kernel, kernel)}
+    with pytest.raises(
+        UserError, match=f"holds weights of {given}, not of {expected}: use --model_type {given}"
+    ):
+        variants.load_state_dict(build_tiny(), weights, expected, Path("mine.pth"))
+    weights = variants.VARIANTS[given].build().state_dict()
+    assert variants.detect_model_type(weights) == given
+    with pytest.raises(RuntimeError, match=r"size mismatch for image_encoder\.patch_embed"):
+        variants.VARIANTS[expected].build().load_state_dict(weights, strict=False)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "unexpected", "shape", "unknown"])
@@ -87,14 +195,15 @@ def test_loading_is_strict(tiny_sam, tiny_weights, spoil):
 def test_fingerprints_tell_the_published_variants_apart():
     with torch.device("meta"):
         weights = {name: variants.VARIANTS[name].build().state_dict() for name in ("vit_b", "vit_l", "vit_h")}
-    weights["lite_medsam"] = variants.VARIANTS["lite_medsam"].build().state_dict()
+    for name in ("lite_medsam", "mobile_sam"):
+        weights[name] = variants.VARIANTS[name].build().state_dict()
     assert {name: variants.detect_model_type(state_dict) for name, state_dict in weights.items()} == {
         name: name for name in variants.VARIANTS
     }
     assert variants.detect_model_type({"resnet.conv1.weight": torch.zeros(3)}) is None
 
 
-@pytest.mark.parametrize("model_type", ["vit_b", "lite_medsam"])
+@pytest.mark.parametrize("model_type", ["vit_b", "lite_medsam", "mobile_sam"])
 def test_the_sizes_of_a_variant_are_those_of_its_model(model_type):
     variant = variants.VARIANTS[model_type]
     with torch.device("meta" if model_type == "vit_b" else "cpu"):
@@ -133,7 +242,7 @@ def weights_server(tmp_path, monkeypatch):
         answers["/tiny.pth"] = body, len(body) if announced is None else announced
         url = f"http://127.0.0.1:{server.server_port}/tiny.pth"
         variant = variants.Variant(
-            build_tiny, variants.normalize_mean_std, ("none", 0), url=url, sha256=sha256
+            build_tiny, variants.normalize_mean_std, ("none", (0,)), url=url, sha256=sha256
         )
         monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
         return answers
@@ -168,7 +277,7 @@ def test_a_failed_download_leaves_no_file_and_says_what_to_do(weights_server, tm
         variant = variants.Variant(
             build_tiny,
             variants.normalize_mean_std,
-            ("none", 0),
+            ("none", (0,)),
             url="http://127.0.0.1:9/tiny.pth",
             sha256=SHA256,
         )

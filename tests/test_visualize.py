@@ -3,6 +3,7 @@
 import numpy as np
 
 from imaging import visualize
+from imaging.centerlines import Cable, Crossing
 from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
 
@@ -49,3 +50,17 @@ def test_shrink_keeps_thin_cables_of_a_mask():
     assert small.shape == (100, 133) and small.dtype == bool
     assert small.sum() == 133
     assert visualize.shrink(mask, 400) is mask
+
+
+def test_each_cable_is_drawn_in_a_color_of_its_own_with_its_crossings():
+    lines = np.array([[(10, 50), (150, 50)], [(10, 90), (150, 92)]], np.float32)
+    widths = np.full(2, 5, np.float32)
+    cables = [Cable(number, line, widths, False, ("free", "free")) for number, line in enumerate(lines, 1)]
+    image = np.full((120, 160, 3), 100, np.uint8)
+    drawn = visualize.draw_cables(image, cables, [Crossing((80.0, 50.0), (1, 2), 90.0)])
+    assert (image == 100).all() and drawn.shape == image.shape
+    assert tuple(drawn[50, 40]) == visualize.CABLE_COLORS[0]
+    assert tuple(drawn[90, 40]) == visualize.CABLE_COLORS[1]
+    assert tuple(drawn[70, 40]) == (60, 60, 60)  # darkened
+    assert drawn[40:45, 80].min(axis=1).max() > 200  # the white circle around the crossing
+    assert len(set(visualize.CABLE_COLORS)) == len(visualize.CABLE_COLORS)

@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import inference
-import runtime
 from base.errors import UserError
 from imaging.appearance import ACHROMATIC, Color
 from imaging.compositing import load_pair, recolor_in_place
@@ -36,16 +34,16 @@ def color_classes(rng: np.random.Generator) -> dict[str, Color | None]:
     return {"own": None} | {name: Color(lab, 0, 0) for name, lab in ({"colored": colored} | grays).items()}
 
 
-def measure(pairs: list[Pair], predict: inference.PredictLogits, threshold: float) -> None:
+def measure(pairs: list[Pair], segment: inference.Segmenter) -> None:
     """Print the table."""
     scores: dict[str, list[tuple[float, float, float]]] = {}
     for number, pair in enumerate(pairs):
         for name, color in color_classes(np.random.default_rng(number)).items():
             image_and_mask = load_pair(pair, LONGEST).copy()
             recolor_in_place(image_and_mask, color)
-            (logits,) = predict([np.ascontiguousarray(image_and_mask[..., :3])], [inference.NO_PROMPT])
+            (logits,) = segment.logits([np.ascontiguousarray(image_and_mask[..., :3])])
             ground_truth = GroundTruth.from_mask(image_and_mask[..., 3] > 127)
-            values = compute_stats(logits - threshold, ground_truth).scores
+            values = compute_stats(logits - segment.threshold, ground_truth).scores
             scores.setdefault(name, []).append((values.recall, values.precision, values.iou))
     print("color     recall  precision     IoU")
     for name, rows in scores.items():
@@ -63,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         pairs, faults = find_pairs(args.data)
         if faults:
             raise UserError(faults[0])
-        device = torch.device("cpu")
-        predict = inference.load(args.checkpoint, device, runtime.amp_dtype("auto", device))
-        measure(pairs[:: args.every], predict, args.threshold)
+        measure(pairs[:: args.every], inference.load(args.checkpoint, "cpu", args.threshold))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
