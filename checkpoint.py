@@ -22,6 +22,7 @@ from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
 from sam.variants import VARIANTS
+from sidecar import sidecar_path
 from train_config import MAY_CHANGE_ON_RESUME
 
 RESUME_FILE = "resume.pth"  # in exp/NAME
@@ -340,31 +341,44 @@ KEPT_BEST = "best_at_{}.pth"
 
 
 def keep_best(folder: Path, iteration: int) -> None:
-    """Keep `best.pth`, of `iteration`, until the next state is saved, unless an older one is kept."""
-    best = folder / BEST_FILE
+    """Keep `best.pth`, of `iteration`, and its sidecar until the next state is saved.
+
+    Nothing happens if older ones are kept.
+    """
+    best, kept = folder / BEST_FILE, folder / KEPT_BEST.format(iteration)
     with _renaming(best):
         if best.exists() and not _kept(folder):
-            best.replace(folder / KEPT_BEST.format(iteration))
+            best.replace(kept)
+            _move_if_there(sidecar_path(best), sidecar_path(kept))
 
 
 def remove_kept_best(folder: Path) -> None:
-    """After a state was saved: it names the weights in `best.pth`."""
-    for path in _kept(folder):
+    """After a state was saved: it names the weights in `best.pth`, if these could be written."""
+    for path in _kept(folder) if (folder / BEST_FILE).exists() else ():
         with _renaming(path):
+            sidecar_path(path).unlink(missing_ok=True)
             path.unlink()
 
 
 def restore_best(folder: Path, iteration: int | None) -> None:
     """When a run is resumed: bring back the best weights, of `iteration`, that its state names."""
-    kept = folder / KEPT_BEST.format(iteration)
+    best, kept = folder / BEST_FILE, folder / KEPT_BEST.format(iteration)
     with _renaming(kept):
         if kept.exists():
-            kept.replace(folder / BEST_FILE)
+            _move_if_there(sidecar_path(kept), sidecar_path(best))
+            kept.replace(best)
     remove_kept_best(folder)
 
 
 def _kept(folder: Path) -> list[Path]:
-    return list(folder.glob(KEPT_BEST.format("*")))
+    """The kept weights. Other files of a similar name are the user's."""
+    paths = folder.glob(KEPT_BEST.format("*"))
+    return [path for path in paths if path.stem.rpartition("_")[2].isdigit()]
+
+
+def _move_if_there(path: Path, target: Path) -> None:
+    if path.exists():
+        path.replace(target)
 
 
 @contextmanager

@@ -232,9 +232,14 @@ def load_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
-    weights = folder.glob("checkpoints/*.pth")
-    if not (folder / RESUME_FILE).exists() and not any(weights):
-        return None
+    weights = max(folder.glob("checkpoints/*.pth"), key=lambda path: path.stat().st_mtime, default=None)
+    if not (folder / RESUME_FILE).exists():
+        if weights is None:
+            return None
+        raise UserError(
+            f"{folder / RESUME_FILE} is missing, and no run continues without it; start a new run with "
+            f"another --exp_name and --checkpoint {weights}"
+        )
     return checkpoint.load_resume_state(folder / RESUME_FILE)
 
 

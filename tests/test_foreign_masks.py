@@ -294,6 +294,9 @@ def test_mask_values_choose_colors_and_indices(tmp_path):
     assert (
         read(tmp_path, palette_image(labels, colors), mask_values=(1, 3)) == np.isin(labels, [1, 3])
     ).all()
+    one_bit = Image.fromarray(labels > 0).convert("1")  # Pillow reads its 1 as 255
+    for value in (1, 255):
+        assert (read(tmp_path, one_bit, mask_values=(value,)) == (labels > 0)).all()
     with pytest.raises(FileError, match=r"has colors, but mask_values lists gray values"):
         read(tmp_path, rgb, mask_values=(1,))
     with pytest.raises(FileError, match="lossy compression changes values"):
