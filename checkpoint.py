@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
 from filelock import FileLock, Timeout
@@ -229,7 +229,12 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
 def load_resume_state(path: Path) -> ResumeState:
     """Read what `save_resume_state` wrote. Raises UserError as `load_weights` does."""
     state = _load(path)
-    if not isinstance(state, dict) or state.keys() != ResumeState.__required_keys__:
+    types = get_type_hints(ResumeState)
+    if not (
+        isinstance(state, dict)
+        and state.keys() == types.keys()
+        and all(isinstance(state[key], get_origin(kind) or kind) for key, kind in types.items())
+    ):
         raise UserError(f"{path} is not a state that this version saved; start the run again")
     return state  # type: ignore[return-value]  # its keys are checked
 
@@ -241,7 +246,7 @@ def check_same_settings(
     faults = [
         f"--{name}: was {state['flags'].get(name)}, is now {value}"
         for name, value in flags.items()
-        if name not in MAY_CHANGE_ON_RESUME and state["flags"].get(name) != value
+        if name not in (*MAY_CHANGE_ON_RESUME, "exp_name") and state["flags"].get(name) != value
     ]
     if state["world_size"] != world_size:
         faults.append(f"processes: were {state['world_size']}, are now {world_size}")

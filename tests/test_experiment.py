@@ -63,6 +63,18 @@ def test_a_test_photo_among_the_backgrounds_is_named(config_file, data):
     assert str(warned[0].message).split("\n  ")[1:] == [leak]
 
 
+def test_photos_of_cables_among_the_backgrounds_are_named(config_file, data):
+    for name, mask in (("1", None), ("2", Image.new("L", (64, 48)))):
+        photo, background = data / f"cables/imgs/{name}.png", data / f"backgrounds/bg {name}.png"
+        Image.open(photo).save(background, compress_level=1)  # other bytes, the same pixels
+        if mask:  # a photo without a cable may be a background
+            mask.save(data / f"cables/masks/{name}.png")
+    with pytest.warns(UserWarning, match="takes these cables for background") as warned:
+        experiment.find_data(load_config(config_file()), 10**6)
+    listed = f"{data / 'backgrounds/bg 1.png'} = {data / 'cables/imgs/1.png'}"
+    assert str(warned[0].message).split("\n  ")[1:] == [listed]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_during_the_check_ends_it_with_a_line(
     config_file, tiny_weights, decoded, monkeypatch, capsys, number

@@ -339,6 +339,15 @@ def test_one_inverted_mask_among_many_is_refused(dataset_folder):
         index(dataset_folder)
 
 
+def test_a_mask_that_may_be_inverted_is_named_in_the_summary(dataset_folder):
+    assert not index(dataset_folder).notes()
+    path = dataset_folder / "set/masks/1.png"
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    note = f"foreground covers more than half of 1 mask(s), e.g. {path}: are they inverted?"
+    assert index(dataset_folder).notes() == [note]
+    assert not index(dataset_folder, allow_large_foreground=True).notes()
+
+
 def test_swapped_folders_are_refused(dataset_folder):
     (dataset_folder / "set/imgs").rename(dataset_folder / "set/x")
     (dataset_folder / "set/masks").rename(dataset_folder / "set/imgs")
