@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 import checkpoint
 import experiment
+import runtime
 from base.errors import UserError
 from config import Config, load_config
 from embeddings import pool_spec
@@ -226,3 +228,17 @@ def test_photos_are_encoded_again_if_the_disk_fills_up_after_the_check(
     weights = checkpoint.load_weights(Path("exp/again/checkpoints/last.pth"))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert run_tiny(config_file(), tiny_weights, "--embedding_reuse", 2, "-n", "reuse") == 1
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "expected"), [("0", ["download", "wait"]), ("1", ["wait", "download"])]
+)
+def test_the_first_process_of_a_machine_downloads_the_weights(
+    config_file, tmp_path, monkeypatch, local_rank, expected
+):
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(experiment, "pretrained_path", lambda model_type: calls.append("download"))
+    monkeypatch.setattr(runtime, "barrier", lambda: calls.append("wait"))
+    experiment.find_weights(replace(tiny_config(config_file(), tmp_path / "none.pth"), checkpoint=None))
+    assert calls == expected
