@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +22,7 @@ from base.atomic import write_atomically
 from base.errors import UserError
 from imaging.files import format_list
 from sam.variants import VARIANTS
+from sidecar import sidecar_path
 from train_config import MAY_CHANGE_ON_RESUME
 
 RESUME_FILE = "resume.pth"  # in exp/NAME
@@ -228,7 +229,12 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
 def load_resume_state(path: Path) -> ResumeState:
     """Read what `save_resume_state` wrote. Raises UserError as `load_weights` does."""
     state = _load(path)
-    if not isinstance(state, dict) or state.keys() != ResumeState.__required_keys__:
+    types = get_type_hints(ResumeState)
+    if not (
+        isinstance(state, dict)
+        and state.keys() == types.keys()
+        and all(isinstance(state[key], get_origin(kind) or kind) for key, kind in types.items())
+    ):
         raise UserError(f"{path} is not a state that this version saved; start the run again")
     return state  # type: ignore[return-value]  # its keys are checked
 
@@ -240,7 +246,7 @@ def check_same_settings(
     faults = [
         f"--{name}: was {state['flags'].get(name)}, is now {value}"
         for name, value in flags.items()
-        if name not in MAY_CHANGE_ON_RESUME and state["flags"].get(name) != value
+        if name not in (*MAY_CHANGE_ON_RESUME, "exp_name") and state["flags"].get(name) != value
     ]
     if state["world_size"] != world_size:
         faults.append(f"processes: were {state['world_size']}, are now {world_size}")
@@ -340,31 +346,44 @@ KEPT_BEST = "best_at_{}.pth"
 
 
 def keep_best(folder: Path, iteration: int) -> None:
-    """Keep `best.pth`, of `iteration`, until the next state is saved, unless an older one is kept."""
-    best = folder / BEST_FILE
+    """Keep `best.pth`, of `iteration`, and its sidecar until the next state is saved.
+
+    Nothing happens if older ones are kept.
+    """
+    best, kept = folder / BEST_FILE, folder / KEPT_BEST.format(iteration)
     with _renaming(best):
         if best.exists() and not _kept(folder):
-            best.replace(folder / KEPT_BEST.format(iteration))
+            best.replace(kept)
+            _move_if_there(sidecar_path(best), sidecar_path(kept))
 
 
 def remove_kept_best(folder: Path) -> None:
-    """After a state was saved: it names the weights in `best.pth`."""
-    for path in _kept(folder):
+    """After a state was saved: it names the weights in `best.pth`, if these could be written."""
+    for path in _kept(folder) if (folder / BEST_FILE).exists() else ():
         with _renaming(path):
+            sidecar_path(path).unlink(missing_ok=True)
             path.unlink()
 
 
 def restore_best(folder: Path, iteration: int | None) -> None:
     """When a run is resumed: bring back the best weights, of `iteration`, that its state names."""
-    kept = folder / KEPT_BEST.format(iteration)
+    best, kept = folder / BEST_FILE, folder / KEPT_BEST.format(iteration)
     with _renaming(kept):
         if kept.exists():
-            kept.replace(folder / BEST_FILE)
+            _move_if_there(sidecar_path(kept), sidecar_path(best))
+            kept.replace(best)
     remove_kept_best(folder)
 
 
 def _kept(folder: Path) -> list[Path]:
-    return list(folder.glob(KEPT_BEST.format("*")))
+    """The kept weights. Other files of a similar name are the user's."""
+    paths = folder.glob(KEPT_BEST.format("*"))
+    return [path for path in paths if path.stem.rpartition("_")[2].isdigit()]
+
+
+def _move_if_there(path: Path, target: Path) -> None:
+    if path.exists():
+        path.replace(target)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from imaging.files import MAX_PIXELS, NO_IMAGE_FILE, format_list, image_files, u
 from imaging.pairing import Pair, find_pairs
 
 MAX_NAMES = 5  # of files or colors in a note
+MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class DatasetIndex:
     @property
     def foreground(self) -> float:
         """Mean over the masks of the fraction of their pixels that are foreground."""
-        return float(np.mean([self.infos[pair.mask_path].foreground or 0.0 for pair in self.pairs]))
+        return float(np.mean([share for _, share in self._shares()]))
+
+    def _shares(self) -> list[tuple[Path, float]]:
+        """Every mask, with the fraction of its pixels that are foreground."""
+        return [(pair.mask_path, self.infos[pair.mask_path].foreground or 0.0) for pair in self.pairs]
 
     def summary(self) -> dict[str, Any]:
         """The keys of the config, and the numbers of pairs and backgrounds, as plain values of JSON."""
@@ -62,6 +67,12 @@ class DatasetIndex:
             more = ", ..." if len(self.unread) > MAX_NAMES else ""
             notes.append(
                 f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}{more}"
+            )
+        large = [path for path, share in self._shares() if share > MAX_FOREGROUND]
+        if large and not self.config.allow_large_foreground:
+            notes.append(
+                f"foreground covers more than half of {len(large)} mask(s), e.g. {large[0]}: "
+                "are they inverted?"
             )
         colors = sorted({color for pair in self.pairs for color in self.infos[pair.mask_path].colors})
         if len(colors) > 1:
@@ -111,7 +122,6 @@ def index_datasets(
     return found
 
 
-MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
 MAX_FOREGROUND_OF_MASK = 0.95
 FULL_SCALES = {1, 255, 65535}  # foreground values that have one meaning, also in one dataset
 
@@ -170,6 +180,18 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
         if digest in backgrounds:
             leaks.append(f"{path} = background {backgrounds[digest]}, so training takes its cables for none")
     return leaks
+
+
+def find_cables_in_backgrounds(datasets: list[DatasetIndex]) -> list[str]:
+    """Name each training background with the same pixels as a photo whose mask is not empty."""
+    photos = {
+        dataset.infos[pair.image_path].digest: pair.image_path
+        for dataset in datasets
+        for pair in dataset.pairs
+        if dataset.infos[pair.mask_path].foreground
+    }
+    backgrounds = {path: dataset.infos[path].digest for dataset in datasets for path in dataset.backgrounds}
+    return [f"{path} = {photos[digest]}" for path, digest in backgrounds.items() if digest in photos]
 
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:

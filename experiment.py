@@ -16,7 +16,7 @@ from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
 from dataset import TestSet, TrainSet
-from dataset_index import DatasetIndex, file_digests, find_leaks, index_datasets
+from dataset_index import DatasetIndex, file_digests, find_cables_in_backgrounds, find_leaks, index_datasets
 from embeddings import pool_spec, raised_in_all, reserve_or_keep_less
 from imaging.files import format_list
 from imaging.geometry import InputSpec
@@ -88,6 +88,13 @@ def find_data(
     test = datasets.pop() if data.dataset.test else None
     if val_percentage:
         datasets, test = split_off_test(datasets, val_percentage)
+    labeled = find_cables_in_backgrounds(datasets)
+    if labeled and runtime.is_main():
+        warnings.warn(
+            "bg_paths contains photos of cables, and training takes these cables for background:\n  "
+            f"{format_list(labeled)}",
+            stacklevel=2,
+        )
     leaks = find_leaks(datasets, test) if test else []
     if leaks and runtime.is_main():
         warnings.warn(
@@ -232,9 +239,14 @@ def load_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
-    weights = folder.glob("checkpoints/*.pth")
-    if not (folder / RESUME_FILE).exists() and not any(weights):
-        return None
+    weights = max(folder.glob("checkpoints/*.pth"), key=lambda path: path.stat().st_mtime, default=None)
+    if not (folder / RESUME_FILE).exists():
+        if weights is None:
+            return None
+        raise UserError(
+            f"{folder / RESUME_FILE} is missing, and no run continues without it; start a new run with "
+            f"another --exp_name and --checkpoint {weights}"
+        )
     return checkpoint.load_resume_state(folder / RESUME_FILE)
 
 

@@ -224,6 +224,7 @@ def save_state(run: Run) -> None:
     sam, experiment = run.experiment.net.sam, run.experiment
     unfinished = gradients(sam) if run.schedule.is_mid_step(run.state.iteration) else {}
     runtime.all_reduce_sum(unfinished.values())
+    run.state.has_saved = True
     if not runtime.is_main():
         return
     run.logger.flush()
@@ -243,7 +244,9 @@ def save_state(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, name: str) -> None:
-    """Save the weights, and beside them what is known of them."""
+    """Save the weights, and beside them what is known of them. Every process must call this."""
+    if not run.state.has_saved:  # a run with weights and without a state could not be resumed
+        save_state(run)
     if runtime.is_main():
         path = run.experiment.checkpoints / name
         state_dict = export_state_dict(run.experiment.net.sam, run.experiment.initial_state_dict)
@@ -275,8 +278,9 @@ def describe_checkpoint(run: Run) -> Sidecar:
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
     """Remove the checkpoints of epochs except for the last `keep`."""
     if keep and runtime.is_main():
-        by_epoch = sorted(folder.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
-        for path in by_epoch[:-keep]:
+        numbers = {path: path.stem.removeprefix("epoch_") for path in folder.glob("epoch_*.pth")}
+        ours = [path for path, number in numbers.items() if number.isdigit()]  # not "epoch_0010 copy.pth"
+        for path in sorted(ours, key=lambda path: int(numbers[path]))[:-keep]:
             try:
                 path.unlink()
                 sidecar_path(path).unlink(missing_ok=True)
@@ -293,7 +297,7 @@ def train(run: Run) -> None:
     net, train_set, parameters = experiment.net, experiment.train_set, state.parameters
     optimizer, scaler, loss_weights, logger = state.optimizer, state.scaler, config.loss_weights, run.logger
     first_iteration, spec = state.iteration + 1, train_set.spec
-    throughput, since_save, has_state = Throughput(), Timer(), experiment.resume_state is not None
+    throughput, since_save = Throughput(), Timer()
     batches = training_batches(
         train_set,
         net,
@@ -366,18 +370,16 @@ def train(run: Run) -> None:
 
         # test and save; this time is not part of images per second
         with throughput.paused(), run.budget.paused():
-            saves_weights = finish_iteration(run)
+            finish_iteration(run)
             if run.is_test and logger.enabled:
                 logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
             is_due = since_save.seconds() >= 60 * config.resume_interval
             signal, save_now, epochs = runtime.all_reduce_max([run.stop.signal or 0, int(is_due), epochs])
             if epochs:
                 fix_epochs(run, epochs)
-            is_first = saves_weights and not has_state  # weights without a state could not be resumed
-            if save_now or signal or run.is_last or is_first or epochs:
+            if save_now or signal or run.is_last or epochs:
                 save_state(run)
                 since_save.restart()
-                has_state = True
         if signal:
             run.stop.signal = signal
         if signal or run.is_last:
@@ -402,8 +404,8 @@ def fix_epochs(run: Run, epochs: int) -> None:
     run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
 
 
-def finish_iteration(run: Run) -> bool:
-    """Test after the current iteration and save weights, where that is due; returns whether any were saved.
+def finish_iteration(run: Run) -> None:
+    """Test after the current iteration and save weights, where that is due.
 
     A run that stops in here finishes the iteration when it is resumed.
     """
@@ -418,18 +420,15 @@ def finish_iteration(run: Run) -> bool:
                 checkpoint.keep_best(experiment.checkpoints, int(state.best["iteration"]))
             state.best = metrics
             logger.best(metrics, state.iteration)
-    is_best = state.best is not None and state.best["iteration"] == state.iteration
-    if is_best:
+    if state.best is not None and state.best["iteration"] == state.iteration:
         save_checkpoint(run, checkpoint.BEST_FILE)
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
-    is_save = batch_index == 0 and epoch % config.save_interval == 0
-    if is_save:
+    if batch_index == 0 and epoch % config.save_interval == 0:
         save_checkpoint(run, f"epoch_{epoch:04d}.pth")
         remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
         save_checkpoint(run, "last.pth")
     state.is_finished = True
-    return is_best or is_save or run.is_last
 
 
 def test_model(run: Run) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -231,11 +232,19 @@ def remove_logs(folder: Path) -> None:
 
 
 def _drop_later_lines(path: Path, iteration: int) -> None:
-    """Keep the metrics up to an iteration. What came later is measured again; a partial line is dropped."""
+    """Keep the metrics up to an iteration. What came later is measured again; a damaged line is dropped."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        lines = path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _iteration(line) <= iteration]
         write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _iteration(line: str) -> float:
+    """The iteration of a line of metrics; infinity for a damaged line."""
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 # --- Time -------------------------------------------------------------------------------------

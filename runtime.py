@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from signal import SIGINT, SIGTERM
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import cv2
 import torch
@@ -314,7 +314,7 @@ def interrupt_on_signals() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for handled in previous:
             signal.signal(handled, signal.SIG_DFL)
-        _leave_terminal(number)
+        _expect_no_reader()
         raise Interrupted(number)
 
     previous = _handle_signals(interrupt)
@@ -326,6 +326,9 @@ def interrupt_on_signals() -> Iterator[None]:
 
 def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Handle SIGINT, SIGTERM and SIGHUP; returns the previous handlers. SIGHUP stays ignored under nohup."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is not None and not isinstance(getattr(sys, name), _Console):
+            setattr(sys, name, _Console(getattr(sys, name)))
     return {
         number: signal.signal(number, handler)
         for number in STOP_SIGNALS
@@ -338,10 +341,41 @@ def _restore_handlers(previous: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-def _leave_terminal(number: int) -> None:
-    """Print to nowhere after SIGHUP: the terminal is gone, and printing to it would fail."""
-    if number not in (SIGINT, SIGTERM) and sys.stderr.isatty():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+class _Console:
+    """A text stream that drops what cannot be written, once a signal has come.
+
+    SIGHUP means that the terminal is gone. Ctrl-C also ends the reader of a pipe, such as `tee`. A print must
+    not end the run then.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.may_be_gone = stream, False
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            if not self.may_be_gone:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _expect_no_reader() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Console):
+            stream.may_be_gone = True
 
 
 class Stopped(Exception):
@@ -372,5 +406,5 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        _leave_terminal(number)
+        _expect_no_reader()
         print(f"\n{signal.Signals(number).name}: the run ends once its state is saved", file=sys.stderr)

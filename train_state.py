@@ -73,6 +73,7 @@ class TrainState:
     epochs: how many fit into --minutes; None until that is measured, and without --minutes.
     is_finished: whether the tests and checkpoints of the current iteration are done.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
+    has_saved: whether a state of the run exists. It is not saved itself.
     """
 
     optimizer: torch.optim.Optimizer
@@ -91,9 +92,10 @@ class TrainState:
     epochs: int | None = None
     is_finished: bool = True
     is_consistent: bool = True
+    has_saved: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        names = {f.name for f in fields(self)} - {"optimizer", "scaler", "is_consistent"}
+        names = {f.name for f in fields(self)} - {"optimizer", "scaler", "is_consistent", "has_saved"}
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -105,6 +107,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        self.has_saved = True
         self.loss_sums = {name: value.to(self.device) for name, value in self.loss_sums.items()}
 
     @property

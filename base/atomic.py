@@ -3,12 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from base.errors import UserError
 
 MIB = 1 << 20
+MAX_NAME = 200  # bytes of a name that a temporary name repeats; file systems allow 255 in all
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -17,7 +19,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Whatever goes wrong, `path` holds its old content or the new, never a part.
     Raises UserError, which names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:MAX_NAME])
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -34,7 +37,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} could not be written, and is as it was: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong above says more
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

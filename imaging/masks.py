@@ -188,6 +188,8 @@ def _select(file: DecodedFile, mask_values: MaskValues) -> np.ndarray:
         raise FileError(
             f"{file.path}: has colors, but mask_values lists gray values; expected [[r, g, b], ...]"
         )
+    if file.image.mode == "1" and 1 in numbers:  # the file holds 1 where Pillow gives 255
+        numbers.append(255)
     mask = np.isin(plane, numbers) if plane is not None else np.zeros(file.image.size[::-1], bool)
     if colors:
         mask |= np.isin(_packed(_rgb(file.image)), [_pack(color) for color in colors])

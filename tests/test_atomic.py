@@ -30,6 +30,18 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert seen == [b"old"] and path.read_bytes() == b"new"
 
 
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("ü" * 125 + ".png")  # 254 bytes
+    atomic.write_text(path, "new")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_write_into_what_is_no_folder_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"a\.txt could not be written.*Not a directory"):
+        atomic.write_text(tmp_path / "file" / "a.txt", "new")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [(OSError(28, "No space left on device"), "No space left"), (RuntimeError("torch\nat line 1"), "torch$")],

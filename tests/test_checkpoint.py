@@ -161,6 +161,13 @@ def test_the_printed_command_resumes_with_the_files_of_the_run(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_whose_folder_was_renamed_goes_on(tiny_weights, config_file, in_tmp_path):
+    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1) == 0
+    Path("exp/run").rename("exp/renamed")
+    assert run_finetune("--exp_name", "renamed", "--resume", "-e", 2) == 0
+    assert not Path("exp/run").exists() and Path("exp/renamed/checkpoints/last.pth").exists()
+
+
 def test_flags_of_a_resumed_run_come_from_its_files_and_then_from_the_command(
     tiny_weights, config_file, in_tmp_path, capsys
 ):

@@ -122,10 +122,10 @@ def arrange_data(folder: Path) -> None:
     (folder / "my_data.yaml").write_text(text)
     shutil.copytree(ROOT / "configs", folder / "configs")
     datasets = ["my_cables", "my_test_photos", "data/cables_plain", "data/cables_black"]
-    datasets += ["data/cables_rendered", "data/cables_cluttered", "data/cables_rendered_test"]
+    datasets += ["data/cables_rendered", "data/cables_cluttered", "data/cables_rendered_test", "data/drawn"]
     for seed, name in enumerate(datasets):
         write_dataset(folder / name, 3, seed=seed)
-    for name in ("my_backgrounds", "data/backgrounds"):
+    for name in ("my_backgrounds", "data/backgrounds", "data/backgrounds_everyday"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
     for name, (write, _) in WRITERS.items():

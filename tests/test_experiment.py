@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 import checkpoint
 import experiment
+import runtime
 from base.errors import UserError
 from config import Config, load_config
 from embeddings import pool_spec
@@ -61,6 +63,18 @@ def test_a_test_photo_among_the_backgrounds_is_named(config_file, data):
         experiment.find_data(load_config(config_file()), 10**6)
     leak = f"{tested} = background {background}, so training takes its cables for none"
     assert str(warned[0].message).split("\n  ")[1:] == [leak]
+
+
+def test_photos_of_cables_among_the_backgrounds_are_named(config_file, data):
+    for name, mask in (("1", None), ("2", Image.new("L", (64, 48)))):
+        photo, background = data / f"cables/imgs/{name}.png", data / f"backgrounds/bg {name}.png"
+        Image.open(photo).save(background, compress_level=1)  # other bytes, the same pixels
+        if mask:  # a photo without a cable may be a background
+            mask.save(data / f"cables/masks/{name}.png")
+    with pytest.warns(UserWarning, match="takes these cables for background") as warned:
+        experiment.find_data(load_config(config_file()), 10**6)
+    listed = f"{data / 'backgrounds/bg 1.png'} = {data / 'cables/imgs/1.png'}"
+    assert str(warned[0].message).split("\n  ")[1:] == [listed]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -214,3 +228,17 @@ def test_photos_are_encoded_again_if_the_disk_fills_up_after_the_check(
     weights = checkpoint.load_weights(Path("exp/again/checkpoints/last.pth"))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert run_tiny(config_file(), tiny_weights, "--embedding_reuse", 2, "-n", "reuse") == 1
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "expected"), [("0", ["download", "wait"]), ("1", ["wait", "download"])]
+)
+def test_the_first_process_of_a_machine_downloads_the_weights(
+    config_file, tmp_path, monkeypatch, local_rank, expected
+):
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(experiment, "pretrained_path", lambda model_type: calls.append("download"))
+    monkeypatch.setattr(runtime, "barrier", lambda: calls.append("wait"))
+    experiment.find_weights(replace(tiny_config(config_file(), tmp_path / "none.pth"), checkpoint=None))
+    assert calls == expected

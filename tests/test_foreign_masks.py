@@ -294,6 +294,9 @@ def test_mask_values_choose_colors_and_indices(tmp_path):
     assert (
         read(tmp_path, palette_image(labels, colors), mask_values=(1, 3)) == np.isin(labels, [1, 3])
     ).all()
+    one_bit = Image.fromarray(labels > 0).convert("1")  # Pillow reads its 1 as 255
+    for value in (1, 255):
+        assert (read(tmp_path, one_bit, mask_values=(value,)) == (labels > 0)).all()
     with pytest.raises(FileError, match=r"has colors, but mask_values lists gray values"):
         read(tmp_path, rgb, mask_values=(1,))
     with pytest.raises(FileError, match="lossy compression changes values"):
@@ -334,6 +337,15 @@ def test_one_inverted_mask_among_many_is_refused(dataset_folder):
     Image.new("L", (64, 48), 255).save(dataset_folder / "set/masks/2.png")
     with pytest.raises(UserError, match=r"foreground covers nearly all of 1 mask\(s\), e\.g\. 2\.png"):
         index(dataset_folder)
+
+
+def test_a_mask_that_may_be_inverted_is_named_in_the_summary(dataset_folder):
+    assert not index(dataset_folder).notes()
+    path = dataset_folder / "set/masks/1.png"
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    note = f"foreground covers more than half of 1 mask(s), e.g. {path}: are they inverted?"
+    assert index(dataset_folder).notes() == [note]
+    assert not index(dataset_folder, allow_large_foreground=True).notes()
 
 
 def test_swapped_folders_are_refused(dataset_folder):

@@ -44,6 +44,13 @@ def test_focal_is_finite_at_extreme_logits():
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_gradients_of_focal_are_finite_for_small_gamma_and_certain_predictions(gamma):
+    logits = column(200.0, -200.0).requires_grad_()
+    focal_loss(logits, column(1, 0), ALL, alpha=0.7, gamma=gamma).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().max() < 1e-3
+
+
 def test_dice_against_hand_computed_values():
     logits = column(math.log(3), 0.0)  # p = 0.75, 0.5
     expected = 1 - (2 * 0.75 + 1) / (1.25 + 1 + 1)

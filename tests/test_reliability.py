@@ -253,6 +253,21 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
     assert_same_results(results(), uninterrupted)
 
 
+def test_a_photo_that_is_replaced_by_one_of_another_size_is_named(
+    config, tiny_weights, data, at_iteration, capsys
+):
+    def replace_photos(batch, net):
+        for path in (data / "cables/imgs").iterdir():
+            Image.new("RGB", (30, 20)).save(path)
+
+    at_iteration(8, replace_photos)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--cache_mb", 0) == 1
+    error = capsys.readouterr().err
+    assert "is 20 x 30 (h x w) but its mask is 48 x 64" in error and "Traceback" not in error
+    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))
+    assert state["train_state"]["counters"]["iteration"] >= 8
+
+
 def test_a_test_image_that_vanishes_after_the_check_is_named(config, tiny_weights, data, monkeypatch, capsys):
     index_datasets = experiment.index_datasets
 

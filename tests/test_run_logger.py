@@ -59,6 +59,9 @@ def test_a_resumed_logger_drops_later_lines_and_a_partial_one(tmp_path):
     path.write_text("\n".join(lines) + '\n{"iteration": 3')
     RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True).close()
     assert path.read_text().splitlines() == lines[:2]
+    path.write_bytes(b"\xff\n{}\n[1]\n" + lines[1].encode() + b'\n{"iteration": "x"}\n')  # damaged
+    RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True).close()
+    assert path.read_text().splitlines() == lines[1:2]
     path.write_text(lines[0] + "\n" + lines[1][:-4])  # cut off in the last line that counts
     RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True).close()
     assert path.read_text() == lines[0] + "\n"

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_tiny
+from tqdm import tqdm
 
 import experiment
 import runtime
@@ -122,6 +124,28 @@ def test_one_of_several_processes_stops_only_after_its_iteration(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "1")
         with pytest.raises(runtime.Stopped):
             stop.check()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pseudo-terminals")
+@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_a_reader_that_is_gone_ends_no_run(monkeypatch, kind, number):
+    """The window of ssh was closed, or Ctrl-C has also ended `| tee`: every print fails."""
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    with open(writer, "w") as console:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, console)
+        os.close(reader)
+        with runtime.StopRequest() as stop:
+            with pytest.raises(OSError):  # before a signal, this is an error as any other
+                print("lost", flush=True)
+            signal.raise_signal(number)
+            assert stop.signal == number
+            progress = tqdm(range(3), mininterval=0)
+            assert list(progress) == [0, 1, 2]
+            print("lost", flush=True)
+        print("lost", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that closing it does not fail
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")

@@ -109,14 +109,60 @@ def test_best_weights_that_are_newer_than_the_state_are_trained_again(
     assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
     at_iteration(9, look("after 8", kill))
     assert run_tiny(config, tiny_weights, *FLAGS) == 130
-    assert set(seen["after 8"]) == {"best.pth"}  # of iteration 6, as the state
+    assert set(seen["after 8"]) == {"best.pth", "best.json"}  # of iteration 6, as the state
     at_iteration(9, look("after 14", kill))  # the best is of iteration 12, the state of iteration 6
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 130
-    assert set(seen["after 14"]) == {"best.pth", "best_at_6.pth"}
-    assert seen["after 14"]["best_at_6.pth"] == seen["after 8"]["best.pth"] != seen["after 14"]["best.pth"]
+    assert set(seen["after 14"]) == {"best.pth", "best.json", "best_at_6.pth", "best_at_6.json"}
+    for suffix in (".pth", ".json"):  # the threshold in a sidecar holds for its weights alone
+        older, newer = seen["after 14"][f"best_at_6{suffix}"], seen["after 14"][f"best{suffix}"]
+        assert older == seen["after 8"][f"best{suffix}"] != newer
     at_iteration(1, look("resumed"))
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert seen["resumed"] == seen["after 8"]
-    assert {path.name for path in checkpoints.iterdir()} == {"best.pth", "last.pth"}
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"best.pth", "best.json", "last.pth", "last.json"}
     assert iterations_of_tests() == [0, 6, 12, 18, 20]
     assert_same_results("run", "whole")
+
+
+def test_a_run_killed_beside_its_first_weights_can_be_resumed(config, tiny_weights, monkeypatch, capsys):
+    save_weights = checkpoint.save_weights
+
+    def kill_after(state_dict, path):
+        save_weights(state_dict, path)
+        raise KeyboardInterrupt  # ends the run as SIGKILL does
+
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
+    monkeypatch.setattr(checkpoint, "save_weights", kill_after)
+    assert run_tiny(config, tiny_weights, *FLAGS) == 130
+    assert Path("exp/run/checkpoints/best.pth").exists()
+    monkeypatch.setattr(checkpoint, "save_weights", save_weights)
+    assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
+    assert_same_results("run", "whole")
+    assert iterations_of_tests() == [0, 6, 12, 18, 20]
+    # A state that the user has removed is named, with the way on.
+    Path("exp/run/resume.pth").unlink()
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 5, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "resume.pth is missing" in error and "--checkpoint exp/run/checkpoints/last.pth" in error
+
+
+def test_the_best_weights_outlive_a_disk_that_is_full(tmp_path):
+    for name in ("best.pth", "best.json"):
+        (tmp_path / name).write_text(name)
+    checkpoint.keep_best(tmp_path, 6)
+    checkpoint.remove_kept_best(tmp_path)  # a state fits on the disk, and the new best.pth does not
+    assert (tmp_path / "best_at_6.pth").read_text() == "best.pth"
+    checkpoint.restore_best(tmp_path, 6)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "best.pth": "best.pth", "best.json": "best.json",
+    }  # fmt: skip
+
+
+def test_checkpoints_that_the_user_copied_are_left_alone(tmp_path):
+    copies = {"best_at_friday.pth", "epoch_0001_copy.pth"}
+    for name in (*copies, "best.pth", "best_at_6.pth", "epoch_0001.pth", "epoch_0002.pth"):
+        (tmp_path / name).touch()
+    checkpoint.remove_kept_best(tmp_path)
+    finetune.remove_old_checkpoints(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == copies | {"best.pth", "epoch_0002.pth"}
