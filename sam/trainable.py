@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -141,17 +142,37 @@ UNUSED = ("norm_head", "head")
 def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
     """Freeze an encoder and add trainable low-rank adapters to its projections, in place.
 
-    The adapters are float32 whatever the dtype of the encoder. Source: Hu et al., LoRA, ICLR 2022.
+    The weights of the adapters are float32 whatever the dtype of the encoder; their products have the dtype
+    of the encoder. Source: Hu et al., LoRA, ICLR 2022.
     """
     with warnings.catch_warnings():  # peft warns about optional packages that are not installed
         warnings.simplefilter("ignore")
         from peft import LoraConfig, inject_adapter_in_model
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)  # type: ignore[arg-type]
     inject_adapter_in_model(config, encoder)
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    encoder.requires_grad_(False)
+    for module in encoder.modules():
+        if hasattr(module, "get_delta_weight"):  # only a linear layer of peft has this method
+            # peft would make a float32 copy of every input and keep it for the backward pass.
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+            for side in (module.lora_A, module.lora_B):
+                side["default"] = Float32WeightLinear(side["default"])  # type: ignore[index,operator]
+
+
+class Float32WeightLinear(nn.Module):
+    """A linear layer without bias whose weight is float32 and trains; it computes in the dtype of its input.
+
+    Gradients of the weight are float32. With a float32 input, it computes what `nn.Linear` computes.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take over the weight of a layer under the same name, in float32."""
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
