@@ -126,7 +126,7 @@ def export_state_dict(sam: Sam, initial_state_dict: dict[str, Tensor]) -> dict[s
     weights = dict(initial_state_dict)
     for name, delta in lora_deltas(sam.image_encoder).items():
         initial = initial_state_dict[f"image_encoder.{name}"]
-        weights[f"image_encoder.{name}"] = (initial.float() + delta.cpu()).to(initial.dtype)
+        weights[f"image_encoder.{name}"] = (initial.float() + delta).to(initial.dtype)
     trained = trained_weights(sam)  # among them adapters, which have no official name
     return weights | {name: weight for name, weight in trained.items() if name in initial_state_dict}
 
@@ -176,12 +176,13 @@ class Float32WeightLinear(nn.Module):
 
 
 def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
-    """What the adapters add to the official weights, by the official names inside the encoder."""
-    return {
-        f"{name}.weight": module.get_delta_weight("default").detach()
-        for name, module in encoder.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    """What the adapters add to the official weights, by the official names inside the encoder; on the CPU."""
+    deltas = {}
+    for name, module in encoder.named_modules():
+        if hasattr(module, "get_delta_weight"):  # it would compute on the device, which may round to TF32
+            down, up = (side["default"].weight.detach().cpu() for side in (module.lora_A, module.lora_B))
+            deltas[f"{name}.weight"] = up @ down * module.scaling["default"]
+    return deltas
 
 
 def unfreeze_encoder(encoder: nn.Module) -> None:
