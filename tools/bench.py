@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from imaging.geometry import InputSpec
 from losses import dice_loss, focal_loss, iou_mse
 from sam import decoder, trainable, variants
 from sam import encoder as sam_encoder
+from train_state import build_optimizer
 
 PARTS = ("encoder", "step", "loader", "iteration")
 ENDLESS = 10**9  # epochs of a measurement, which ends by time
@@ -71,11 +73,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Speed (images or other units per second), peak memory in GB, and share of time waiting for data."""
+    """Speed (images or other units per second), peak memory in GB, and share of time waiting for data.
 
-    rate: float
+    fault: why nothing was measured, or "".
+    """
+
+    rate: float = math.nan
     memory_gb: float = math.nan
     data_wait: float = math.nan
+    fault: str = ""
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
@@ -106,7 +112,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 for an error that the user can correct."""
+    """Run the command line.
+
+    Returns 0; 1 if a row has no speed of this tool; 2 for an error that the user can correct. If the memory
+    is too small for a row, the row says so, and the other rows are measured.
+    """
     runtime.init()
     settings = parse_args(argv)
     print(
@@ -115,47 +125,55 @@ def main(argv: list[str] | None = None) -> int:
     )
     print("| | baseline loop, images/s | this tool, images/s | ratio | baseline loop, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
+    rates: list[float] = []  # of this tool
     try:
         load_config(settings.config)
         if "encoder" in settings.parts:
-            encoder_rate = compare("encoder", settings, measure_encoder)
+            rates += [compare("encoder", settings, measure_encoder)]
         if "step" in settings.parts:
-            compare(f"{settings.train} step", settings, measure_step)
+            rates += [compare(f"{settings.train} step", settings, measure_step)]
         if "loader" in settings.parts:
-            compare("loader, one core", settings, measure_loader)
+            rates += [compare("loader, one core", settings, measure_loader)]
         if "iteration" in settings.parts:
-            compare_iterations(settings)
-        if "encoder" in settings.parts:
-            print_efficiency(encoder_rate, settings)
+            rates += compare_iterations(settings)
+        if "encoder" in settings.parts and not math.isnan(rates[0]):
+            print_efficiency(rates[0], settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(any(map(math.isnan, rates)))
 
 
 def compare(name: str, settings: Settings, measure: Callable[[Settings, bool], Measurement]) -> float:
-    """Measure with and without the baseline, and print a row of the table; returns our images/s."""
+    """Measure with and without the baseline, and print a row of the table; returns our images/s or NaN."""
     baseline = measure_baseline(measure, settings)
-    ours = in_new_process(measure, settings, False)
+    ours = attempt(measure, settings, False)
     print_row(name, baseline, ours)
     return ours.rate
 
 
-def compare_iterations(settings: Settings) -> None:
-    """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen."""
+def compare_iterations(settings: Settings) -> list[float]:
+    """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen.
+
+    Returns our images/s of each row, or NaN.
+    """
+    rates = []
     baseline = measure_baseline(measure_iteration, settings)
     for reuse in (1, settings.reuse) if settings.train == "decoder" else (1,):
-        ours = in_new_process(measure_command, settings, reuse)
+        ours = attempt(measure_command, settings, reuse)
         print_row(f"iteration, reuse {reuse}, data wait {ours.data_wait:.0%}", baseline, ours)
+        rates.append(ours.rate)
+    return rates
 
 
 def measure_baseline(measure: Callable[[Settings, bool], Measurement], settings: Settings) -> Measurement:
     """Measure the baseline, or return NaN with --without_baseline."""
-    return Measurement(math.nan) if settings.without_baseline else in_new_process(measure, settings, True)
+    return Measurement() if settings.without_baseline else attempt(measure, settings, True)
 
 
 def print_row(name: str, baseline: Measurement, ours: Measurement) -> None:
-    speeds = f"{baseline.rate:.2f} | {ours.rate:.2f} | {ours.rate / baseline.rate:.1f}"
+    rates = [measured.fault or f"{measured.rate:.2f}" for measured in (baseline, ours)]
+    speeds = f"{rates[0]} | {rates[1]} | {ours.rate / baseline.rate:.1f}"
     print(f"| {name} | {speeds} | {baseline.memory_gb:.1f} | {ours.memory_gb:.1f} |", flush=True)
 
 
@@ -170,6 +188,26 @@ def print_efficiency(encoder_rate: float, settings: Settings) -> None:
 
 
 # --- Measuring --------------------------------------------------------------------------------
+
+
+class EndedEarly(UserError):
+    """finetune.py failed, possibly out of memory."""
+
+
+def attempt(measure: Callable[..., Measurement], *args: object) -> Measurement:
+    """As `in_new_process`, but out of memory and a failure of finetune.py are a `fault`, and are printed."""
+    try:
+        return in_new_process(measure, *args)
+    except EndedEarly as error:
+        fault, message = "failed", str(error)
+    except BrokenProcessPool:
+        fault, message = "killed", "the process was killed, possibly out of memory"
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        fault, message = "out of memory", runtime.user_message(error, "a smaller --batch_size needs less")
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return Measurement(fault=fault)
 
 
 def in_new_process(measure: Callable[..., Measurement], *args: object) -> Measurement:
@@ -220,6 +258,7 @@ def build(settings: Settings, baseline: bool) -> tuple[Sam, torch.dtype | None, 
     amp = None if baseline else runtime.amp_dtype(settings.amp, device)
     if not baseline:
         runtime.init()
+        runtime.allow_tf32(amp, device)
         sam_encoder.move_to_device(sam, device, amp, train=settings.train)
     groups = trainable.prepare_training(
         sam,
@@ -231,7 +270,9 @@ def build(settings: Settings, baseline: bool) -> tuple[Sam, torch.dtype | None, 
         lora_alpha=16,
         grad_checkpointing=settings.grad_checkpointing and not baseline,
     )
-    return sam, amp, torch.optim.AdamW([dict(group) for group in groups], lr=1e-4)
+    if baseline:
+        return sam, amp, torch.optim.AdamW([dict(group) for group in groups])
+    return sam, amp, build_optimizer(groups, weight_decay=0.01, device=device)
 
 
 def random_images(sam: Sam, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -380,7 +421,7 @@ def measure_iteration(settings: Settings, baseline: bool) -> Measurement:
 def measure_command(settings: Settings, reuse: int) -> Measurement:
     """Measure finetune.py itself, from its TensorBoard curves.
 
-    The first epoch is left out, because it cannot reuse anything. Raises UserError if the command fails.
+    The first epoch is left out, because it cannot reuse anything. Raises EndedEarly if the command fails.
     """
     iterations_per_epoch = -(-make_train_set(settings).epoch_length // settings.batch_size)
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+") as errors:
@@ -425,14 +466,14 @@ def wait_for_curves(
 ) -> EventAccumulator:
     """Wait until the curves, without the first epoch, cover enough epochs and seconds.
 
-    Raises UserError with the end of the file `errors` if the process ends before.
+    Raises EndedEarly with the end of the file `errors` if the process ends before.
     """
     curves = EventAccumulator(f"{folder}/exp/bench")
     epochs: list[ScalarEvent] = []
     while len(epochs) < min_epochs or epochs[-1].wall_time - epochs[0].wall_time < seconds:
         time.sleep(1)
         if process.poll() is not None:
-            raise UserError(f"finetune.py ended early:\n{(folder / 'errors').read_text()[-2000:]}")
+            raise EndedEarly(f"finetune.py ended early:\n{(folder / 'errors').read_text()[-2000:]}")
         if Path(curves.path).exists() and "train/data_wait" in curves.Reload().Tags()["scalars"]:
             epochs = curves.Scalars("train/images_per_s")[1:]
     return curves
