@@ -26,7 +26,7 @@ from memory_trial import with_batch_size
 from preview import write_preview
 from sam.decoder import decode
 from sam.encoder import move_to_device
-from sam.variants import VARIANTS, load_state_dict, pretrained_path
+from sam.variants import VARIANTS, load_state_dict, pretrained_path, with_finer_input
 from train_config import CONFIG_FILE, TrainConfig
 from train_state import Schedule
 
@@ -282,8 +282,8 @@ def find_weights(config: TrainConfig) -> Path:
 
 
 def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
-    """The model that the flags name, on the device; and the weights as they were loaded."""
-    initial_state_dict = checkpoint.load_weights(path)
+    """The model that the flags name, on the device; and the weights that it starts from."""
+    initial_state_dict = with_finer_input(checkpoint.load_weights(path), config.model_type)
     sam = VARIANTS[config.model_type].build()
     load_state_dict(sam, initial_state_dict, config.model_type, path)
     low_precision = runtime.amp_dtype(config.amp, device)

@@ -52,7 +52,8 @@ def size_or_auto(text: str) -> int:
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
-MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam"]  # the keys of sam.variants.VARIANTS
+# The keys of sam.variants.VARIANTS.
+MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "lite_medsam_512", "mobile_sam"]
 
 # Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
 # learning rates of the remaining steps. Another `device` must compute in the same precision. The files under
