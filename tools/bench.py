@@ -9,6 +9,7 @@ the whole training: the baseline loop of this file, and the real finetune.py.
 
 import argparse
 import copy
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 from segment_anything.modeling import Sam
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ import checkpoint
 import runtime
 from base.errors import UserError
 from config import load_config
-from dataset import TrainSet
+from dataset import TrainSample, TrainSet
 from dataset_index import index_datasets
 from imaging.geometry import InputSpec
 from losses import dice_loss, focal_loss, iou_mse
@@ -48,6 +49,7 @@ from sam import encoder as sam_encoder
 from train_state import build_optimizer
 
 PARTS = ("encoder", "step", "loader", "iteration")
+PEER_MODELS = ("vit_b", "vit_l", "vit_h")  # model types that micro-sam trains too
 ENDLESS = 10**9  # epochs of a measurement, which ends by time
 CACHE_BYTES = 1 << 31
 
@@ -69,6 +71,7 @@ class Settings:
     parts: list[str]
     without_baseline: bool
     seconds: float
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     add("--without_baseline", "--without_plain", action="store_true", help="do not run the baseline loop")
     add("--seconds", type=float, default=20, help="approximate duration of each measurement")
+    add(
+        "--peer", choices=["micro_sam"], help="also run the training loop of this package, if it is installed"
+    )
     args = parser.parse_args(argv)
+    if args.peer and not importlib.util.find_spec(args.peer):
+        parser.error(f"argument --peer: {args.peer} is not installed")
+    if args.peer and (args.model_type not in PEER_MODELS or args.train == "lora"):
+        parser.error(
+            f"argument --peer: runs for --model_type {', '.join(PEER_MODELS)} with --train decoder or encoder"
+        )
     args.config = args.config.resolve()
     if not args.config.is_file():
         parser.error(f"argument --config: there is no file {args.config}")
@@ -155,6 +167,8 @@ def compare(name: str, settings: Settings, measure: Callable[[Settings, bool], M
 def compare_iterations(settings: Settings) -> list[float]:
     """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen.
 
+    With --peer, a row more has that package in place of the baseline loop, and this tool without reuse.
+
     Returns our images/s of each row, or NaN.
     """
     rates = []
@@ -162,6 +176,9 @@ def compare_iterations(settings: Settings) -> list[float]:
     for reuse in (1, settings.reuse) if settings.train == "decoder" else (1,):
         ours = attempt(measure_command, settings, reuse)
         print_row(f"iteration, reuse {reuse}, data wait {ours.data_wait:.0%}", baseline, ours)
+        if settings.peer and reuse == 1:
+            peer = attempt(measure_micro_sam, settings)
+            print_row("iteration, micro-sam in place of the baseline loop", peer, ours)
         rates.append(ours.rate)
     return rates
 
@@ -377,9 +394,9 @@ def measure_matrix_product(settings: Settings) -> Measurement:
 # --- Data and whole iterations ----------------------------------------------------------------
 
 
-def make_train_set(settings: Settings, cache_bytes: int = 0) -> TrainSet:
+def make_train_set(settings: Settings, cache_bytes: int = 0, mask_grid: int | None = None) -> TrainSet:
     variant = variants.VARIANTS[settings.model_type]
-    spec = InputSpec(variant.img_size, variant.mask_grid)
+    spec = InputSpec(variant.img_size, mask_grid or variant.mask_grid)
     datasets = index_datasets(list(load_config(settings.config).dataset.train))
     return TrainSet(datasets, spec=spec, prompt="none", seed=0, cache_bytes=cache_bytes)
 
@@ -416,6 +433,75 @@ def measure_iteration(settings: Settings, baseline: bool) -> Measurement:
         baseline_step(sam, optimizer, embeddings, batch["target"] / 255, batch["size"])
 
     return time_calls(run_iteration, settings.batch_size, settings.device, settings.seconds)
+
+
+class TimedLoader(DataLoader[Any]):
+    """A data loader whose epoch ends after some seconds. The first batch warms up and is not timed.
+
+    shuffle: micro-sam asks for it.
+    elapsed, batches: the duration of the timed batches, and their number.
+    """
+
+    shuffle = False
+    elapsed = math.nan
+    batches = 0
+
+    def __init__(self, *args: Any, device: str, seconds: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._device, self._seconds = device, seconds
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = time.perf_counter()
+        for number, batch in enumerate(super().__iter__()):
+            if number == 1:
+                synchronize(self._device)
+                start = time.perf_counter()
+            self.elapsed, self.batches = time.perf_counter() - start, max(0, number - 1)
+            if number > 1 and self.elapsed >= self._seconds:
+                return
+            yield batch
+
+
+def measure_micro_sam(settings: Settings) -> Measurement:
+    """Measure the training loop of micro-sam, with its defaults, on the composites of this tool.
+
+    An iteration of micro-sam decodes each image with eight prompts, one after the other. The class of all
+    cables is its only object. Source: Archit et al., Segment Anything for Microscopy, Nature Methods 2025.
+    """
+    from micro_sam.training import train_sam
+
+    variant = variants.VARIANTS[settings.model_type]
+    train_set = make_train_set(settings, mask_grid=variant.img_size)
+    batches = [
+        keys
+        for epoch in range(1000)
+        for keys in train_set.epoch_batches(epoch, batch_size=settings.batch_size)
+    ]
+    options = {"collate_fn": micro_sam_batch, "device": settings.device, "num_workers": settings.num_workers}
+    train_loader = TimedLoader(train_set, batch_sampler=batches, seconds=settings.seconds, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_weights(variant.build().state_dict(), Path(folder) / "weights.pth")
+        train_sam(
+            "peer",
+            settings.model_type,
+            train_loader,
+            TimedLoader(train_set, batch_sampler=batches[:1], seconds=0, **options),
+            n_epochs=1,
+            checkpoint_path=f"{folder}/weights.pth",
+            with_segmentation_decoder=False,
+            freeze=["image_encoder", "prompt_encoder"] if settings.train == "decoder" else None,
+            device=settings.device,
+            save_root=folder,
+            verify_n_labels_in_loader=None,
+        )
+    memory = torch.cuda.max_memory_allocated() / 1e9 if settings.device == "cuda" else peak_memory_gb()
+    return Measurement(settings.batch_size * train_loader.batches / train_loader.elapsed, memory)
+
+
+def micro_sam_batch(samples: list[TrainSample]) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) float in 0..255, and labels (B, 1, S, S) in which 1 is cable."""
+    batch = default_collate(samples)
+    return batch["image"].permute(0, 3, 1, 2).float(), (batch["target"] > 127).long()
 
 
 def measure_command(settings: Settings, reuse: int) -> Measurement:
