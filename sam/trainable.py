@@ -151,12 +151,12 @@ def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)  # type: ignore[arg-type]
     inject_adapter_in_model(config, encoder)
     encoder.requires_grad_(False)
-    for module in encoder.modules():
-        if hasattr(module, "get_delta_weight"):  # only a linear layer of peft has this method
-            # peft would make a float32 copy of every input and keep it for the backward pass.
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-            for side in (module.lora_A, module.lora_B):
-                side["default"] = Float32WeightLinear(side["default"])  # type: ignore[index,operator]
+    adapted: list[Any] = [m for m in encoder.modules() if hasattr(m, "get_delta_weight")]  # layers of peft
+    for module in adapted:
+        # peft would make a float32 copy of every input and keep it for the backward pass.
+        module.cast_input_dtype_enabled = False
+        for side in (module.lora_A, module.lora_B):
+            side["default"] = Float32WeightLinear(side["default"])
 
 
 class Float32WeightLinear(nn.Module):

@@ -213,6 +213,7 @@ class EndedEarly(UserError):
 
 def attempt(measure: Callable[..., Measurement], *args: object) -> Measurement:
     """As `in_new_process`, but out of memory and a failure of finetune.py are a `fault`, and are printed."""
+    message: str | None
     try:
         return in_new_process(measure, *args)
     except EndedEarly as error:
@@ -468,7 +469,7 @@ def measure_micro_sam(settings: Settings) -> Measurement:
     An iteration of micro-sam decodes each image with eight prompts, one after the other. The class of all
     cables is its only object. Source: Archit et al., Segment Anything for Microscopy, Nature Methods 2025.
     """
-    from micro_sam.training import train_sam
+    from micro_sam.training import train_sam  # type: ignore[import-not-found]  # not a requirement
 
     variant = variants.VARIANTS[settings.model_type]
     train_set = make_train_set(settings, mask_grid=variant.img_size)
@@ -477,7 +478,11 @@ def measure_micro_sam(settings: Settings) -> Measurement:
         for epoch in range(1000)
         for keys in train_set.epoch_batches(epoch, batch_size=settings.batch_size)
     ]
-    options = {"collate_fn": micro_sam_batch, "device": settings.device, "num_workers": settings.num_workers}
+    options: dict[str, Any] = {
+        "collate_fn": micro_sam_batch,
+        "device": settings.device,
+        "num_workers": settings.num_workers,
+    }
     train_loader = TimedLoader(train_set, batch_sampler=batches, seconds=settings.seconds, **options)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_weights(variant.build().state_dict(), Path(folder) / "weights.pth")
