@@ -22,6 +22,7 @@ from imaging.files import format_list
 from imaging.geometry import InputSpec
 from imaging.pairing import Pair, normalized
 from inference import LoadedSam
+from memory_trial import with_batch_size
 from preview import write_preview
 from sam.decoder import decode
 from sam.encoder import move_to_device
@@ -37,7 +38,7 @@ LOGS = 100 * MIB  # on disk: images and curves of TensorBoard, and other small f
 class Experiment:
     """Data, model and folder of a run, all checked. Nothing is written before this exists.
 
-    config: the flags, with the `test_interval` of this run.
+    config: the flags, with the `test_interval` and the batch sizes of this run.
     """
 
     config: TrainConfig
@@ -158,6 +159,7 @@ def prepare(config: TrainConfig) -> Experiment:
         checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
 
     weights_path = find_weights(config)
+    config = with_batch_size(config, device, partial(build_trial_net, config, weights_path, device))
     net, initial_state_dict = build_net(config, weights_path, device)
     train_set = make_train_set(config, train, net)
     batch_size = config.batch_size * runtime.world_size()
@@ -297,9 +299,22 @@ def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[Lo
     sam = VARIANTS[config.model_type].build()
     load_state_dict(sam, initial_state_dict, config.model_type, path)
     low_precision = runtime.amp_dtype(config.amp, device)
+    runtime.allow_tf32(low_precision, device)
     move_to_device(sam, device, low_precision, train=config.train)
     net = LoadedSam(sam, config.model_type, low_precision, encoder_trains=config.train == "encoder")
     return net, initial_state_dict
+
+
+def build_trial_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[LoadedSam, InputSpec]:
+    """What `memory_trial.with_batch_size` builds."""
+    net, _ = build_net(config, path, device)
+    return net, sample_spec(config, net)
+
+
+def sample_spec(config: TrainConfig, net: LoadedSam) -> InputSpec:
+    """The sizes of training samples; the loss has a finer grid where the encoder trains."""
+    is_finer = config.train != "decoder"
+    return replace(net.spec, mask_grid=FINER_LOSS_GRID * net.spec.mask_grid) if is_finer else net.spec
 
 
 def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
@@ -307,12 +322,9 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
 
     Raises UserError if --embedding_reuse needs more disk space than there is.
     """
-    spec = net.spec
-    if config.train != "decoder":
-        spec = replace(spec, mask_grid=FINER_LOSS_GRID * spec.mask_grid)
     train_set = TrainSet(
         datasets,
-        spec=spec,
+        spec=sample_spec(config, net),
         prompt=config.prompt,
         seed=config.seed,
         reuse=config.embedding_reuse,

@@ -53,7 +53,7 @@ from sam.trainable import (
     trained_weights,
 )
 from sidecar import Sidecar, sidecar_path, write_sidecar
-from train_state import Schedule, TrainState, learning_rate
+from train_state import Schedule, TrainState, build_optimizer, learning_rate
 
 MEMORY_HINT = (
     "a smaller --batch_size (with a larger --virtual_batch_size), --amp bf16, a smaller --model_type, "
@@ -118,7 +118,7 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
         grad_checkpointing=config.grad_checkpointing,
     )
     state = TrainState(
-        torch.optim.AdamW([dict(group) for group in groups], weight_decay=config.weight_decay),
+        build_optimizer(groups, config.weight_decay, net.device),
         torch.amp.GradScaler(net.device.type, enabled=net.low_precision is torch.float16),
         {name: torch.zeros((), device=net.device) for name in config.loss_weights},
     )

@@ -95,6 +95,15 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
+def allow_tf32(low_precision: torch.dtype | None, device: torch.device) -> None:
+    """Let float32 matrix products on CUDA round their inputs to TensorFloat32, if training is in float32.
+
+    `torch.set_float32_matmul_precision("high")` does the same, but also reaches products on some CPUs.
+    Convolutions on CUDA use TensorFloat32 by PyTorch's default.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = low_precision is None and device.type == "cuda"
+
+
 def autocast(device: torch.device, low_precision: torch.dtype | None) -> AbstractContextManager[Any]:
     """A context that computes in `low_precision`, or in float32 if that is None."""
     return torch.autocast(device.type, low_precision) if low_precision else nullcontext()

@@ -40,6 +40,13 @@ def default_workers() -> int:
     return max(1, min(16, cores // processes - 1))
 
 
+AUTO = 0  # `batch_size` for "auto", until `experiment.prepare` has found a number
+
+
+def size_or_auto(text: str) -> int:
+    return AUTO if text == "auto" else positive_int(text)
+
+
 # --- Flags ------------------------------------------------------------------------------------
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -82,7 +89,8 @@ def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str |
 class TrainConfig:
     """Every flag. No default is left that depends on another flag; "auto" is resolved on the device.
 
-    `test_interval` is None until `experiment.prepare` knows the number of iterations.
+    `test_interval` is None until `experiment.prepare` knows the number of iterations, and `batch_size` may
+    be AUTO until it knows the device.
     """
 
     # fmt: off
@@ -119,7 +127,7 @@ class TrainConfig:
     # optimization
     epoch_num: int = flag(50, positive_int, "number of epochs", short="-e")
     minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
-    batch_size: int = flag(None, positive_int, "samples per batch (default: 4; encoder, lora: 1)", short="-b")
+    batch_size: int = flag(None, size_or_auto, "samples per batch, or auto (default: 4, or 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
     lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
     encoder_lr: float = flag(None, positive, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
@@ -167,6 +175,11 @@ GROUPS = {
 DEFAULTS_BY_TRAIN = {"lr": (1e-3, 5e-4), "batch_size": (4, 1), "alpha": (0.7, 0.5)}
 
 
+def default_batch_size(train: str) -> int:
+    if_frozen, if_trained = DEFAULTS_BY_TRAIN["batch_size"]
+    return int(if_frozen if train == "decoder" else if_trained)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Fine-tune SAM to segment cables.")
     group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
@@ -198,7 +211,11 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
-    flags = vars(parser.parse_args([*_flags_of_resumed_run(parser, argv), *argv]))
+    stored = _flags_of_resumed_run(parser, argv)
+    flags = vars(parser.parse_args([*stored, *argv]))
+    if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
+        names = ("batch_size", "virtual_batch_size")
+        flags |= {name: getattr(parser.parse_args(stored), name) for name in names}
     for name, (if_frozen, if_trained) in DEFAULTS_BY_TRAIN.items():
         if flags[name] is None:
             flags[name] = if_frozen if flags["train"] == "decoder" else if_trained

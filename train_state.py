@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam.trainable import ParameterGroup
+
 # --- Schedule ---------------------------------------------------------------------------------
 
 
@@ -57,6 +59,18 @@ class Schedule:
         return batch > 0 and not self.ends_step(batch - 1)
 
 
+# --- Optimizer --------------------------------------------------------------------------------
+
+
+def build_optimizer(
+    groups: list[ParameterGroup], weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW; on CUDA, one kernel updates all parameters (fused), and the digits differ from other devices."""
+    # `None` leaves the choice to PyTorch, which does not take the fused kernel.
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay, fused=fused)
+
+
 # --- State ------------------------------------------------------------------------------------
 
 
@@ -103,7 +117,10 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The state may come from another device: whether the optimizer is fused follows from the present one.
+        saved, fused = state["optimizer"], self.optimizer.param_groups[0]["fused"]
+        groups = [group | {"fused": fused} for group in saved["param_groups"]]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         for name, value in state["counters"].items():
             setattr(self, name, value)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -125,7 +126,7 @@ def export_state_dict(sam: Sam, initial_state_dict: dict[str, Tensor]) -> dict[s
     weights = dict(initial_state_dict)
     for name, delta in lora_deltas(sam.image_encoder).items():
         initial = initial_state_dict[f"image_encoder.{name}"]
-        weights[f"image_encoder.{name}"] = (initial.float() + delta.cpu()).to(initial.dtype)
+        weights[f"image_encoder.{name}"] = (initial.float() + delta).to(initial.dtype)
     trained = trained_weights(sam)  # among them adapters, which have no official name
     return weights | {name: weight for name, weight in trained.items() if name in initial_state_dict}
 
@@ -141,26 +142,47 @@ UNUSED = ("norm_head", "head")
 def add_lora(encoder: nn.Module, *, rank: int, alpha: float) -> None:
     """Freeze an encoder and add trainable low-rank adapters to its projections, in place.
 
-    The adapters are float32 whatever the dtype of the encoder. Source: Hu et al., LoRA, ICLR 2022.
+    The weights of the adapters are float32 whatever the dtype of the encoder; their products have the dtype
+    of the encoder. Source: Hu et al., LoRA, ICLR 2022.
     """
     with warnings.catch_warnings():  # peft warns about optional packages that are not installed
         warnings.simplefilter("ignore")
         from peft import LoraConfig, inject_adapter_in_model
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)  # type: ignore[arg-type]
     inject_adapter_in_model(config, encoder)
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    encoder.requires_grad_(False)
+    adapted: list[Any] = [m for m in encoder.modules() if hasattr(m, "get_delta_weight")]  # layers of peft
+    for module in adapted:
+        # peft would make a float32 copy of every input and keep it for the backward pass.
+        module.cast_input_dtype_enabled = False
+        for side in (module.lora_A, module.lora_B):
+            side["default"] = Float32WeightLinear(side["default"])
+
+
+class Float32WeightLinear(nn.Module):
+    """A linear layer without bias whose weight is float32 and trains; it computes in the dtype of its input.
+
+    Gradients of the weight are float32. With a float32 input, it computes what `nn.Linear` computes.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take over the weight of a layer under the same name, in float32."""
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
-    """What the adapters add to the official weights, by the official names inside the encoder."""
-    return {
-        f"{name}.weight": module.get_delta_weight("default").detach()
-        for name, module in encoder.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    """What the adapters add to the official weights, by the official names inside the encoder; on the CPU."""
+    deltas = {}
+    for name, module in encoder.named_modules():
+        if hasattr(module, "get_delta_weight"):  # it would compute on the device, which may round to TF32
+            down, up = (side["default"].weight.detach().cpu() for side in (module.lora_A, module.lora_B))
+            deltas[f"{name}.weight"] = up @ down * module.scaling["default"]
+    return deltas
 
 
 def unfreeze_encoder(encoder: nn.Module) -> None:

@@ -7,8 +7,8 @@ fake_cuda.cpp is loaded before libcudart, libcublas and the driver, and takes th
 copies are only counted, and kernels do nothing, so no computed number has a meaning. PyTorch's own CUDA code
 runs: its checks of devices and dtypes, its choice of the attention kernel for the compute capability, its
 memory allocator (peak memory and out of memory are real), and its warning each time the program waits for the
-device. Code that is compiled at run time fails, as on a machine without a C compiler. Convolutions do not use
-cuDNN.
+device. Code that is compiled at run time fails, as on a machine without a C compiler. `--compile on` traces
+the model and runs it uncompiled. Convolutions do not use cuDNN.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(importlib.util.find_spec("torch").origin).parent.parent
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
@@ -47,6 +49,9 @@ CASES = (
     f"finetune.py {TINY} --train encoder --amp fp16",
     f"finetune.py {LITE}",
     f"finetune.py {LITE} --train encoder",
+    "finetune.py --model_type mobile_sam --checkpoint mobile_sam.pth",
+    "finetune.py --model_type mobile_sam --checkpoint mobile_sam.pth --train encoder --grad_checkpointing",
+    f"finetune.py {TINY} --prompt point --compile on",
     "predict.py --checkpoint tiny.pth --input cables/imgs --output found --device cuda",
     "predict.py --checkpoint tiny.pth --input cables/imgs --output found --device cuda --tiles 40",
     f"tools/bench.py {LITE} --parts encoder step --seconds 0 --device cuda",
@@ -112,7 +117,16 @@ def run_child(cases: list[str], folder: Path, variables: dict[str, str]) -> list
     command = [sys.executable, __file__, "--child", *cases]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=TIMEOUT)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
-    lost = {"code": 1, "error": done.stderr[-2000:], "waits": {}, "stderr": "", "gb": 0.0, "reserved_gb": 0.0}
+    lost = {
+        "code": 1,
+        "error": done.stderr[-2000:],
+        "waits": {},
+        "stdout": "",
+        "stderr": "",
+        "batch": [],
+        "gb": 0.0,
+        "reserved_gb": 0.0,
+    }
     return results + [lost] * (len(cases) - len(results))
 
 
@@ -135,7 +149,8 @@ def child(cases: list[str]) -> None:
     code: exit code of the command.
     error, at: the exception, and the lines that it passed through; only if there is one.
     waits: how often each line waits for the device in an iteration, on average.
-    stderr: the end of what the command wrote there.
+    stdout, stderr: the end of what the command wrote there.
+    batch: the batch size of a training, and its batches per optimizer step.
     gb, reserved_gb: peaks of the device memory that tensors took and that the allocator held.
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -146,6 +161,7 @@ def child(cases: list[str]) -> None:
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # Triton needs a C compiler
     replace_nccl()
     if os.environ.get("RANK", "0") == "0":
         arrange_data(cases)
@@ -156,9 +172,12 @@ def child(cases: list[str]) -> None:
     for number, case in enumerate(cases):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
             result = run_case(case, number)
-        result["stderr"] = errors.getvalue()[-2000:]
+        result |= {"stdout": output.getvalue()[-2000:], "stderr": errors.getvalue()[-2000:]}
         result["gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         print(json.dumps(result), flush=True)
@@ -204,7 +223,10 @@ def run_case(case: str, number: int) -> dict:
             steps = traceback.extract_tb(error.__traceback__)[1:]
             result["error"] = f"{type(error).__name__}: {error}"[:300]
             result["at"] = " ".join(f"{Path(step.filename).name}:{step.lineno}" for step in steps)
-    return result | {"waits": waits}
+    flags_file = Path(f"exp/run{number}/args.yaml")
+    flags_of_run = yaml.safe_load(flags_file.read_text()) if flags_file.exists() else {}
+    batch = [flags_of_run.get(name) for name in ("batch_size", "virtual_batch_size")]
+    return result | {"waits": waits, "batch": batch}
 
 
 @contextlib.contextmanager
@@ -260,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         results = run_cases(library, cases, sm=args.sm, gib=args.gib, world_size=args.processes)
     for case, result in zip(cases, results, strict=True):
         if result["code"] == 0:
-            del result["stderr"]
+            del result["stdout"], result["stderr"]
         print("ok  " if is_good(result, args.max_waits) else "FAIL", case, json.dumps(result))
     return int(not all(is_good(result, args.max_waits) for result in results))
 

@@ -31,7 +31,8 @@ def test_every_command_runs_on_cuda_and_waits_at_most_twice_an_iteration(library
     results = run_cases(library, [*CASES], sm=80)
     assert_good(results, CASES)
     # The counter works: in every iteration, training looks once whether the gradient is finite.
-    assert all(sum(result["waits"].values()) >= 0.5 for result in results[:7])
+    trainings = [r for case, r in zip(CASES, results, strict=True) if case.startswith("finetune.py")]
+    assert len(trainings) == 10 and all(sum(r["waits"].values()) >= 0.5 for r in trainings)
     assert all(result["gb"] > 0 for result in results)
 
 
@@ -50,7 +51,30 @@ def test_too_little_memory_ends_a_run_with_a_message(library):
     assert "out of memory" in too_large["stderr"] and "--batch_size" in too_large["stderr"]
 
 
-# 1 sample: the second process has none in any iteration.
-def test_two_processes_run_on_cuda(library):
-    cases = [f"finetune.py {TINY} --config one.yaml --amp fp16 --train encoder --epoch_num 2"]
+# `lite_medsam` takes 1.5 GB for one sample, 2.7 GB for two, and 5.5 GB for four.
+def test_batch_size_auto_divides_a_step_into_the_largest_batches_that_fit(library):
+    cases = [f"finetune.py {LITE} --train encoder --batch_size auto --virtual_batch_size {n}" for n in (8, 3)]
+    results = run_cases(library, cases, sm=80, gib=4)
+    assert_good(results, cases)
+    assert [result["batch"] for result in results] == [[2, 4], [1, 3]]
+
+
+def test_a_benchmark_goes_on_after_a_row_that_needs_too_much_memory(library):
+    flags = "--train encoder --parts encoder step loader --seconds 0 --device cuda"
+    [result] = run_cases(library, [f"tools/bench.py {LITE} {flags}"], sm=80, gib=2)
+    assert "error" not in result and result["code"] == 1
+    rows = {row.split(" | ")[0]: row.split(" | ")[1:3] for row in result["stdout"].splitlines()}
+    assert rows["| encoder step"] == ["out of memory", "out of memory"]
+    assert float(rows["| encoder"][1]) > 0 and float(rows["| loader, one core"][1]) > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--config one.yaml --amp fp16 --train encoder",  # 1 sample: the second process never has one
+        "--prompt mixed --embedding_reuse 2",
+    ],
+)
+def test_two_processes_run_on_cuda(library, flags):
+    cases = [f"finetune.py {TINY} --epoch_num 2 {flags}"]
     assert_good(run_cases(library, cases, sm=80, world_size=2), cases)

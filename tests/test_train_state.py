@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_tiny, scalars
 
 import checkpoint
-from train_state import Schedule, learning_rate
+from train_state import Schedule, TrainState, build_optimizer, learning_rate
 
 
 def test_learning_rate_at_its_corners():
@@ -41,6 +42,49 @@ def test_schedule(n, batch, virtual, iterations, steps, samples):
         iterations - 1
     )
 
+
+# --- the optimizer ---
+
+
+def small_state(fused):
+    """The state of a weight of 3 numbers. A CPU has a fused kernel too."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = torch.optim.AdamW([{"params": [weight], "peak_lr": 1.0}], fused=fused)
+    return TrainState(optimizer, torch.amp.GradScaler("cpu", enabled=False), {})
+
+
+def take_steps(state, n):
+    for _ in range(n):
+        for weight in state.parameters:
+            weight.grad = weight.detach().sin()
+        state.optimizer.step()
+
+
+@pytest.mark.parametrize("before", [None, True])
+@pytest.mark.parametrize("after", [None, True])
+def test_a_run_resumes_with_or_without_the_fused_optimizer_whatever_it_had_before(before, after, tmp_path):
+    whole, first, second = small_state(after), small_state(before), small_state(after)
+    take_steps(whole, 5)
+    take_steps(first, 2)
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    with torch.no_grad():
+        second.parameters[0].copy_(first.parameters[0])
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert second.optimizer.param_groups[0]["fused"] is after
+    take_steps(second, 3)
+    torch.testing.assert_close(second.parameters, whole.parameters, rtol=1e-6, atol=0)
+    assert second.optimizer.state[second.parameters[0]]["step"] == 5
+
+
+def test_the_optimizer_is_fused_on_cuda_alone():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "peak_lr": 1.0}]
+    fused = [
+        build_optimizer(groups, 0.1, torch.device(name)).defaults["fused"] for name in ("cpu", "mps", "cuda")
+    ]
+    assert fused == [None, None, True]
+
+
+# --- steps that are not finite ---
 
 # 9 samples in batches of 1: 27 iterations.
 FP16 = ("--amp", "fp16", "-b", 1, "-e", 3, "--log_interval", 1)

@@ -145,6 +145,48 @@ def test_checkpointing_runs_blocks_again_for_the_same_gradients_under_the_same_n
     assert any(gradient.any() for key, gradient in gradients.items() if "image_encoder" in key)
 
 
+# --- adapters ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_keep_no_float32_copy_of_an_input_and_train_in_float32(dtype):
+    sam, x = small_model("vit")
+    encoder.move_to_device(sam, torch.device("cpu"), dtype, train="lora")
+    trainable.add_lora(sam.image_encoder, rank=2, alpha=4.0)
+    fill_adapters(sam.image_encoder)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = sam.image_encoder(x.to(dtype))
+    # The inputs have 48 channels, or 192 inside the MLP.
+    inputs = [t for t in kept if t.shape[-1] in (48, 192) and not isinstance(t, torch.nn.Parameter)]
+    assert {t.shape[-1] for t in inputs} == {48, 192}
+    assert {t.dtype for t in inputs} == {dtype}
+    out.float().square().mean().backward()
+    trained = [p for p in sam.image_encoder.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 4
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in trained)
+
+
+def test_adapters_compute_in_float32_what_peft_computes():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    sam, x = small_model("vit")
+    ours, theirs = sam.image_encoder, copy.deepcopy(sam.image_encoder)
+    trainable.add_lora(ours, rank=2, alpha=4.0)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4.0, target_modules=trainable.LORA_TARGETS), theirs)
+    fill_adapters(ours)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    results = []
+    for net in (ours, theirs):
+        out = net(x)
+        out.square().mean().backward()
+        results.append((out, [p.grad for name, p in net.named_parameters() if ".lora_" in name]))
+    (out, gradients), (peft_out, peft_gradients) = results
+    assert torch.equal(out, peft_out)
+    assert len(gradients) == 16
+    assert all(map(torch.equal, gradients, peft_gradients))
+
+
 # --- saved and exported weights ---
 
 

@@ -9,6 +9,7 @@ the whole training: the baseline loop of this file, and the real finetune.py.
 
 import argparse
 import copy
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import torch
 from segment_anything.modeling import Sam
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +40,16 @@ import checkpoint
 import runtime
 from base.errors import UserError
 from config import load_config
-from dataset import TrainSet
+from dataset import TrainSample, TrainSet
 from dataset_index import index_datasets
 from imaging.geometry import InputSpec
 from losses import dice_loss, focal_loss, iou_mse
 from sam import decoder, trainable, variants
 from sam import encoder as sam_encoder
+from train_state import build_optimizer
 
 PARTS = ("encoder", "step", "loader", "iteration")
+PEER_MODELS = ("vit_b", "vit_l", "vit_h")  # model types that micro-sam trains too
 ENDLESS = 10**9  # epochs of a measurement, which ends by time
 CACHE_BYTES = 1 << 31
 
@@ -67,15 +71,20 @@ class Settings:
     parts: list[str]
     without_baseline: bool
     seconds: float
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Speed (images or other units per second), peak memory in GB, and share of time waiting for data."""
+    """Speed (images or other units per second), peak memory in GB, and share of time waiting for data.
 
-    rate: float
+    fault: why nothing was measured, or "".
+    """
+
+    rate: float = math.nan
     memory_gb: float = math.nan
     data_wait: float = math.nan
+    fault: str = ""
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
@@ -98,7 +107,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     add("--without_baseline", "--without_plain", action="store_true", help="do not run the baseline loop")
     add("--seconds", type=float, default=20, help="approximate duration of each measurement")
+    add(
+        "--peer", choices=["micro_sam"], help="also run the training loop of this package, if it is installed"
+    )
     args = parser.parse_args(argv)
+    if args.peer and not importlib.util.find_spec(args.peer):
+        parser.error(f"argument --peer: {args.peer} is not installed")
+    if args.peer and (args.model_type not in PEER_MODELS or args.train == "lora"):
+        parser.error(
+            f"argument --peer: runs for --model_type {', '.join(PEER_MODELS)} with --train decoder or encoder"
+        )
     args.config = args.config.resolve()
     if not args.config.is_file():
         parser.error(f"argument --config: there is no file {args.config}")
@@ -106,7 +124,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 for an error that the user can correct."""
+    """Run the command line.
+
+    Returns 0; 1 if a row has no speed of this tool; 2 for an error that the user can correct. If the memory
+    is too small for a row, the row says so, and the other rows are measured.
+    """
     runtime.init()
     settings = parse_args(argv)
     print(
@@ -115,47 +137,60 @@ def main(argv: list[str] | None = None) -> int:
     )
     print("| | baseline loop, images/s | this tool, images/s | ratio | baseline loop, GB | this tool, GB |")
     print("|---|---|---|---|---|---|")
+    rates: list[float] = []  # of this tool
     try:
         load_config(settings.config)
         if "encoder" in settings.parts:
-            encoder_rate = compare("encoder", settings, measure_encoder)
+            rates += [compare("encoder", settings, measure_encoder)]
         if "step" in settings.parts:
-            compare(f"{settings.train} step", settings, measure_step)
+            rates += [compare(f"{settings.train} step", settings, measure_step)]
         if "loader" in settings.parts:
-            compare("loader, one core", settings, measure_loader)
+            rates += [compare("loader, one core", settings, measure_loader)]
         if "iteration" in settings.parts:
-            compare_iterations(settings)
-        if "encoder" in settings.parts:
-            print_efficiency(encoder_rate, settings)
+            rates += compare_iterations(settings)
+        if "encoder" in settings.parts and not math.isnan(rates[0]):
+            print_efficiency(rates[0], settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(any(map(math.isnan, rates)))
 
 
 def compare(name: str, settings: Settings, measure: Callable[[Settings, bool], Measurement]) -> float:
-    """Measure with and without the baseline, and print a row of the table; returns our images/s."""
+    """Measure with and without the baseline, and print a row of the table; returns our images/s or NaN."""
     baseline = measure_baseline(measure, settings)
-    ours = in_new_process(measure, settings, False)
+    ours = attempt(measure, settings, False)
     print_row(name, baseline, ours)
     return ours.rate
 
 
-def compare_iterations(settings: Settings) -> None:
-    """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen."""
+def compare_iterations(settings: Settings) -> list[float]:
+    """Print a row for whole iterations without reuse, and one with reuse if the encoder is frozen.
+
+    With --peer, a row more has that package in place of the baseline loop, and this tool without reuse.
+
+    Returns our images/s of each row, or NaN.
+    """
+    rates = []
     baseline = measure_baseline(measure_iteration, settings)
     for reuse in (1, settings.reuse) if settings.train == "decoder" else (1,):
-        ours = in_new_process(measure_command, settings, reuse)
+        ours = attempt(measure_command, settings, reuse)
         print_row(f"iteration, reuse {reuse}, data wait {ours.data_wait:.0%}", baseline, ours)
+        if settings.peer and reuse == 1:
+            peer = attempt(measure_micro_sam, settings)
+            print_row("iteration, micro-sam in place of the baseline loop", peer, ours)
+        rates.append(ours.rate)
+    return rates
 
 
 def measure_baseline(measure: Callable[[Settings, bool], Measurement], settings: Settings) -> Measurement:
     """Measure the baseline, or return NaN with --without_baseline."""
-    return Measurement(math.nan) if settings.without_baseline else in_new_process(measure, settings, True)
+    return Measurement() if settings.without_baseline else attempt(measure, settings, True)
 
 
 def print_row(name: str, baseline: Measurement, ours: Measurement) -> None:
-    speeds = f"{baseline.rate:.2f} | {ours.rate:.2f} | {ours.rate / baseline.rate:.1f}"
+    rates = [measured.fault or f"{measured.rate:.2f}" for measured in (baseline, ours)]
+    speeds = f"{rates[0]} | {rates[1]} | {ours.rate / baseline.rate:.1f}"
     print(f"| {name} | {speeds} | {baseline.memory_gb:.1f} | {ours.memory_gb:.1f} |", flush=True)
 
 
@@ -170,6 +205,27 @@ def print_efficiency(encoder_rate: float, settings: Settings) -> None:
 
 
 # --- Measuring --------------------------------------------------------------------------------
+
+
+class EndedEarly(UserError):
+    """finetune.py failed, possibly out of memory."""
+
+
+def attempt(measure: Callable[..., Measurement], *args: object) -> Measurement:
+    """As `in_new_process`, but out of memory and a failure of finetune.py are a `fault`, and are printed."""
+    message: str | None
+    try:
+        return in_new_process(measure, *args)
+    except EndedEarly as error:
+        fault, message = "failed", str(error)
+    except BrokenProcessPool:
+        fault, message = "killed", "the process was killed, possibly out of memory"
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        fault, message = "out of memory", runtime.user_message(error, "a smaller --batch_size needs less")
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return Measurement(fault=fault)
 
 
 def in_new_process(measure: Callable[..., Measurement], *args: object) -> Measurement:
@@ -220,6 +276,7 @@ def build(settings: Settings, baseline: bool) -> tuple[Sam, torch.dtype | None, 
     amp = None if baseline else runtime.amp_dtype(settings.amp, device)
     if not baseline:
         runtime.init()
+        runtime.allow_tf32(amp, device)
         sam_encoder.move_to_device(sam, device, amp, train=settings.train)
     groups = trainable.prepare_training(
         sam,
@@ -231,7 +288,9 @@ def build(settings: Settings, baseline: bool) -> tuple[Sam, torch.dtype | None, 
         lora_alpha=16,
         grad_checkpointing=settings.grad_checkpointing and not baseline,
     )
-    return sam, amp, torch.optim.AdamW([dict(group) for group in groups], lr=1e-4)
+    if baseline:
+        return sam, amp, torch.optim.AdamW([dict(group) for group in groups])
+    return sam, amp, build_optimizer(groups, weight_decay=0.01, device=device)
 
 
 def random_images(sam: Sam, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -336,9 +395,9 @@ def measure_matrix_product(settings: Settings) -> Measurement:
 # --- Data and whole iterations ----------------------------------------------------------------
 
 
-def make_train_set(settings: Settings, cache_bytes: int = 0) -> TrainSet:
+def make_train_set(settings: Settings, cache_bytes: int = 0, mask_grid: int | None = None) -> TrainSet:
     variant = variants.VARIANTS[settings.model_type]
-    spec = InputSpec(variant.img_size, variant.mask_grid)
+    spec = InputSpec(variant.img_size, mask_grid or variant.mask_grid)
     datasets = index_datasets(list(load_config(settings.config).dataset.train))
     return TrainSet(datasets, spec=spec, prompt="none", seed=0, cache_bytes=cache_bytes)
 
@@ -377,10 +436,83 @@ def measure_iteration(settings: Settings, baseline: bool) -> Measurement:
     return time_calls(run_iteration, settings.batch_size, settings.device, settings.seconds)
 
 
+class TimedLoader(DataLoader[Any]):
+    """A data loader whose epoch ends after some seconds. The first batch warms up and is not timed.
+
+    shuffle: micro-sam asks for it.
+    elapsed, batches: the duration of the timed batches, and their number.
+    """
+
+    shuffle = False
+    elapsed = math.nan
+    batches = 0
+
+    def __init__(self, *args: Any, device: str, seconds: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._device, self._seconds = device, seconds
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = time.perf_counter()
+        for number, batch in enumerate(super().__iter__()):
+            if number == 1:
+                synchronize(self._device)
+                start = time.perf_counter()
+            self.elapsed, self.batches = time.perf_counter() - start, max(0, number - 1)
+            if number > 1 and self.elapsed >= self._seconds:
+                return
+            yield batch
+
+
+def measure_micro_sam(settings: Settings) -> Measurement:
+    """Measure the training loop of micro-sam, with its defaults, on the composites of this tool.
+
+    An iteration of micro-sam decodes each image with eight prompts, one after the other. The class of all
+    cables is its only object. Source: Archit et al., Segment Anything for Microscopy, Nature Methods 2025.
+    """
+    from micro_sam.training import train_sam  # type: ignore[import-not-found]  # not a requirement
+
+    variant = variants.VARIANTS[settings.model_type]
+    train_set = make_train_set(settings, mask_grid=variant.img_size)
+    batches = [
+        keys
+        for epoch in range(1000)
+        for keys in train_set.epoch_batches(epoch, batch_size=settings.batch_size)
+    ]
+    options: dict[str, Any] = {
+        "collate_fn": micro_sam_batch,
+        "device": settings.device,
+        "num_workers": settings.num_workers,
+    }
+    train_loader = TimedLoader(train_set, batch_sampler=batches, seconds=settings.seconds, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_weights(variant.build().state_dict(), Path(folder) / "weights.pth")
+        train_sam(
+            "peer",
+            settings.model_type,
+            train_loader,
+            TimedLoader(train_set, batch_sampler=batches[:1], seconds=0, **options),
+            n_epochs=1,
+            checkpoint_path=f"{folder}/weights.pth",
+            with_segmentation_decoder=False,
+            freeze=["image_encoder", "prompt_encoder"] if settings.train == "decoder" else None,
+            device=settings.device,
+            save_root=folder,
+            verify_n_labels_in_loader=None,
+        )
+    memory = torch.cuda.max_memory_allocated() / 1e9 if settings.device == "cuda" else peak_memory_gb()
+    return Measurement(settings.batch_size * train_loader.batches / train_loader.elapsed, memory)
+
+
+def micro_sam_batch(samples: list[TrainSample]) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) float in 0..255, and labels (B, 1, S, S) in which 1 is cable."""
+    batch = default_collate(samples)
+    return batch["image"].permute(0, 3, 1, 2).float(), (batch["target"] > 127).long()
+
+
 def measure_command(settings: Settings, reuse: int) -> Measurement:
     """Measure finetune.py itself, from its TensorBoard curves.
 
-    The first epoch is left out, because it cannot reuse anything. Raises UserError if the command fails.
+    The first epoch is left out, because it cannot reuse anything. Raises EndedEarly if the command fails.
     """
     iterations_per_epoch = -(-make_train_set(settings).epoch_length // settings.batch_size)
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+") as errors:
@@ -425,14 +557,14 @@ def wait_for_curves(
 ) -> EventAccumulator:
     """Wait until the curves, without the first epoch, cover enough epochs and seconds.
 
-    Raises UserError with the end of the file `errors` if the process ends before.
+    Raises EndedEarly with the end of the file `errors` if the process ends before.
     """
     curves = EventAccumulator(f"{folder}/exp/bench")
     epochs: list[ScalarEvent] = []
     while len(epochs) < min_epochs or epochs[-1].wall_time - epochs[0].wall_time < seconds:
         time.sleep(1)
         if process.poll() is not None:
-            raise UserError(f"finetune.py ended early:\n{(folder / 'errors').read_text()[-2000:]}")
+            raise EndedEarly(f"finetune.py ended early:\n{(folder / 'errors').read_text()[-2000:]}")
         if Path(curves.path).exists() and "train/data_wait" in curves.Reload().Tags()["scalars"]:
             epochs = curves.Scalars("train/images_per_s")[1:]
     return curves
