@@ -8,7 +8,7 @@ is (0, 0).
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import cv2
@@ -280,12 +280,17 @@ def _pair_at_junctions(arms: _Arms) -> list[tuple[_Arm, _Arm]]:
 
 def _best_pairs(costs: dict[tuple[_Arm, _Arm], float], limit: float) -> list[tuple[_Arm, _Arm]]:
     """The pairs that have the largest sum of `limit - cost` and no arm twice."""
-    graph = nx.Graph()
-    graph.add_weighted_edges_from((*pair, limit - cost) for pair, cost in costs.items() if cost < limit)
+    arms = list(dict.fromkeys(chain.from_iterable(costs)))
+    number_of = {arm: number for number, arm in enumerate(arms)}
+    graph = nx.Graph()  # of numbers: sets of arms would have another order each time
+    for (first, second), cost in costs.items():
+        if cost < limit:
+            graph.add_edge(number_of[first], number_of[second], weight=limit - cost)
     pairs: list[tuple[_Arm, _Arm]] = []
     for part in nx.connected_components(graph):
         if len(part) <= MAX_ARMS:
-            pairs += nx.max_weight_matching(graph.subgraph(part))
+            matching = nx.max_weight_matching(graph.subgraph(part))
+            pairs += [(arms[first], arms[second]) for first, second in sorted(map(sorted, matching))]
     return pairs
 
 
