@@ -10,7 +10,7 @@ import fake_cuda_check
 import pytest
 import segment_anything
 import torch
-from conftest import TINY, write_backgrounds, write_dataset
+from conftest import TINY, write_backgrounds, write_dataset, write_video
 from label_samples import WRITERS
 
 import export
@@ -128,6 +128,7 @@ def arrange_data(folder: Path) -> None:
     for name in ("my_backgrounds", "data/backgrounds"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
+    write_video(folder / "clip.mp4", [read_image(path) for path in sorted((folder / "photos").iterdir())])
     for name, (write, _) in WRITERS.items():
         write(folder / "exports" / name)
 
