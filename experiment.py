@@ -25,7 +25,7 @@ from inference import LoadedSam
 from preview import write_preview
 from sam.decoder import decode
 from sam.encoder import move_to_device
-from sam.variants import VARIANTS, load_state_dict, pretrained_path
+from sam.variants import VARIANTS, load_state_dict, pretrained_path, with_finer_input
 from train_config import CONFIG_FILE, TrainConfig
 from train_state import Schedule
 
@@ -280,8 +280,8 @@ def find_weights(config: TrainConfig) -> Path:
 
 
 def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
-    """The model that the flags name, on the device; and the weights as they were loaded."""
-    initial_state_dict = checkpoint.load_weights(path)
+    """The model that the flags name, on the device; and the weights that it starts from."""
+    initial_state_dict = with_finer_input(checkpoint.load_weights(path), config.model_type)
     sam = VARIANTS[config.model_type].build()
     load_state_dict(sam, initial_state_dict, config.model_type, path)
     low_precision = runtime.amp_dtype(config.amp, device)

@@ -49,7 +49,8 @@ TRAIN_HELP = (
     "the mask decoder; also adapters in the encoder; also all of it "
     "(default: decoder; for lite_medsam without CUDA encoder)"
 )
-MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "mobile_sam"]  # the keys of sam.variants.VARIANTS
+# The keys of sam.variants.VARIANTS.
+MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "lite_medsam_512", "mobile_sam"]
 
 # Flags that may differ when a run is resumed. They do not change the samples. Another `epoch_num` changes the
 # learning rates of the remaining steps. Another `device` must compute in the same precision. The files under
@@ -237,7 +238,7 @@ def choose_by_machine(flags: dict[str, Any]) -> str:
     if flags["train"] is None:
         if flags["embedding_reuse"] > 1:
             reasons.append("--embedding_reuse needs a frozen encoder")
-        elif flags["model_type"] != "lite_medsam" and not has_cuda:
+        elif flags["model_type"] not in ("lite_medsam", "lite_medsam_512") and not has_cuda:
             reasons.append(f"the encoder of {flags['model_type']} would train slowly")
         flags["train"] = "decoder" if has_cuda or len(reasons) > 1 else "encoder"
     chosen = " ".join(f"--{name} {flags[name]}" for name in names)

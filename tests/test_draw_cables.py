@@ -7,7 +7,7 @@ import yaml
 from conftest import write_backgrounds
 
 from config import load_config
-from dataset import index_datasets
+from dataset_index import index_datasets
 from imaging.compositing import composite
 from tools import draw_cables
 

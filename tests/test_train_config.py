@@ -60,6 +60,7 @@ CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
         (True, "--device cpu", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
         (False, "--device cuda", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
         (False, "--model_type lite_medsam", "lite_medsam encoder", f"--train encoder ({CPU})"),
+        (False, "--model_type lite_medsam_512", "lite_medsam_512 encoder", f"--train encoder ({CPU})"),
         (True, "--model_type lite_medsam", "lite_medsam decoder", f"--train decoder ({CUDA})"),
         (
             False,

@@ -14,7 +14,6 @@ from segment_anything import SamPredictor
 import checkpoint
 import inference
 from base.errors import UserError
-from imaging.prompts import NO_PROMPT
 from sam import decoder, encoder, variants
 
 # --- normalization and architecture ---
@@ -147,7 +146,7 @@ def test_mobile_sam_predicts_what_sam_predicts_with_its_weights(tmp_path):
     predictor = SamPredictor(sam.eval())
     predictor.set_image(image)
     official, _, _ = predictor.predict(multimask_output=False, return_logits=True)
-    (ours,) = inference.load(path, torch.device("cpu"), None)([image], [NO_PROMPT])
+    (ours,) = inference.load(path, "cpu", amp="off").logits([image])
     assert np.ptp(official) > 0.1
     np.testing.assert_allclose(ours, official[0], atol=0.02 * np.ptp(official))
     np.testing.assert_allclose(ours.mean(), official.mean(), atol=1e-3 * np.ptp(official))
@@ -195,7 +194,7 @@ def test_loading_is_strict(tiny_sam, tiny_weights, spoil):
 def test_fingerprints_tell_the_published_variants_apart():
     with torch.device("meta"):
         weights = {name: variants.VARIANTS[name].build().state_dict() for name in ("vit_b", "vit_l", "vit_h")}
-    for name in ("lite_medsam", "mobile_sam"):
+    for name in ("lite_medsam", "lite_medsam_512", "mobile_sam"):
         weights[name] = variants.VARIANTS[name].build().state_dict()
     assert {name: variants.detect_model_type(state_dict) for name, state_dict in weights.items()} == {
         name: name for name in variants.VARIANTS
@@ -203,7 +202,25 @@ def test_fingerprints_tell_the_published_variants_apart():
     assert variants.detect_model_type({"resnet.conv1.weight": torch.zeros(3)}) is None
 
 
-@pytest.mark.parametrize("model_type", ["vit_b", "lite_medsam", "mobile_sam"])
+def test_lite_medsam_512_starts_as_lite_medsam_on_the_reduced_image():
+    coarse, fine = (variants.VARIANTS[name].build() for name in ("lite_medsam", "lite_medsam_512"))
+    weights = coarse.state_dict()
+    finer = variants.with_finer_input(weights, "lite_medsam_512")
+    assert variants.with_finer_input(weights, "lite_medsam") is weights
+    assert variants.with_finer_input(finer, "lite_medsam_512") is finer
+    variants.load_state_dict(coarse, weights, "lite_medsam", Path("w.pth"))
+    variants.load_state_dict(fine, finer, "lite_medsam_512", Path("w.pth"))
+    images = torch.rand(1, 3, 512, 512)
+    with torch.no_grad():
+        expected = coarse.image_encoder(torch.nn.functional.avg_pool2d(images, 2))
+        assert torch.allclose(fine.image_encoder(images), expected, atol=1e-5)
+    points = torch.tensor([[[100.0, 40.0]]]), torch.ones(1, 1, dtype=torch.int64)  # of the two frames
+    tokens = decoder.embed_prompts(coarse, points[0], points[1])
+    finer_points = 2 * (points[0] + 0.5) - 0.5
+    assert torch.allclose(decoder.embed_prompts(fine, finer_points, points[1]), tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["vit_b", "lite_medsam", "lite_medsam_512", "mobile_sam"])
 def test_the_sizes_of_a_variant_are_those_of_its_model(model_type):
     variant = variants.VARIANTS[model_type]
     with torch.device("meta" if model_type == "vit_b" else "cpu"):
