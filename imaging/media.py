@@ -405,6 +405,8 @@ class VideoWriter:
         self.path, self.n_frames = path, 0
         self._rate = None if rate is None else Fraction(rate).limit_denominator(MAX_RATE_DENOMINATOR)
         self._video: av.container.OutputContainer | None = None
+        self._size = (0, 0)  # (width, height) of the first frame
+        self._start, self._last_ms = 0.0, -1  # for the times of frames without a rate
 
     def __enter__(self) -> "VideoWriter":
         self._folder = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -432,7 +434,7 @@ class VideoWriter:
                 self._size = frame.shape[1], frame.shape[0]
                 self._open(padded.shape[1], padded.shape[0])
             assert self._video is not None
-            video_frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            video_frame = av.VideoFrame.from_ndarray(padded.astype(np.uint8, copy=False), format="rgb24")
             if self._rate is None:
                 self._last_ms = max(self._last_ms + 1, round(1000 * (time.monotonic() - self._start)))
                 video_frame.pts, video_frame.time_base = self._last_ms, Fraction(1, 1000)
@@ -448,7 +450,7 @@ class VideoWriter:
         self._stream.options = {"preset": "veryfast", "crf": "20"}  # fast, and masks keep clear edges
         if self._rate is None:
             self._stream.codec_context.time_base = Fraction(1, 1000)
-            self._start, self._last_ms = time.monotonic(), -1
+            self._start = time.monotonic()
 
     def finish(self) -> None:
         """Give the video its name, once it opens again with all frames; raises UserError."""
