@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint lock
 
 demo: .venv/installed
-	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam \
+	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam --train decoder \
 	  --batch_size 2 --epoch_num 14 --test_interval 56 $(DEMO_FLAGS)
 
 test: .venv/installed

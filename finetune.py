@@ -1,6 +1,6 @@
 """Fine-tune the Segment Anything Model to segment deformable linear objects (cables, wires, ropes).
 
-    python finetune.py --config configs/demo.yaml --model_type lite_medsam --exp_name demo
+    python finetune.py --config configs/demo.yaml --exp_name demo
 
 The YAML file describes the data, the flags describe the training. See README.md.
 """
@@ -11,7 +11,7 @@ from base.flag_types import answer_first
 from train_config import ARGS_FILE, TrainConfig, parse_args
 
 if __name__ == "__main__":
-    answer_first(parse_args)
+    answer_first(lambda: parse_args(quiet=True))
 
 import json
 import math

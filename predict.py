@@ -1,4 +1,4 @@
-"""Segment the cables in images or in a video with a fine-tuned checkpoint.
+"""Segment the cables in images, videos, or what a camera sees, with a fine-tuned checkpoint.
 
     python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input FOLDER --output predictions
 
@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int
+from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int, source
 
 tile_size = number(
     lambda text: text if text == "auto" else int(text),
@@ -24,13 +24,14 @@ finite = number(float, math.isfinite, "a finite number")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Segment the cables in images or in a video.",
+        description="Segment the cables in images, videos, or what a camera sees.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add_path = partial(add, type=path, required=True, default=argparse.SUPPRESS)
     add_path("--checkpoint", help="a checkpoint of this tool or of another one; the model type is detected")
-    add_path("--input", help="an image, a folder of images, or a video")
+    input_help = "an image, a video, a folder of these, the URL of a stream, or the number of a camera"
+    add("--input", type=source, required=True, default=argparse.SUPPRESS, help=input_help)
     add_path("--output", help="folder for the results: masks/, overlays/ and others")
     add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
     add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
@@ -69,7 +70,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
 
 import numpy as np
@@ -83,7 +84,7 @@ from imaging.centerlines import cables_document, centerlines, find_crossings, in
 from imaging.coco import Region, coco_document, polygons, run_lengths
 from imaging.files import read_image
 from imaging.masks import read_mask
-from imaging.media import InputImage
+from imaging.media import InputFile, InputImage, Video
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
 from imaging.output_folder import (
     CENTERLINES,
@@ -129,37 +130,53 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, faults: list[str]) -> None:
     """Predict what the flags say. What is left out is appended to `faults`; raises UserError."""
-    paths = media.find_images(args.input)
-    video = paths[0] if media.is_video(paths[0]) else None
-    if video:
-        if args.masks or args.prompt:
-            raise UserError(f"{video}: --masks and --prompt are for images, not for a video")
-        media.require_video(video)
-    mask_paths = media.find_masks(args.masks, paths) if args.masks else {}
-    prompts = media.find_prompts(args.prompt, paths) if args.prompt else {}
-    inputs = [args.input, args.masks, args.checkpoint, args.prompt, *paths, *mask_paths.values()]
-    output = OutputFolder(args.output, [path for path in inputs if path])
+    images, videos = media.find_inputs(args.input)
+    videos = check_videos(args, images, videos, faults)
+    mask_paths = media.find_masks(args.masks, images) if args.masks else {}
+    prompts = media.find_prompts(args.prompt, images) if args.prompt else {}
+    inputs = [args.input, args.masks, args.checkpoint, args.prompt, *mask_paths.values()]
+    inputs += [*(file.path for file in images), *(video.source for video in videos)]
+    output = OutputFolder(args.output, [path for path in inputs if isinstance(path, Path)])
     segment = load_segmenter(args)
     options = Options(
         output, args.batch_size, args.threshold, args.probabilities, args.centerlines, args.instances
     )
-    start_output(output, args, paths, options)
+    start_output(output, args, images, videos, options)
+    names: dict[str, str] = {}
+    stats: dict[str, ImageStats] = {}
     try:
-        if video:
-            names = predict_video(segment, video, options, faults)
-            stats: dict[str, ImageStats] = {}
-        else:
-            images = media.read_images(paths, mask_paths, args.max_pixels, faults)
-            names, stats = predict_images(segment, images, prompts, options, len(paths))
+        if images:
+            read = media.read_images(images, mask_paths, args.max_pixels, faults)
+            names, stats = predict_images(segment, read, prompts, options, len(images))
+        for video in videos:
+            names |= predict_video(segment, video, options, faults)
         if args.polygons:
             write_regions(output, names, "polygons.json", partial(polygons, min_area=args.min_area))
         if args.rle:
             write_regions(output, names, "rle.json", partial(run_lengths, min_area=args.min_area))
         if stats:
             report_scores(output, stats, options.threshold)
-            write_worst(output, stats, {path.stem: path for path in paths}, mask_paths)
+            write_worst(output, stats, {file.stem: file.path for file in images}, mask_paths)
     finally:
         output.finish()
+
+
+def check_videos(
+    args: argparse.Namespace, images: list[InputFile], videos: list[Video], faults: list[str]
+) -> list[Video]:
+    """The videos that can be decoded. The others of a folder are faults; a single one raises UserError."""
+    if videos and (args.masks or args.prompt):
+        raise UserError(f"{videos[0].name}: --masks and --prompt are for images, not for a video")
+    if len(videos) == 1 and not images:
+        media.require_video(videos[0])
+        return videos
+    readable = [video for video in videos if media.has_frames(video.source)]
+    faults += [
+        f"not predicted: {video.name}: no frame can be decoded" for video in videos if video not in readable
+    ]
+    if not images and not readable:
+        raise UserError(f"--input {args.input}: no frame of its {len(videos)} videos can be decoded")
+    return readable
 
 
 def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
@@ -202,39 +219,79 @@ class Options:
         return names
 
 
-def start_output(output: OutputFolder, args: argparse.Namespace, paths: list[Path], options: Options) -> None:
+def start_output(
+    output: OutputFolder,
+    args: argparse.Namespace,
+    images: list[InputFile],
+    videos: list[Video],
+    options: Options,
+) -> None:
     """Remove the files of an earlier prediction and list those of this one; raises UserError."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    flags["input"] = media.without_password(args.input)
     about = {"tool": "predict.py", "checkpoint": str(args.checkpoint), "flags": flags}
-    stems = [path.stem for path in paths]
-    names = []
-    if media.is_video(paths[0]):
-        names = [f"{OVERLAYS}/{paths[0].stem}.mp4"]
-        stems = [media.frame_stem(paths[0], number) for number in range(media.frame_count(paths[0]))]
-    names += [name for stem in stems for name in options.names(stem)]
+    names = [name for file in images for name in options.names(file.stem)]
+    for video in videos:
+        names.append(overlay_video(video))
+        for index in range(media.frame_count(video.source)):
+            names += options.names(media.frame_stem(video.stem, index))
     removed = output.start(about, names)
     if removed:
         print(f"replaced {removed} files of an earlier prediction in {output.path}")
 
 
+def overlay_video(video: Video) -> str:
+    """The name of the video of overlays, relative to the output folder."""
+    return f"{OVERLAYS}/{video.stem}.mp4"
+
+
 def predict_video(
-    segment: inference.Segmenter, video: Path, options: Options, faults: list[str]
+    segment: inference.Segmenter, video: Video, options: Options, faults: list[str]
 ) -> dict[str, str]:
-    """Predict the frames of a video and join their overlays to a video; returns their names by stem."""
-    expected = media.frame_count(video)
-    name = f"{OVERLAYS}/{video.stem}.mp4"
-    with media.VideoWriter(options.output.path / name, media.frame_rate(video)) as writer:
-        frames = media.read_frames(video)
-        names, _ = predict_images(segment, frames, {}, options, expected, writer)
+    """Predict the frames of a video and join their overlays to a video; returns their names by stem.
+
+    Of a camera or a stream, the newest frame is predicted, until it ends or a signal ends it.
+    """
+    if media.is_live(video):
+        options = replace(options, batch_size=1)  # a batch would wait for frames
+        rate = None
+    else:
+        rate = media.frame_rate(video.source)
+    expected = media.frame_count(video.source)
+    name = overlay_video(video)
+    with media.VideoWriter(options.output.path / name, rate) as writer:
+        if rate is None:
+            with runtime.StopRequest("the results are written") as stop:
+                frames = media.read_newest_frames(video, lambda: stop.signal is not None)
+                names, _ = predict_images(segment, announced(frames, video, options), {}, options, 0, writer)
+        else:
+            frames = media.read_frames(video)
+            names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
     options.output.add(name)
     if len(names) < expected:
-        shortfall = f"{video}: of {expected} frames that its header states, {len(names)} can be decoded"
+        shortfall = f"{video.name}: of {expected} frames that its header states, {len(names)} can be decoded"
         if 2 * len(names) < expected:
             faults.append(f"not predicted: {shortfall}")
         else:
             print(f"note: {shortfall}; trimmed clips often state too many", file=sys.stderr)
     return names
+
+
+FRAMES_AT_ONCE = 1000  # of a camera or stream that are listed together: the list grows with their number
+
+
+def announced(frames: Iterator[InputImage], video: Video, options: Options) -> Iterator[InputImage]:
+    """The same frames. The files of those that will come are listed before they are written."""
+    for index, frame in enumerate(frames):
+        if index % FRAMES_AT_ONCE == 0:
+            stems = [media.frame_stem(video.stem, index + ahead) for ahead in range(FRAMES_AT_ONCE)]
+            options.output.announce(name for stem in stems for name in options.names(stem))
+        yield frame
+
+
+# The rate is always images/s; by default, tqdm shows the reciprocal below 1.
+PROGRESS_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 def predict_images(
@@ -248,7 +305,7 @@ def predict_images(
     """Predict images and write the results.
 
     Args:
-        n_images: the expected number, for the progress bar.
+        n_images: the expected number, for the progress bar; 0 if it is not known.
         video: also takes the overlays.
 
     Returns:
@@ -257,7 +314,9 @@ def predict_images(
     names: dict[str, str] = {}
     stats: dict[str, ImageStats] = {}
     tile_sizes: list[int | None] = []
-    with tqdm(total=n_images, unit=" images", dynamic_ncols=True) as progress:
+    with tqdm(
+        total=n_images or None, unit=" images", dynamic_ncols=True, bar_format=PROGRESS_FORMAT
+    ) as progress:
         while batch := list(islice(images, options.batch_size)):
             options.output.announce(name for image in batch for name in options.names(image.stem))
             for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):

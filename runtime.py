@@ -394,10 +394,14 @@ class Stopped(Exception):
 class StopRequest:
     """A context that notes the first SIGINT, SIGTERM or SIGHUP, so that the run can end with its state saved.
 
-    A second signal raises KeyboardInterrupt at once.
+    A second signal raises Interrupted at once.
     """
 
     signal: int | None = None
+
+    def __init__(self, then: str = "the run ends once its state is saved") -> None:
+        """`then` is what the message of the first signal says."""
+        self._then = then
 
     def __enter__(self) -> "StopRequest":
         self._previous = _handle_signals(self._note)
@@ -413,7 +417,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         self.signal = number
         _expect_no_reader()
-        print(f"\n{signal.Signals(number).name}: the run ends once its state is saved", file=sys.stderr)
+        print(f"\n{signal.Signals(number).name}: {self._then}", file=sys.stderr)

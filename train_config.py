@@ -52,6 +52,10 @@ def size_or_auto(text: str) -> int:
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
+TRAIN_HELP = (
+    "the mask decoder; also adapters in the encoder; also all of it "
+    "(default: decoder; for lite_medsam without CUDA encoder)"
+)
 # The keys of sam.variants.VARIANTS.
 MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "lite_medsam_512", "mobile_sam"]
 
@@ -117,9 +121,9 @@ class TrainConfig:
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
-    model_type: str = flag("vit_b", MODEL_TYPES, "SAM variant")
+    model_type: str = flag(None, MODEL_TYPES, "SAM variant (default: vit_b; without CUDA lite_medsam)")
     checkpoint: Path | None = flag(None, path, "weights to start from (default: the published weights)")
-    train: str = flag("decoder", TRAIN, "the mask decoder; also adapters in the encoder; also all of it")
+    train: str = flag(None, TRAIN, TRAIN_HELP)
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
     lora_alpha: float = flag(16.0, positive, "the adapters' output is multiplied by alpha / rank")
     grad_checkpointing: bool = flag(False, bool, "less memory for a training encoder, more computation")
@@ -171,7 +175,8 @@ GROUPS = {
     "epoch_num": "optimization",
     "alpha": "loss",
 }
-# Defaults that depend on --train: with a frozen encoder, and with one that trains.
+# Defaults that depend on --train, which `choose_by_machine` has resolved: with a frozen encoder, and with one
+# that trains.
 DEFAULTS_BY_TRAIN = {"lr": (1e-3, 5e-4), "batch_size": (4, 1), "alpha": (0.7, 0.5)}
 
 
@@ -204,10 +209,11 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
     return {"default": f.default, "help": text, "metavar": metavar} | values
 
 
-def parse_args(argv: list[str] | None = None) -> TrainConfig:
+def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainConfig:
     """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag.
 
-    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first.
+    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first. Prints which model and
+    training were chosen for this machine, unless they are given or `quiet`.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -216,6 +222,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
         names = ("batch_size", "virtual_batch_size")
         flags |= {name: getattr(parser.parse_args(stored), name) for name in names}
+    chosen = choose_by_machine(flags)
+    if chosen and not quiet and os.environ.get("RANK", "0") == "0":
+        print(chosen)
     for name, (if_frozen, if_trained) in DEFAULTS_BY_TRAIN.items():
         if flags[name] is None:
             flags[name] = if_frozen if flags["train"] == "decoder" else if_trained
@@ -226,6 +235,31 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     if flags["exp_name"] is None:
         flags["exp_name"] = f"{flags['config'].stem}_{datetime.now():%Y%m%d-%H%M%S}"
     return TrainConfig(**flags)
+
+
+def choose_by_machine(flags: dict[str, Any]) -> str:
+    """Set `model_type` and `train` where they are None; returns a line that says what was chosen and why.
+
+    With CUDA, they are vit_b and decoder. Without, they are lite_medsam and encoder, which train in minutes
+    on a CPU; the decoder is chosen for other models, and if embeddings are reused. "" if both were given.
+    """
+    names = [name for name in ("model_type", "train") if flags[name] is None]
+    if not names:
+        return ""
+    import torch  # as late as here, because it takes seconds
+
+    has_cuda = flags["device"] == "cuda" or (flags["device"] == "auto" and torch.cuda.is_available())
+    reasons = ["it runs on CUDA" if has_cuda else "it does not run on CUDA"]
+    if flags["model_type"] is None:
+        flags["model_type"] = "vit_b" if has_cuda else "lite_medsam"
+    if flags["train"] is None:
+        if flags["embedding_reuse"] > 1:
+            reasons.append("--embedding_reuse needs a frozen encoder")
+        elif flags["model_type"] not in ("lite_medsam", "lite_medsam_512") and not has_cuda:
+            reasons.append(f"the encoder of {flags['model_type']} would train slowly")
+        flags["train"] = "decoder" if has_cuda or len(reasons) > 1 else "encoder"
+    chosen = " ".join(f"--{name} {flags[name]}" for name in names)
+    return f"chosen for this run: {chosen} ({'; '.join(reasons)})"
 
 
 def _flags_of_resumed_run(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

@@ -26,6 +26,14 @@ def path(text: str) -> Path:
     return Path(text if os.path.lexists(text) else expand(text))
 
 
+def source(text: str) -> Path | str | int:
+    """An argparse type for what is predicted: the number of a camera, a URL, or a path."""
+    if "://" in text:
+        return text
+    is_camera = text.isascii() and text.isdecimal() and not os.path.lexists(text)
+    return int(text) if is_camera else path(text)
+
+
 def expand(text: str) -> str:
     """Replace a leading `~` and every `$NAME` of a variable that exists, as a shell does."""
     return os.path.expandvars(os.path.expanduser(text))

@@ -10,7 +10,7 @@ import fake_cuda_check
 import pytest
 import segment_anything
 import torch
-from conftest import TINY, write_backgrounds, write_dataset
+from conftest import TINY, write_backgrounds, write_dataset, write_video
 from label_samples import WRITERS
 
 import export
@@ -44,10 +44,10 @@ RUN_ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "python3 -m venv .venv": ("Makefile", "$(PYTHON) -m venv .venv"),
     ".venv/bin/pip install -r requirements.txt": ("requirements-dev.txt", "-r requirements.txt"),
-    ".venv/bin/python finetune.py --config configs/demo.yaml --model_type lite_medsam --batch_size 2 "
-    "--epoch_num 14 --test_interval 56 --exp_name demo": (
+    ".venv/bin/python finetune.py --config configs/demo.yaml --model_type lite_medsam --train decoder "
+    "--batch_size 2 --epoch_num 14 --test_interval 56 --exp_name demo": (
         "Makefile",
-        "finetune.py --config configs/demo.yaml --model_type lite_medsam --batch_size 2 --epoch_num 14",
+        "finetune.py --config configs/demo.yaml --model_type lite_medsam --train decoder --batch_size 2",
     ),
     "torchrun --nproc_per_node=2 finetune.py --config my_data.yaml --exp_name my_cables_2 "
     "--model_type vit_b": ("tests/test_distributed.py", '"-m", "torch.distributed.run"'),
@@ -128,6 +128,7 @@ def arrange_data(folder: Path) -> None:
     for name in ("my_backgrounds", "data/backgrounds", "data/backgrounds_everyday"):
         write_backgrounds(folder / name)
     shutil.copytree(folder / "my_test_photos/imgs", folder / "photos")
+    write_video(folder / "clip.mp4", [read_image(path) for path in sorted((folder / "photos").iterdir())])
     for name, (write, _) in WRITERS.items():
         write(folder / "exports" / name)
 

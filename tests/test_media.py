@@ -1,5 +1,13 @@
-"""Images and videos in and out of prediction."""
+"""Images, videos and cameras in and out of prediction."""
 
+import itertools
+import math
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
 import numpy as np
 import pytest
 from conftest import draw_cable, rng, write_dataset, write_video
@@ -9,11 +17,29 @@ from base.errors import UserError
 from imaging import files, masks, media
 
 
+def input_file(path):
+    return media.InputFile(path, path.name, path.stem)
+
+
+def video_file(path):
+    return media.Video(path, str(path), path.stem)
+
+
+def gray_frames(n, size=(48, 64)):
+    """Frames of which each is brighter than the one before."""
+    return [np.full((*size, 3), 20 + 10 * number, np.uint8) for number in range(n)]
+
+
+def numbers_of(frames):
+    """Which frames of `gray_frames` these are."""
+    return [round((float(frame.mean()) - 20) / 10) for frame in frames]
+
+
 def test_images_come_with_their_masks_and_faults_are_listed(tmp_path):
     folder = write_dataset(tmp_path / "a", 4)
     (folder / "imgs" / "1.png").write_bytes(b"not an image")
     Image.new("L", (9, 8)).save(folder / "masks" / "2.png")
-    paths = media.find_images(folder / "imgs")
+    paths, _ = media.find_inputs(folder / "imgs")
     mask_paths = media.find_masks(folder / "masks", paths)
     faults = []
     images = list(media.read_images(paths, mask_paths, files.MAX_PIXELS, faults))
@@ -34,14 +60,14 @@ def test_names_are_compared_as_they_look(tmp_path):
     folder = write_dataset(tmp_path / "a", 1)
     (folder / "masks/0.png").rename(folder / f"masks/{composed}.png")
     (tmp_path / "p.csv").write_text(f"image,x,y\n{composed}.jpg,1,2\n", encoding="utf-8")
-    image_path = tmp_path / f"{decomposed}.jpg"
-    assert media.find_masks(folder / "masks", [image_path]).keys() == {decomposed}
-    assert media.find_prompts(tmp_path / "p.csv", [image_path]).keys() == {decomposed}
+    image = input_file(tmp_path / f"{decomposed}.jpg")
+    assert media.find_masks(folder / "masks", [image]).keys() == {decomposed}
+    assert media.find_prompts(tmp_path / "p.csv", [image]).keys() == {decomposed}
 
 
 def test_all_missing_and_doubled_masks_are_listed(tmp_path):
     folder = write_dataset(tmp_path / "a", 2)
-    images = [tmp_path / f"{number}.png" for number in range(14)]
+    images = [input_file(tmp_path / f"{number}.png") for number in range(14)]
     with pytest.raises(UserError, match=r"no mask for 12 of 14 images.*\n  2\.png\n(?s:.*)\.\.\. and 2 more"):
         media.find_masks(folder / "masks", images)
     (folder / "masks/1.jpg").touch()
@@ -52,20 +78,90 @@ def test_all_missing_and_doubled_masks_are_listed(tmp_path):
 def test_images_without_masks(tmp_path):
     folder = write_dataset(tmp_path / "a", 2)
     faults = []
-    images = list(media.read_images(media.find_images(folder / "imgs"), {}, files.MAX_PIXELS, faults))
+    images = list(media.read_images(media.find_inputs(folder / "imgs")[0], {}, files.MAX_PIXELS, faults))
     assert [image.mask for image in images] == [None, None] and faults == []
 
 
 def test_a_single_file_is_taken_whatever_its_suffix(tmp_path):
     (tmp_path / "a.tif").touch()
-    assert media.find_images(tmp_path / "a.tif") == [tmp_path / "a.tif"]
+    assert media.find_inputs(tmp_path / "a.tif") == ([input_file(tmp_path / "a.tif")], [])
+    Image.new("L", (9, 8)).save(tmp_path / "photo.data", format="PNG")
+    assert media.find_inputs(tmp_path / "photo.data") == ([input_file(tmp_path / "photo.data")], [])
+    write_video(tmp_path / "clip.avi", [np.zeros((48, 64, 3), np.uint8)])
+    clip = (tmp_path / "clip.avi").rename(tmp_path / "clip.data")
+    assert media.find_inputs(clip) == ([], [media.Video(clip, str(clip), "clip")])
+
+
+def test_folders_are_read_as_their_imgs_or_their_subfolders(tmp_path):
+    for name in ("b/0.png", "a/x/0.JPG", "a/x/notes.txt", "a/x/deeper/1.png", ".hidden/2.png", "c/clip.mkv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    write_dataset(tmp_path / "d", 1)
+    (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "out/masks").mkdir(parents=True)  # an earlier prediction
+    (tmp_path / "out/masks/0.png").touch()
+    (tmp_path / "out/predictions.json").touch()
+    images, videos = media.find_inputs(tmp_path)
+    assert [(image.name, image.stem) for image in images] == [
+        ("a/x/0.JPG", "a_x_0"), ("b/0.png", "b_0"), ("d/0.png", "d_0"),
+    ]  # fmt: skip
+    assert [(video.source, video.stem) for video in videos] == [(tmp_path / "c/clip.mkv", "c_clip")]
+    images, videos = media.find_inputs(tmp_path / "d")
+    assert images == [media.InputFile(tmp_path / "d/imgs/0.png", "0.png", "0")] and videos == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/b_0.png", "a_b/0.png"], "a/b_0.png and a_b/0.png"),
+        (["clip.mp4", "clip.MOV"], "clip.MOV and clip.mp4"),
+        (["clip.mp4", "clip_000001.png"], "clip.mp4 and clip_000001.png"),
+        (["clip.mp4", "clip.png", "clip_1.png", "dip_000001.png", "dip_000002.png"], None),
+    ],
+)
+def test_files_with_results_of_one_name_are_refused(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if message is None:
+        images, videos = media.find_inputs(tmp_path)
+        assert len(images) == 4 and len(videos) == 1
+    else:
+        with pytest.raises(UserError, match=f"{message} would give one mask"):
+            media.find_inputs(tmp_path)
+
+
+def test_masks_of_images_in_subfolders_are_in_the_same_subfolders(tmp_path):
+    for number, name in enumerate("ab"):
+        write_dataset(tmp_path / name, 1 + number)
+    images, _ = media.find_inputs(tmp_path)
+    assert media.find_masks(tmp_path, images) == {
+        "a_0": tmp_path / "a/masks/0.png",
+        "b_0": tmp_path / "b/masks/0.png",
+        "b_1": tmp_path / "b/masks/1.png",
+    }
+    (tmp_path / "b/masks/1.png").unlink()
+    with pytest.raises(UserError, match=r"no mask for 1 of 3 images.*\n  b/1\.png"):
+        media.find_masks(tmp_path, images)
+    (tmp_path / "p.csv").write_text("image,x,y\n0.png,1,2\n1.png,3,4\n")
+    with pytest.raises(UserError, match=r"a/0\.png and b/0\.png have the same file name"):
+        media.find_prompts(tmp_path / "p.csv", images)
+
+
+def test_cameras_and_streams_have_names_without_passwords():
+    assert media.find_inputs(2) == ([], [media.Video(2, "camera 2", "camera_2")])
+    assert media.find_inputs(Path("/dev/video2")) == media.find_inputs(2)
+    url = "rtsp://me:secret@10.0.0.7:554/live/left side.sdp?x=1"
+    expected = media.Video(url, "rtsp://10.0.0.7:554/live/left side.sdp?x=1", "left_side")
+    assert media.find_inputs(url) == ([], [expected])
+    assert media.find_inputs("rtsp://10.0.0.7")[1][0].stem == "stream"
 
 
 def test_prompts_are_required_for_every_image(tmp_path):
     (tmp_path / "p.csv").write_text("image,x,y\na.png,1,2\nother.png,3,4\n")
-    assert media.find_prompts(tmp_path / "p.csv", [tmp_path / "a.jpg"]).keys() == {"a"}
+    assert media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / "a.jpg")]).keys() == {"a"}
     with pytest.raises(UserError, match=r"--prompt .*p\.csv: no prompt for 1 of 2 images.*\n  b\.jpg"):
-        media.find_prompts(tmp_path / "p.csv", [tmp_path / "a.jpg", tmp_path / "b.jpg"])
+        media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / f"{name}.jpg") for name in "ab"])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -81,19 +177,125 @@ def test_frames_are_numbered_and_rgb(tmp_path):
     write_video(tmp_path / "clip.avi", frames, rate=12)
     assert media.is_video(tmp_path / "clip.avi") and not media.is_video(tmp_path / "clip.png")
     assert media.frame_count(tmp_path / "clip.avi") == 4 and media.frame_rate(tmp_path / "clip.avi") == 12
-    images = list(media.read_frames(tmp_path / "clip.avi"))
+    images = list(media.read_frames(video_file(tmp_path / "clip.avi")))
     assert [image.stem for image in images] == [f"clip_{number:06d}" for number in range(4)]
     for image, frame in zip(images, frames, strict=True):
         assert np.abs(image.image.astype(int) - frame).max() < 12  # MJPG is lossy
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [
+        *((suffix, "mpeg4") for suffix in (".avi", ".mp4", ".m4v", ".mov", ".3gp", ".mkv")),
+        *((suffix, "mpeg2video") for suffix in (".ts", ".m2ts", ".mpg", ".mpeg", ".vob", ".mxf")),
+        *((".webm", "libvpx"), (".wmv", "wmv2"), (".asf", "wmv2"), (".flv", "flv"), (".mjpg", "mjpeg")),
+        *((".h264", "libx264"), (".y4m", "rawvideo"), (".gif", "gif")),
+    ],
+)
+def test_videos_of_all_formats_are_read(tmp_path, suffix, codec):
+    path = tmp_path / f"clip{suffix.upper()}"
+    formats = {".m2ts": "mpegts", ".mpeg": "mpeg", ".y4m": "yuv4mpegpipe", ".mjpg": "mjpeg"}
+    with av.open(str(path), "w", format=formats.get(suffix)) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = 352, 288
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        for frame in gray_frames(6, (288, 352)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert suffix in media.VIDEO_SUFFIXES
+    _, (video,) = media.find_inputs(path)
+    images = [image.image for image in media.read_frames(video)]
+    assert numbers_of(images) == list(range(6))
+    assert 0 < media.frame_rate(path) <= media.MAX_FRAME_RATE and not media.is_live(video)
 
 
 def test_a_file_that_is_not_a_video_has_defaults_and_is_refused(tmp_path):
     (tmp_path / "none.mp4").write_bytes(b"not a video")
     assert media.frame_count(tmp_path / "none.mp4") == 0
     assert media.frame_rate(tmp_path / "none.mp4") == 25
-    assert list(media.read_frames(tmp_path / "none.mp4")) == []
+    assert list(media.read_frames(video_file(tmp_path / "none.mp4"))) == []
     with pytest.raises(UserError, match=r"none\.mp4: no frame of this video can be decoded"):
-        media.require_video(tmp_path / "none.mp4")
+        media.require_video(video_file(tmp_path / "none.mp4"))
+
+
+def test_a_trimmed_clip_has_the_frames_that_it_shows(tmp_path):
+    """Its header still counts the frames that an editor has cut off; its duration does not."""
+    with media.VideoWriter(tmp_path / "clip.mp4", 25) as video:
+        for frame in gray_frames(20):
+            video.write(frame)
+        video.finish()
+    with av.open(str(tmp_path / "clip.mp4")) as clip, av.open(str(tmp_path / "trimmed.mp4"), "w") as trimmed:
+        stream = trimmed.add_stream_from_template(clip.streams.video[0])
+        for packet in clip.demux(video=0):
+            if packet.dts is not None:
+                shift = int(Fraction(15, 25) / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                trimmed.mux(packet)
+    assert cv2.VideoCapture(str(tmp_path / "trimmed.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 20
+    images = [image.image for image in media.read_frames(video_file(tmp_path / "trimmed.mp4"))]
+    assert numbers_of(images) == [15, 16, 17, 18, 19]
+    assert media.frame_count(tmp_path / "trimmed.mp4") == 5
+
+
+@pytest.mark.parametrize("stated", [0.0, -1.0, math.nan, math.inf, 90000.0])
+def test_impossible_numbers_of_a_camera_are_replaced(monkeypatch, stated):
+    class Camera:
+        def get(self, key):
+            return stated
+
+    monkeypatch.setattr(media, "open_video", lambda source: Camera())
+    assert media.frame_rate(0) == 25
+    assert media.frame_count(0) == 0
+    assert media.frame_count("rtsp://x") == (90000 if stated == 90000 else 0)
+
+
+def test_a_camera_gives_its_newest_frame(tmp_path, monkeypatch):
+    """A file plays the camera: 20 frames, one every 20 ms, and a reader who is busy for 100 ms with each."""
+    write_video(tmp_path / "clip.avi", gray_frames(20))
+
+    class Camera:
+        def __init__(self, source):
+            assert source == 3
+            self.video = cv2.VideoCapture(str(tmp_path / "clip.avi"))
+
+        def read(self):
+            time.sleep(0.02)
+            return self.video.read()
+
+    monkeypatch.setattr(media, "open_video", Camera)
+    _, (camera,) = media.find_inputs(3)
+    images = []
+    for image in media.read_newest_frames(camera, lambda: False):
+        images.append(image)
+        time.sleep(0.1)
+    assert [image.stem for image in images] == [f"camera_3_{n:06d}" for n in range(len(images))]
+    numbers = numbers_of([image.image for image in images])
+    assert numbers == sorted(set(numbers)) and len(numbers) < 12
+    assert numbers[0] < 4 and numbers[-1] == 19
+    stopped = itertools.islice(media.read_newest_frames(camera, lambda: True), 3)
+    assert list(stopped) == []
+
+
+def test_a_stream_that_stalls_has_ended(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.avi", gray_frames(1))
+
+    class Stream:
+        def __init__(self, source):
+            self.video = cv2.VideoCapture(str(tmp_path / "clip.avi"))
+
+        def read(self):
+            is_read, frame = self.video.read()
+            if not is_read:
+                time.sleep(1.5)
+            return is_read, frame
+
+    monkeypatch.setattr(media, "open_video", Stream)
+    monkeypatch.setattr(media, "STALL", 0.1)
+    start = time.monotonic()
+    (video,) = media.find_inputs("rtsp://x/y")[1]
+    assert next(media.read_newest_frames(video, lambda: False)).stem == "y_000000"
+    assert time.monotonic() - start < 1.4
+    assert len(list(media.read_newest_frames(video, lambda: False))) == 1
 
 
 @pytest.mark.parametrize(
@@ -118,12 +320,35 @@ def test_videos_of_any_size_and_rate_open_again(tmp_path, size, rate, written_si
         video.finish()
     assert media.frame_count(tmp_path / "out.mp4") == 3
     assert media.frame_rate(tmp_path / "out.mp4") == pytest.approx(rate, rel=1e-3)
-    for image, frame in zip(media.read_frames(tmp_path / "out.mp4"), frames, strict=True):
+    for image, frame in zip(media.read_frames(video_file(tmp_path / "out.mp4")), frames, strict=True):
         assert image.image.shape[:2] == written_size
         seen = image.image[: size[0], : size[1]].astype(int)
         assert np.abs(seen - frame).mean() < 12  # the codec is lossy
         assert image.image[: size[0], size[1] - 1 :].mean() > 180
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_browsers_can_play_the_videos(tmp_path):
+    """They play H.264 with 4:2:0 colors in MP4."""
+    with media.VideoWriter(tmp_path / "out.mp4", 10) as video:
+        for frame in gray_frames(3):
+            video.write(frame)
+        video.finish()
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert "mp4" in container.format.name
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+
+
+def test_without_a_rate_frames_have_the_times_at_which_they_were_written(tmp_path):
+    with media.VideoWriter(tmp_path / "out.mp4", None) as video:
+        for frame, pause in zip(gray_frames(3), (0.1, 0.3, 0), strict=True):
+            video.write(frame)
+            time.sleep(pause)
+        video.finish()
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times[0] == 0 and 0.1 <= times[1] < 0.25 and 0.4 <= times[2] < 0.7
 
 
 def test_a_video_that_cannot_be_written_is_named(tmp_path):

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import signal
+import time
 import warnings
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -300,11 +302,126 @@ def test_a_file_that_is_no_video_leaves_the_output_as_it_was(trained, data, tmp_
 
 
 def test_a_video_that_cannot_be_written_ends_at_its_first_frame(trained, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda video: False)
+    def fail(video, width, height):
+        raise av.error.OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media.VideoWriter, "_open", fail)
     write_video(tmp_path / "clip.avi", [read_image(data / "cables/imgs/0.png")] * 4)
     assert run(trained, tmp_path / "clip.avi", tmp_path / "out", "--batch_size", 1) == 2
-    assert "clip.mp4: OpenCV cannot write a video of 64 x 48 pixels" in capsys.readouterr().err
+    assert "clip.mp4 could not be written (No space left on device)" in capsys.readouterr().err
     assert written_files(tmp_path / "out") == []
+
+
+def test_the_dataset_folder_is_read_as_its_imgs_with_the_rate_shown(trained, data, tmp_path, capsys):
+    assert run(trained, data / "test", tmp_path / "out", "--masks", data / "test") == 0
+    assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert " images/s]" in capsys.readouterr().err.splitlines()[-1]  # of the progress bar
+    assert (tmp_path / "out/measures.csv").exists()
+
+
+def test_a_folder_of_images_and_videos_in_subfolders(trained, data, tmp_path, capsys):
+    frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)]
+    source = tmp_path / "source"
+    for folder, stem, n in (("a", "one", 2), ("b", "one", 3), ("b", "two", 4)):
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        write_video(source / folder / f"{stem}.avi", frames[:n])
+    Image.fromarray(frames[0]).save(source / "b/photo.png")
+    (source / "b/damaged.mov").write_bytes(b"not a video")
+    flags = ("--polygons", "--threshold", 0.01)
+    assert run(trained, source, tmp_path / "out", *flags) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"not predicted: {source}/b/damaged.mov: no frame can be decoded"
+    for stem, n in (("a_one", 2), ("b_one", 3), ("b_two", 4)):
+        assert media.frame_count(tmp_path / f"out/overlays/{stem}.mp4") == n
+        assert len(list((tmp_path / "out/masks").glob(f"{stem}_*.png"))) == n
+    document = json.loads((tmp_path / "out/polygons.json").read_text())
+    names = [image["file_name"] for image in document["images"]]
+    assert names[:2] == ["b/photo.png", "a_one_000000.png"] and len(names) == 1 + 2 + 3 + 4
+    (source / "b/damaged.mov").unlink()
+    assert run(trained, source, tmp_path / "out") == 0
+    assert "replaced 24 files" in capsys.readouterr().out  # 10 masks, 10 overlays, 3 videos, polygons
+
+
+@pytest.fixture
+def camera(data, tmp_path, monkeypatch):
+    """Camera 0 films a clip of 6 frames without end; `camera(n, act)` calls `act` at its n-th frame."""
+    frames = [read_image(data / f"cables/imgs/{number}.png") for number in range(6)]
+    write_video(tmp_path / "clip.avi", frames)
+    open_video, at = media.open_video, {}
+
+    class Camera:
+        def __init__(self):
+            self.video, self.n_read = open_video(tmp_path / "clip.avi"), 0
+
+        def get(self, key):
+            return -1.0
+
+        def read(self):
+            time.sleep(0.01)
+            is_read, frame = self.video.read()
+            if not is_read:
+                self.video = open_video(tmp_path / "clip.avi")
+                is_read, frame = self.video.read()
+            self.n_read += 1
+            if self.n_read in at:
+                return at[self.n_read](frame)
+            return is_read, frame
+
+    monkeypatch.setattr(media, "open_video", lambda source: Camera() if source == 0 else open_video(source))
+    return at.__setitem__
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_camera_like_its_end(trained, tmp_path, capsys, camera, number):
+    def interrupt(frame):
+        os.kill(os.getpid(), number)
+        return True, frame
+
+    handler = signal.getsignal(number)
+    camera(40, interrupt)
+    assert run(trained, 0, tmp_path / "out", "--polygons", "--batch_size", 4) == 0
+    output = capsys.readouterr()
+    assert f"{number.name}: the results are written" in output.err
+    assert signal.getsignal(number) is handler
+    masks = sorted((tmp_path / "out/masks").iterdir())
+    assert [path.name for path in masks] == [f"camera_0_{n:06d}.png" for n in range(len(masks))]
+    assert 0 < len(masks) < 40 and f"{len(masks)} images, " in output.out
+    assert media.frame_count(tmp_path / "out/overlays/camera_0.mp4") == len(masks)
+    assert len(json.loads((tmp_path / "out/polygons.json").read_text())["images"]) == len(masks)
+    written = {
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert written == {*written_files(tmp_path / "out"), "predictions.json"}
+
+
+def test_a_camera_that_is_unplugged_ends_like_a_video(trained, tmp_path, camera):
+    camera(20, lambda frame: (False, None))
+    assert run(trained, 0, tmp_path / "out") == 0
+    assert media.frame_count(tmp_path / "out/overlays/camera_0.mp4") > 0
+
+
+def test_a_second_signal_ends_a_camera_at_once(trained, tmp_path, capsys, camera):
+    def interrupt_twice(frame):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        return True, frame
+
+    camera(30, interrupt_twice)
+    assert run(trained, 0, tmp_path / "out") in (0, 130)  # 0: the first signal has ended it already
+    assert (tmp_path / "out/predictions.json").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("source", "name"), [(7, "camera"), ("rtsp://me:secret@127.0.0.1:9/x", "stream")])
+def test_a_camera_or_stream_that_does_not_open_is_named(trained, tmp_path, capsys, monkeypatch, source, name):
+    monkeypatch.setattr(media, "has_frames", lambda source: False)
+    assert run(trained, source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"no frame of this {name} can be decoded" in error and "secret" not in error
+    assert not (tmp_path / "out").exists()
 
 
 # --- The output folder ------------------------------------------------------------------------
@@ -445,7 +562,7 @@ def test_a_flag_out_of_range_is_refused(trained, data, tmp_path, capsys, flag, v
         ("checkpoint", "checkpoint not found"),
         ("variant", "holds weights of none of vit_b"),
         ("input", "no such file or folder"),
-        ("empty", "no .png, .jpg, .jpeg, .webp, .tif, .tiff or .bmp file in it"),
+        ("empty", "no .png, .jpg, .jpeg, .webp, .tif, .tiff or .bmp file in it, no video, and none in"),
         ("stems", "0.jpg and 0.png would give one mask"),
         ("masks", "no mask for 1 of 3 images"),
     ],
@@ -459,7 +576,8 @@ def test_mistakes_end_with_a_message(trained, data, tmp_path, capsys, fault, mes
     elif fault == "input":
         source = data / "nowhere"
     elif fault == "empty":
-        source = data
+        source = tmp_path / "empty"
+        (source / "folder").mkdir(parents=True)
     elif fault == "stems":
         (source / "0.jpg").write_bytes(b"")
     elif fault == "masks":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_tiny
 
 from sam.variants import VARIANTS
@@ -28,12 +29,7 @@ def test_the_command_of_the_readme_parses():
     args = parse_args(argv.split())
     assert (args.lr, args.epoch_num, args.batch_size, args.alpha) == (1e-4, 500, 16, 0.7)
     assert (args.save_interval, args.test_interval, args.exp_name) == (50, 100, "EXPERIMENT_NAME")
-    assert (args.model_type, args.prompt, args.device, args.virtual_batch_size) == (
-        "vit_b",
-        "none",
-        "auto",
-        1,
-    )
+    assert (args.prompt, args.device, args.virtual_batch_size) == ("none", "auto", 1)
     short = parse_args(["-c", "x.yaml", "-e", "3", "-b", "2", "-s", "5", "-n", "name"])
     assert (short.epoch_num, short.batch_size, short.save_interval, short.exp_name) == (3, 2, 5, "name")
 
@@ -41,7 +37,8 @@ def test_the_command_of_the_readme_parses():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ((), (1e-3, 5e-4, 4, 0.7)),
+        (("--train", "decoder"), (1e-3, 5e-4, 4, 0.7)),
+        (("--model_type", "lite_medsam", "--device", "cpu"), (5e-4, 2.5e-4, 1, 0.5)),
         (("--train", "lora"), (5e-4, 1e-3, 1, 0.5)),
         (("--train", "encoder", "--lr", "2e-3", "-b", "8"), (2e-3, 1e-3, 8, 0.5)),
         (("--train", "encoder", "--encoder_lr", "3e-3", "--alpha", "0.6"), (5e-4, 3e-3, 1, 0.6)),
@@ -50,6 +47,61 @@ def test_the_command_of_the_readme_parses():
 def test_some_defaults_depend_on_what_learns(argv, expected):
     args = parse_args(["-c", "x", *argv])
     assert (args.lr, args.encoder_lr, args.batch_size, args.alpha) == expected
+
+
+CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "argv", "expected", "line"),
+    [
+        (False, "", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (True, "", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
+        (True, "--device cpu", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (False, "--device cuda", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
+        (False, "--model_type lite_medsam", "lite_medsam encoder", f"--train encoder ({CPU})"),
+        (False, "--model_type lite_medsam_512", "lite_medsam_512 encoder", f"--train encoder ({CPU})"),
+        (True, "--model_type lite_medsam", "lite_medsam decoder", f"--train decoder ({CUDA})"),
+        (
+            False,
+            "--model_type vit_l",
+            "vit_l decoder",
+            f"--train decoder ({CPU}; the encoder of vit_l would train slowly)",
+        ),
+        (
+            False,
+            "--embedding_reuse 4",
+            "lite_medsam decoder",
+            f"--model_type lite_medsam --train decoder ({CPU}; --embedding_reuse needs a frozen encoder)",
+        ),
+        (False, "--train lora", "lite_medsam lora", f"--model_type lite_medsam ({CPU})"),
+        (True, "--train encoder", "vit_b encoder", f"--model_type vit_b ({CUDA})"),
+        (False, "--model_type vit_b --train decoder", "vit_b decoder", None),
+    ],
+)
+def test_model_and_training_follow_the_machine_unless_they_are_given(
+    monkeypatch, capsys, has_cuda, argv, expected, line
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    args = parse_args(["-c", "x", *argv.split()])
+    assert f"{args.model_type} {args.train}" == expected
+    assert capsys.readouterr().out == (f"chosen for this run: {line}\n" if line else "")
+    assert args.batch_size == (4 if args.train == "decoder" else 1)  # what depends on it follows
+
+
+def test_a_resumed_run_keeps_its_model_and_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = tmp_path / "exp/mine"
+    folder.mkdir(parents=True)
+    (folder / "args.yaml").write_text("config: x\nmodel_type: lite_medsam\ntrain: encoder\n")
+    args = parse_args(["--exp_name", "mine", "--resume"])
+    assert (args.model_type, args.train) == ("lite_medsam", "encoder") and capsys.readouterr().out == ""
+
+
+def test_only_the_first_process_says_what_was_chosen(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    parse_args(["-c", "x"])
+    assert capsys.readouterr().out == ""
 
 
 def test_help_gives_every_default():
@@ -67,6 +119,8 @@ def test_help_gives_every_default():
             "encoder_lr",
             "batch_size",
             "alpha",
+            "model_type",
+            "train",
             "preview",
             "resume",
             "grad_checkpointing",
