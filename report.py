@@ -31,7 +31,7 @@ MAX_POINTS = 200  # of a curve; more are averaged
 MAX_DOTS = 30  # points of a curve that are marked each
 
 # Curves in blue and orange (Okabe and Ito, 2008), which stay apart with color vision deficiencies.
-CURVE_COLORS = ("#0072b2", "#d55e00")
+CURVES = (("#0072b2", "none"), ("#d55e00", "7 3"))  # color and dashes
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto; padding: 1rem;
@@ -48,8 +48,6 @@ img, svg { width: 100%; height: auto; display: block; }
 pre { overflow-x: auto; background: #f3f3f3; padding: .6rem; font-size: .85rem; }
 table { border-collapse: collapse; }
 td, th { border: 1px solid #ccc; padding: .15rem .6rem; text-align: left; overflow-wrap: anywhere; }
-.flags { columns: 22rem; }
-.flags table { width: 100%; }
 .key { display: inline-block; width: .9em; height: .9em; border: 1px solid #333; vertical-align: -.1em; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
@@ -127,13 +125,12 @@ def render(experiment: Experiment, records: Records, iteration: int, is_done: bo
         flags_table(experiment),
         f"<h2>Next commands</h2><pre>{escape(printable(next_commands(experiment, is_done)))}</pre>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style>"
     )
+    body = "\n".join(sections)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def result_line(records: Records, experiment: Experiment) -> str:
@@ -210,14 +207,13 @@ def chart(title: str, series: dict[str, Points], top: float | None = None, mark:
     if mark is not None:
         parts.append(f'<path d="M{place(mark, 0)[0]} 210V20" stroke="#555" stroke-dasharray="2 3"/>')
     for number, (name, curve) in enumerate(finite.items()):
-        style = (
-            f'stroke="{CURVE_COLORS[number]}" stroke-width="2" stroke-dasharray="{("none", "7 3")[number]}"'
-        )
+        color, dashes = CURVES[number]
+        style = f'stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"'
         places = [place(*point) for point in curve]
         line = " ".join(f"{x},{y}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" {style}/>')
         if len(places) <= MAX_DOTS:
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{CURVE_COLORS[number]}"/>' for x, y in places]
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in places]
         x = 50 + 90 * number
         parts.append(f'<path d="M{x} 10h24" {style}/><text x="{x + 30}" y="14">{escape(name)}</text>')
     svg = f'<svg viewBox="0 0 400 232" font-size="11">{"".join(parts)}</svg>'
@@ -235,10 +231,9 @@ def test_images(last_test: dict[str, Any] | None) -> str:
     """The worst, median and best images of the last test, with found, missed and wrong pixels in color."""
     if last_test is None:
         return '<p class="note">Nothing was tested.</p>'
-    keys = [f'<span class="key" style="background:rgb{color}"></span> {meaning}' for meaning, color in LEGEND]
-    parts = [
-        f'<p class="note">The last test, at iteration {last_test["iteration"]}. {" &nbsp; ".join(keys)}</p>'
-    ]
+    box = '<span class="key" style="background:rgb{}"></span> {}'
+    keys = " &nbsp; ".join(box.format(color, meaning) for meaning, color in LEGEND)
+    parts = [f'<p class="note">The last test, at iteration {last_test["iteration"]}. {keys}</p>']
     for shown in last_test["images"]:
         text = f"{shown['role']}, IoU {shown['iou']:.3f}: {printable(shown['name'])}"
         image, compared = shown["images"]
@@ -298,7 +293,7 @@ def next_commands(experiment: Experiment, is_done: bool) -> str:
     if weights:
         checkpoint = ("--checkpoint", weights[0])
         images = ("--input", shown.config.data_dir / "imgs", "--output", Path("predictions") / folder.name)
-        onnx = ("--format", "onnx", "--output", Path("exports") / f"{folder.name}.onnx")
+        onnx = ("--format", "onnx", "--output", folder / "best.onnx")
         commands += [
             tool_command("predict.py", *checkpoint, *images),
             tool_command("export.py", *checkpoint, *onnx),

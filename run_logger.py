@@ -195,7 +195,7 @@ class RunLogger:
         ranked: list[ShownImage],
         iteration: int,
     ) -> None:
-        """Write the metrics of a test, the stats of its images, and its first images and some by rising IoU."""
+        """Write the metrics of a test, the stats of its images, its first images, and some by rising IoU."""
         if not self.enabled:
             return
         with self._writing():
