@@ -105,7 +105,7 @@ def render_sample(sample: Mapping[str, Any]) -> np.ndarray:
     height, width = (factor * length for length in sample["size"].tolist())
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
     target = cv2.resize(sample["target"][0].numpy(), (side, side), interpolation=cv2.INTER_LINEAR)
-    outlined = outline(darkened(enlarged), target > 127)
+    outlined = outline(darkened(enlarged), target > 127, thickness=2)
     marked = draw_points(outlined, sample["points"].numpy() * factor, sample["labels"].numpy())
     return np.hstack([enlarged[:height, :width], marked[:height, :width]])
 

@@ -22,7 +22,15 @@ from imaging.media import encode_image
 from imaging.metrics import THRESHOLDS
 from imaging.visualize import LEGEND
 from preview import render_sample
-from run_logger import LAST_TEST_FILE, METRICS_FILE, REPORT_FILE, dataset_table, tool_command
+from run_logger import (
+    EMPTY_HINT,
+    EMPTY_IOU,
+    LAST_TEST_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    dataset_table,
+    tool_command,
+)
 from sidecar import Sidecar, sidecar_path
 from train_config import parse_args
 
@@ -38,15 +46,18 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; marg
        max-width: 70rem; }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #bbb; }
-.result { font-size: 1.3rem; font-weight: 600; margin: .5rem 0; }
+.result { overflow-wrap: anywhere; font-size: 1.3rem; font-weight: 600; margin: .5rem 0; }
 .note { color: #555; margin: .3rem 0; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0 0 1rem; break-inside: avoid; }
 figcaption { overflow-wrap: anywhere; margin: .2rem 0; }
 .pair { display: grid; gap: .3rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.wide { gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 img, svg { width: 100%; height: auto; display: block; }
+.wrapped { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f3f3f3; padding: .6rem; font-size: .85rem; }
-table { border-collapse: collapse; }
+.columns { columns: 20rem; }
+table { border-collapse: collapse; width: 100%; }
 td, th { border: 1px solid #ccc; padding: .15rem .6rem; text-align: left; overflow-wrap: anywhere; }
 .key { display: inline-block; width: .9em; height: .9em; border: 1px solid #333; vertical-align: -.1em; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } pre { white-space: pre-wrap; }
@@ -114,6 +125,7 @@ def render(experiment: Experiment, records: Records, iteration: int, is_done: bo
     sections = [
         f"<h1>{name}</h1>",
         f'<p class="result">{escape(result_line(records, experiment))}</p>',
+        empty_hint(records),
         f'<p class="note">The run {state} after {iteration} iterations, {datetime.now():%Y-%m-%d %H:%M}.</p>',
         "<h2>Curves</h2>",
         curves(records),
@@ -123,7 +135,11 @@ def render(experiment: Experiment, records: Records, iteration: int, is_done: bo
         training_samples(experiment),
         "<h2>Flags</h2>",
         flags_table(experiment),
-        f"<h2>Next commands</h2><pre>{escape(printable(next_commands(experiment, is_done)))}</pre>",
+        "<h2>Next commands</h2>",
+        *(
+            f'<p>{purpose}:</p><pre class="wrapped">{escape(printable(command))}</pre>'
+            for purpose, command in next_commands(experiment, is_done).items()
+        ),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -141,9 +157,15 @@ def result_line(records: Records, experiment: Experiment) -> str:
         return "No result: the run has no test set." if not experiment.test_set else "No result yet."
     best, count = records.best, records.last_test["count"] if records.last_test else 0
     return (
-        f"Test IoU {before[0]:.3f} → {best.metrics['iou']:.3f} on {count} images "
-        f"with {weights}, of iteration {best.iteration}"
+        f"Test IoU {before[0]:.3f} → {best.metrics['iou']:.3f} on {count} images, "
+        f"with {weights} of iteration {best.iteration}"
     )
+
+
+def empty_hint(records: Records) -> str:
+    """What helps if even the best predictions are empty."""
+    is_empty = records.best is not None and (records.best.metrics.get("iou") or 0.0) < EMPTY_IOU
+    return f"<p>{escape(EMPTY_HINT)}</p>" if is_empty and records.tests else ""
 
 
 # --- Curves -----------------------------------------------------------------------------------
@@ -254,7 +276,8 @@ def training_samples(experiment: Experiment) -> str:
         return f'<p class="note">Training samples could not be made: {escape(printable(str(error)))}</p>'
     images = [base64.b64encode(encode_image(image, ".jpg")).decode() for image in rendered]
     figures = "".join(image_element(image, "sample and outline of its target") for image in images)
-    return f'<p class="note">Training samples, each beside its target.</p><div class="grid">{figures}</div>'
+    note = '<p class="note">Training samples, each beside its target.</p>'
+    return f'{note}<div class="pair wide">{figures}</div>'
 
 
 # --- Flags and commands -----------------------------------------------------------------------
@@ -281,29 +304,32 @@ def default_flags(experiment: Experiment) -> dict[str, Any]:
 
 def two_columns(names: Iterable[str], flags: dict[str, Any]) -> str:
     cells = (f"<tr><th>--{name}</th><td>{escape(printable(str(flags[name])))}</td></tr>" for name in names)
-    return f"<table>{''.join(cells)}</table>"
+    return f'<div class="columns"><table>{"".join(cells)}</table></div>'
 
 
-def next_commands(experiment: Experiment, is_done: bool) -> str:
-    """The commands to go on with, one in each line."""
+def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
+    """The commands to go on with, by their purpose."""
     config, folder = experiment.config, experiment.folder
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
     weights = [path for name in (BEST_FILE, "last.pth") if (path := experiment.checkpoints / name).exists()]
-    commands = []
+    commands = {}
     if weights:
-        checkpoint = ("--checkpoint", weights[0])
-        images = ("--input", shown.config.data_dir / "imgs", "--output", Path("predictions") / folder.name)
+        checkpoint, data = ("--checkpoint", weights[0]), shown.config.data_dir
+        # predict.py reads only masks that need no `mask_values`
+        masks = () if shown.config.mask_values else ("--masks", data / "masks")
+        output = ("--output", Path("predictions") / folder.name)
         onnx = ("--format", "onnx", "--output", folder / "best.onnx")
-        commands += [
-            tool_command("predict.py", *checkpoint, *images),
-            tool_command("export.py", *checkpoint, *onnx),
-        ]
-    resume: tuple[str, ...] = ("--exp_name", config.exp_name, "--resume")
-    if is_done and config.minutes is None:
-        resume = (*resume, "--epoch_num", str(2 * config.epoch_num))
-    if not is_done or config.minutes is None:
-        commands.append(tool_command("finetune.py", *resume, processes=runtime.local_world_size()))
-    return "\n".join(commands)
+        commands["Predict the test images"] = tool_command(
+            "predict.py", *checkpoint, "--input", data / "imgs", *masks, *output
+        )
+        commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
+    resume, processes = ("--exp_name", config.exp_name, "--resume"), runtime.local_world_size()
+    if not is_done:
+        commands["Continue"] = tool_command("finetune.py", *resume, processes=processes)
+    elif config.minutes is None:
+        more = ("--epoch_num", str(2 * config.epoch_num))
+        commands["Train longer"] = tool_command("finetune.py", *resume, *more, processes=processes)
+    return commands
 
 
 def printable(text: str) -> str:

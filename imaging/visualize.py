@@ -1,10 +1,11 @@
 """Drawing masks, prompts and contact sheets. All images are RGB uint8 (H, W, 3), masks bool (H, W)."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from imaging.centerlines import Cable, Crossing
 from sam.point_labels import BOX_CORNERS, FOREGROUND_POINT
@@ -12,10 +13,10 @@ from sam.point_labels import BOX_CORNERS, FOREGROUND_POINT
 # A prediction against the ground truth. The three stay apart with every color vision deficiency and on the
 # dark gray that `darkened` leaves of any image; a test simulates this.
 FOUND_COLOR = (120, 255, 160)
-MISSED_COLOR = (40, 110, 255)
+MISSED_COLOR = (60, 130, 255)
 WRONG_COLOR = (255, 90, 0)
 LEGEND = (("found", FOUND_COLOR), ("missed", MISSED_COLOR), ("wrong", WRONG_COLOR))
-OUTLINE_COLOR = (0, 220, 0)
+OUTLINE_COLOR = (0, 255, 60)
 PROMPT_COLOR = (255, 255, 0)
 # Of neighboring cables; they stay apart for most people with a color vision deficiency (Okabe and Ito, 2008).
 CABLE_COLORS = (
@@ -32,7 +33,7 @@ CABLE_COLORS = (
 def darkened(image: np.ndarray) -> np.ndarray:
     """A dark gray copy of an image, on which every color can be seen."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return cv2.cvtColor(cv2.convertScaleAbs(gray, alpha=0.55), cv2.COLOR_GRAY2RGB)
+    return cv2.cvtColor(cv2.convertScaleAbs(gray, alpha=0.45), cv2.COLOR_GRAY2RGB)
 
 
 def overlay(image: np.ndarray, prediction: np.ndarray, ground_truth: np.ndarray | None = None) -> np.ndarray:
@@ -54,22 +55,26 @@ def overlay(image: np.ndarray, prediction: np.ndarray, ground_truth: np.ndarray 
     for mask, color in parts if kernel.size > 1 else ():
         drawn[cv2.dilate(mask.view(np.uint8), kernel).view(bool) & outside] = color
     for mask, color in parts:
-        drawn[mask] = (0.3 * shading[mask] + 0.7 * np.array(color)).astype(np.uint8)
+        drawn[mask] = (0.2 * shading[mask] + 0.8 * np.array(color)).astype(np.uint8)
     return drawn
 
 
 def _line_of_text(parts: Sequence[tuple[str, tuple[int, int, int]]], image_side: int) -> np.ndarray:
-    """Texts in their colors on one dark line, RGB uint8 (h, w, 3), for an image with this longer side."""
+    """Texts in their colors on one dark line, RGB uint8 (h, w, 3), for an image with this longer side.
+
+    The font of Pillow has ASCII only: accents are left out, and other letters become question marks.
+    """
     font = ImageFont.load_default(max(10, image_side / 45))
-    ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 3)
+    _, top, _, bottom = font.getbbox("Mg")
     gap = font.getlength("n")
-    shown = [(text.encode(errors="replace").decode(), color) for text, color in parts]
-    width = gap + sum(font.getlength(text) + gap for text, _ in shown)
-    line = Image.new("RGB", (round(width), ascent + descent), (20, 20, 20))
-    x = gap
-    for text, color in shown:
-        ImageDraw.Draw(line).text((x, 0), text, color, font)
-        x += font.getlength(text) + gap
+    line = Image.new("RGB", (round(gap), round(bottom + top / 2)), (20, 20, 20))
+    for text, color in parts:
+        letters = unicodedata.normalize("NFKD", text)
+        plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+        shown = plain.encode("ascii", "replace").decode()
+        start, width = line.width, font.getlength(shown) + gap
+        line = ImageOps.expand(line, (0, 0, round(width), 0), (20, 20, 20))
+        ImageDraw.Draw(line).text((start, 0), shown, color, font)
     return np.asarray(line)
 
 
@@ -122,10 +127,10 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
     return small > 0.25 if image.dtype == bool else np.rint(small).astype(np.uint8)
 
 
-def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the edge of a mask on a copy of an image."""
+def outline(image: np.ndarray, mask: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Draw the edge of a mask on a copy of an image, so many pixels thick."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(image.copy(), contours, -1, OUTLINE_COLOR, 1)
+    return cv2.drawContours(image.copy(), contours, -1, OUTLINE_COLOR, thickness)
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:

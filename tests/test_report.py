@@ -76,7 +76,7 @@ def test_a_run_ends_with_a_report_of_one_file(tiny_weights, config_file, named_l
 
     # the result
     tests = [json.loads(line)["iou"] for line in Path("exp/run/metrics.jsonl").read_text().splitlines()]
-    assert f"Test IoU {tests[0]:.3f} → {max(tests[1:]):.3f} on 12 images with exp/run/ch" in content
+    assert f"Test IoU {tests[0]:.3f} → {max(tests[1:]):.3f} on 12 images, with exp/run/ch" in content
     assert "The run finished after 9 iterations" in content
     assert "report           exp/run/report.html" in output
 
@@ -114,11 +114,13 @@ def test_names_of_files_are_escaped(tiny_weights, config_file, named_like_html):
 
 def test_its_commands_can_be_pasted(tiny_weights, config_file, monkeypatch):
     assert run_tiny(config_file(), tiny_weights, "-e", 2) == 0
-    lines = Page().text("pre")[-1].splitlines()
+    lines = Page().text("pre")[1:]  # after the data
     commands = {Path(words[1]).name: words[2:] for words in map(shlex.split, lines)}
     assert commands.keys() == {"predict.py", "export.py", "finetune.py"}
     best = Path("exp/run/checkpoints/best.pth")
     assert predict.parse_args(commands["predict.py"]).checkpoint == best
+    assert predict.main([*commands["predict.py"], "--device", "cpu"]) == 0
+    assert Path("predictions/run/worst.jpg").exists()
     assert export.parse_args(commands["export.py"]).checkpoint == best
     resumed = finetune.parse_args(commands["finetune.py"])
     assert resumed.resume and (resumed.exp_name, resumed.epoch_num) == ("run", 4)
