@@ -98,7 +98,7 @@ def test_a_run_ends_with_a_report_of_one_file(tiny_weights, config_file, named_l
     names = page.text("th")
     changed = names[: names.index("--max_pixels")]
     assert set(changed) >= {"--config", "--exp_name", "--model_type", "--epoch_num", "--lr", "--seed"}
-    assert not {"--train", "--encoder_lr", "--alpha", "--gamma"} & set(changed)
+    assert not {"--train", "--warmup_steps", "--alpha", "--gamma"} & set(changed)
 
 
 def test_names_of_files_are_escaped(tiny_weights, config_file, named_like_html):
