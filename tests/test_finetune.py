@@ -62,7 +62,7 @@ def check_tensorboard(folder):
 
 
 def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config_file, capsys, data):
-    config = config_file(percentage=8.0)
+    config = config_file(percentage=8.0, w_aug=False)
     code = run_tiny(
         config, tiny_weights, "--epoch_num", 8, "--batch_size", 8, "--lr", 5e-3, "--save_interval", 4,
         "--test_interval", 12, "--log_interval", 6, "--num_workers", 2,
