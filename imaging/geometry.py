@@ -1,12 +1,14 @@
 """Sizes and frames: resizing and padding images and masks for a model."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
+
+if TYPE_CHECKING:  # import_labels.py reads files without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class ModelInput(TypedDict):
     target: uint8 (1, M, M), 255 times the mask averaged over each cell of the grid.
     """
 
-    image: torch.Tensor
-    size: torch.Tensor
-    target: torch.Tensor
+    image: "torch.Tensor"
+    size: "torch.Tensor"
+    target: "torch.Tensor"
 
 
 def fit_size(size: tuple[int, int], longest: float) -> tuple[int, int]:
@@ -91,6 +93,8 @@ def to_model_input(image: np.ndarray, mask: np.ndarray, spec: InputSpec) -> Mode
 
     The two may differ in size but not in proportions. The result shares no memory with them.
     """
+    import torch
+
     mask_size = (mask.shape[0], mask.shape[1])
     size = fit_size(mask_size, spec.img_size)
     mask = resize_mask(mask, fit_size(mask_size, spec.finest_side))

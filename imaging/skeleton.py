@@ -52,7 +52,9 @@ def distance_to_edge(mask: np.ndarray) -> np.ndarray:
     distance is the sum of the sides.
     """
     distance = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.minimum(distance, np.float32(sum(mask.shape)))
+    # OpenCV's last digits vary from call to call; the squares of exact distances are whole numbers.
+    exact = np.sqrt(np.rint(distance.astype(np.float64) ** 2))
+    return np.minimum(exact, sum(mask.shape)).astype(np.float32)
 
 
 def find_branches(mask: np.ndarray, distance: np.ndarray) -> list[Branch]:
