@@ -113,14 +113,16 @@ class TrainSample(ModelInput):
 class TestSample(TrainSample):
     """One test sample, with what the test needs of the image at its own resolution.
 
+    name: that of the image file.
     thumbnail: RGB uint8, at most SHOWN_SIDE pixels a side.
     """
 
+    name: str
     ground_truth: GroundTruth
     thumbnail: np.ndarray
 
 
-SHOWN_SIDE = 320  # longest side in pixels of a test image as TensorBoard shows it
+SHOWN_SIDE = 512  # longest side in pixels of a test image as TensorBoard and the report show it
 RETRY_AFTER = 1.0  # seconds, long enough for a network disk to recover
 Sample = TypeVar("Sample")
 
@@ -310,6 +312,7 @@ class TestSet(Dataset[TestSample]):
             **inputs,
             "points": points,
             "labels": labels,
+            "name": self.dataset.pairs[pair].image_path.name,
             "ground_truth": GroundTruth.from_mask(mask > 0.5),
             "thumbnail": shrink(image, SHOWN_SIDE),
         }

@@ -418,6 +418,7 @@ class EncodedTestSample:
         None.
     points, labels: (1, N, 2) and (1, N), the prompt.
     size: (h, w) of the image in the model's input.
+    name: that of the image file.
     thumbnail: RGB uint8, small enough to show.
     """
 
@@ -426,6 +427,7 @@ class EncodedTestSample:
     points: Tensor
     labels: Tensor
     size: tuple[int, int]
+    name: str
     ground_truth: GroundTruth
     thumbnail: np.ndarray
 
@@ -468,6 +470,7 @@ def _encoded_sample(sample: TestSample, embedding: Tensor | None) -> EncodedTest
         points=sample["points"][None],
         labels=sample["labels"][None],
         size=(height, width),
+        name=sample["name"],
         ground_truth=sample["ground_truth"],
         thumbnail=sample["thumbnail"],
     )

@@ -17,7 +17,7 @@ from imaging.geometry import pad_to_square
 from imaging.metrics import ImageStats, aggregate, compute_stats, robust_threshold
 from imaging.visualize import draw_points, panel, shrink
 from inference import LoadedSam, decode_logits
-from run_logger import RunLogger
+from run_logger import RunLogger, ShownImage
 from sam.decoder import upscale
 from sidecar import median_cable_width
 
@@ -121,23 +121,41 @@ def run_test(
     stats = [image_stats for _, image_stats in sorted(gathered, key=itemgetter(0))]
     metrics = aggregate(stats)
     by_iou = np.argsort([image.scores.iou for image in stats], kind="stable").tolist()
-    first, worst_and_median = range(len(stats))[:PANELS], [by_iou[0], by_iou[len(by_iou) // 2]]
-    mine = [number for number in {*first, *worst_and_median} if number % n_processes == rank]
+    roles = {by_iou[rank]: role for rank, role in choose_ranks(len(stats)).items()}
+    first = range(len(stats))[:PANELS]
+    mine = [number for number in {*first, *roles} if number % n_processes == rank]
     places = [number // n_processes for number in mine]  # in the share of this process
-    drawn = [test_panel(tests[place], results[place].shown) for place in places]
+    drawn = [(tests[place].name, test_panel(tests[place], results[place].shown)) for place in places]
     panels = dict(runtime.gather(list(zip(mine, drawn, strict=True))))
-    logger.test(
-        metrics,
-        stats,
-        [panels[number] for number in first],
-        [panels[number] for number in worst_and_median],
-        iteration,
-    )
+    shown = {
+        number: ShownImage(name, stats[number].scores.iou, roles.get(number, ""), image)
+        for number, (name, image) in panels.items()
+    }
+    ranked = [shown[number] for number in by_iou if number in roles]
+    logger.test(metrics, stats, [shown[number] for number in first], ranked, iteration)
     return {"iteration": iteration, "threshold": robust_threshold(stats)} | metrics
 
 
+WORST, MEDIAN, BEST = 4, 2, 2  # how many images of a test are kept for the report, if it has many
+
+
+def choose_ranks(n: int) -> dict[int, str]:
+    """Which of n images that are sorted by rising IoU are shown, with what each is: worst, median or best.
+
+    The first rank and `n // 2` are always among them.
+    """
+    worst, best = min(WORST, max(1, n // 3)), min(BEST, n // 3)
+    median = min(MEDIAN, n - worst - best)
+    start = n // 2 - median // 2
+    return (
+        dict.fromkeys(range(worst), "worst")
+        | dict.fromkeys(range(start, start + median), "median")
+        | dict.fromkeys(range(n - best, n), "best")
+    )
+
+
 def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
-    """Image | ground truth | prediction of a test sample, small, with its prompt drawn."""
+    """An image with its prompt beside found, missed and wrong pixels of a test sample, small."""
     longest = max(test.thumbnail.shape)
     scale = longest / max(test.size)
     image = draw_points(test.thumbnail, test.points[0].numpy() * scale, test.labels[0].numpy())

@@ -32,6 +32,7 @@ from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec
 from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
+from report import write_report
 from run_logger import (
     Budget,
     RunLogger,
@@ -504,6 +505,7 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
         raise
     finally:
         logger.bar.close()
+        write_report(experiment, state.iteration, run.is_last)
     if run.is_out_of_patience:
         logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]

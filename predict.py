@@ -96,7 +96,7 @@ from imaging.output_folder import (
     OutputFolder,
 )
 from imaging.prompts import Prompt
-from imaging.visualize import PREDICTION_COLOR, draw_cables, overlay, panel, sheet
+from imaging.visualize import caption, draw_cables, label, overlay, panel, sheet
 from sidecar import sidecar_path
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
@@ -320,11 +320,11 @@ def predict_images(
         while batch := list(islice(images, options.batch_size)):
             options.output.announce(name for image in batch for name in options.names(image.stem))
             for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
-                write_prediction(image, logits, options, video)
-                names[image.stem] = image.name
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
+                write_prediction(image, logits, stats.get(image.stem), options, video)
+                names[image.stem] = image.name
                 progress.update()
     if segment.tiles == "auto":
         print(describe_tiles(tile_sizes))
@@ -354,14 +354,18 @@ def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
 
 
 def write_prediction(
-    image: InputImage, logits: np.ndarray, options: Options, video: media.VideoWriter | None
+    image: InputImage,
+    logits: np.ndarray,
+    stats: ImageStats | None,
+    options: Options,
+    video: media.VideoWriter | None,
 ) -> None:
     """Write the mask and the overlay of an image and, if asked for, its probabilities and cables."""
     mask = logits > options.threshold
-    tinted = overlay(image.image, mask, PREDICTION_COLOR)
+    drawn = draw_overlay(image, mask, stats)
     if video is not None:
-        video.write(tinted)
-    arrays = [mask.astype(np.uint8) * 255, tinted]
+        video.write(drawn)
+    arrays = [mask.astype(np.uint8) * 255, drawn]
     if options.probabilities:
         arrays.append(np.rint(65535 * inference.sigmoid(logits)).astype(np.uint16))
     contents = [media.encode_image(array, ".png" if array.ndim == 2 else ".jpg") for array in arrays]
@@ -369,6 +373,13 @@ def write_prediction(
         contents += encode_cables(image, mask, options)
     for name, content in zip(options.names(image.stem), contents, strict=True):
         options.output.write(name, content)
+
+
+def draw_overlay(image: InputImage, mask: np.ndarray, stats: ImageStats | None) -> np.ndarray:
+    """The prediction on its image, with its name and its IoU or, without a true mask, its share of cable."""
+    number = f"IoU {stats.scores.iou:.3f}" if stats else f"{mask.mean():.1%} cable"
+    drawn = overlay(image.image, mask, image.mask)
+    return label(drawn, f"{number}  {image.name}", with_legend=stats is not None)
 
 
 def encode_cables(image: InputImage, mask: np.ndarray, options: Options) -> list[bytes]:
@@ -424,11 +435,13 @@ def write_worst(
     image_paths: Mapping[str, Path],
     mask_paths: Mapping[str, Path],
 ) -> None:
-    """Write `worst.jpg`: image, ground truth and prediction of the images with the lowest IoU."""
+    """Write `worst.jpg`: the images with the lowest IoU, each beside what was found, missed and wrong."""
     panels = []
     for stem in sorted(stats, key=lambda stem: stats[stem].scores.iou)[:N_WORST]:
         prediction = read_mask(output.path / MASKS / f"{stem}.png")
-        panels.append(panel(read_image(image_paths[stem]), read_mask(mask_paths[stem]), prediction))
+        compared = panel(read_image(image_paths[stem]), read_mask(mask_paths[stem]), prediction)
+        text = f"IoU {stats[stem].scores.iou:.3f}  {image_paths[stem].name}"
+        panels.append(caption(compared, text))
     output.write("worst.jpg", media.encode_image(sheet(panels), ".jpg"))
 
 

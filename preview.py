@@ -17,7 +17,7 @@ from imaging.masks import read_mask
 from imaging.media import write_image
 from imaging.metrics import GroundTruth
 from imaging.pairing import Pair
-from imaging.visualize import contact_sheet, draw_points, outline
+from imaging.visualize import contact_sheet, darkened, draw_points, outline
 
 MIN_SHOWN_SIDE = 400  # pixels to which a sample is enlarged at least, as on the contact sheet
 N_SAMPLES = 12  # samples on a contact sheet
@@ -73,7 +73,9 @@ def preview_dataset(
 ) -> None:
     """Write the contact sheet of a dataset and print its statistics; `role` names both."""
     sheet_path = folder / f"{role.replace(' ', '_')}.jpg"
-    write_image(sheet_path, contact_sheet([render_sample(sample) for sample in samples]))
+    write_image(
+        sheet_path, contact_sheet([render_sample(sample) for sample in samples], columns=2, width=800)
+    )
     chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
     stats = measure_masks([index.pairs[number] for number in chosen], spec.mask_grid)
     sizes = sorted({index.infos[pair.image_path].size for pair in index.pairs})
@@ -93,9 +95,9 @@ def with_all_pairs(index: DatasetIndex) -> DatasetIndex:
 
 
 def render_sample(sample: Mapping[str, Any]) -> np.ndarray:
-    """Draw the outline of the target and the prompt on the image of a sample: RGB uint8 (h, w, 3).
+    """Show a sample beside its target and its prompt on dark gray: RGB uint8 (h, 2 w, 3).
 
-    The image is enlarged first: otherwise the outline would cover thin cables.
+    The image is enlarged first: otherwise the outline of the target would cover thin cables.
     """
     image = sample["image"].numpy()
     factor = -(-MIN_SHOWN_SIDE // len(image))
@@ -103,8 +105,9 @@ def render_sample(sample: Mapping[str, Any]) -> np.ndarray:
     height, width = (factor * length for length in sample["size"].tolist())
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
     target = cv2.resize(sample["target"][0].numpy(), (side, side), interpolation=cv2.INTER_LINEAR)
-    outlined = outline(enlarged, target > 127)[:height, :width]
-    return draw_points(outlined, sample["points"].numpy() * factor, sample["labels"].numpy())
+    outlined = outline(darkened(enlarged), target > 127, thickness=2)
+    marked = draw_points(outlined, sample["points"].numpy() * factor, sample["labels"].numpy())
+    return np.hstack([enlarged[:height, :width], marked[:height, :width]])
 
 
 # --- Statistics -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run shows and logs: TensorBoard, metrics.jsonl, console. Silent in every process but the first."""
 
+import base64
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,50 @@ from tqdm import tqdm
 from base.atomic import write_text
 from base.errors import UserError
 from dataset_index import DatasetIndex
-from imaging.metrics import ImageStats
-from imaging.visualize import sheet
+from imaging.media import encode_image
+from imaging.metrics import ImageStats, iou_by_threshold, robust_threshold
+from imaging.visualize import caption, sheet
 from train_config import ARGS_FILE, CONFIG_FILE
 from train_state import Schedule
 
 METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"  # see report.py
+LAST_TEST_FILE = "last_test.json"  # what the report shows of the last test
 # TensorBoard's table of runs (HPARAMS) shows these metrics of the best test, and all flags but these.
 BEST_METRICS = ("iou", "dice", "cldice")
 NOT_IN_HPARAMS = {
     "exp_name", "checkpoint", "device", "num_workers", "cache_mb", "max_pixels", "max_bad_steps",
     "save_interval", "keep_last", "resume_interval", "test_interval", "log_interval",
 }  # fmt: skip
+
+
+# TensorBoard's page CUSTOM SCALARS: what matters first.
+FIRST_CURVES = {
+    "result": {
+        "test IoU": ["Multiline", ["^test/iou$"]],
+        "test clDice": ["Multiline", ["^test/cldice$"]],
+        "training loss": ["Multiline", ["^train/loss$"]],
+    }
+}
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A test image as it is shown.
+
+    name: that of its file.
+    role: "worst", "median" or "best" of its test; empty for others.
+    panel: RGB uint8 (H, 2 W, 3), see `imaging.visualize.panel`.
+    """
+
+    name: str
+    iou: float
+    role: str
+    panel: np.ndarray
+
+    def captioned(self) -> np.ndarray:
+        """The panel below its IoU, role and name."""
+        return caption(self.panel, " ".join([f"IoU {self.iou:.3f}", self.role, self.name]))
 
 
 class EventFile:
@@ -135,8 +169,10 @@ class RunLogger:
         with self._writing():
             text = yaml.safe_dump(flags, sort_keys=False)
             self.events.add(summary.text("flags", f"```\n{text}```"), iteration)
-            shown = {name: value for name, value in flags.items() if name not in NOT_IN_HPARAMS}
+            names = dict.fromkeys(["train", "model_type", *flags])  # the columns, in this order
+            shown = {name: flags[name] for name in names if name in flags.keys() - NOT_IN_HPARAMS}
             best = {f"best/{name}": 0.0 for name in BEST_METRICS}
+            self.events.add(summary.custom_scalars(FIRST_CURVES))
             for part in summary.hparams(shown, best)[:2]:  # the third would say that the run has ended
                 self.events.add(part)
 
@@ -156,20 +192,23 @@ class RunLogger:
         self,
         metrics: dict[str, float],
         stats: list[ImageStats],
-        panels: list[np.ndarray],
-        worst_and_median: list[np.ndarray],
+        first: list[ShownImage],
+        ranked: list[ShownImage],
         iteration: int,
     ) -> None:
-        """Write the metrics of a test, the stats of all its images, and panels (RGB images) of some."""
+        """Write the metrics of a test, the stats of its images, its first images, and some by rising IoU."""
         if not self.enabled:
             return
         with self._writing():
             for name, value in metrics.items():
                 self._scalar(f"test/{name}", value, iteration)
             self._precision_recall(stats, iteration)
-            self._image("test/panel", sheet(panels), iteration)
-            self._image("test/worst_and_median", sheet(worst_and_median), iteration)
+            medians = [image for image in ranked if image.role == "median"]
+            worst_and_median = [ranked[0], *medians[-1:]]
+            for tag, images in (("test/panel", first), ("test/worst_and_median", worst_and_median)):
+                self._image(tag, sheet([image.captioned() for image in images]), iteration)
             self._metrics({"iteration": iteration} | metrics)
+        write_text(self.folder / LAST_TEST_FILE, json.dumps(_last_test(stats, ranked, iteration)))
         self.print(f"iteration {iteration}: test IoU {metrics['iou']:.4f}, Dice {metrics['dice']:.4f}")
 
     def _metrics(self, line: dict[str, float]) -> None:
@@ -225,9 +264,31 @@ class RunLogger:
         self.flush()
 
 
+def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int) -> dict[str, Any]:
+    """What LAST_TEST_FILE holds. `images` are JPEG files in base 64: the image and what was found in it."""
+    return {
+        "iteration": iteration,
+        "count": len(stats),
+        "threshold": robust_threshold(stats),
+        "iou_by_threshold": iou_by_threshold(stats).tolist(),
+        "images": [
+            {
+                "name": shown.name,
+                "iou": shown.iou,
+                "role": shown.role,
+                "images": [
+                    base64.b64encode(encode_image(half, ".jpg")).decode()
+                    for half in np.split(shown.panel, 2, axis=1)
+                ],
+            }
+            for shown in ranked
+        ],
+    }
+
+
 def remove_logs(folder: Path) -> None:
     """Remove the logs in the folder of a run."""
-    for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE]:
+    for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE, folder / LAST_TEST_FILE]:
         path.unlink(missing_ok=True)
 
 
@@ -385,6 +446,7 @@ def result_summary(
             lines.append(EMPTY_HINT)
     if last_weights.exists():
         lines.append(f"last weights     {last_weights}")
+    lines.append(f"report           {folder / REPORT_FILE}")
     lines.append(f"curves           {shell_command('tensorboard', '--logdir', folder)}")
     weights = next((path for path in (best_weights, last_weights) if path.exists()), None)
     if weights:

@@ -229,9 +229,14 @@ def aggregate(stats: Sequence[ImageStats]) -> dict[str, float]:
     summary |= _recall_by_width(
         np.concatenate([image.widths for image in stats]), np.concatenate([image.is_found for image in stats])
     )
-    mean_ious = np.mean([_ious(image.counts, image.pixel_counts) for image in stats], axis=0)
+    mean_ious = iou_by_threshold(stats)
     best = int(np.argmax(mean_ious))
     return summary | {"best_threshold": float(THRESHOLDS[best]), "best_iou": float(mean_ious[best])}
+
+
+def iou_by_threshold(stats: Sequence[ImageStats]) -> np.ndarray:
+    """The mean IoU over the images at each of THRESHOLDS, float (T,)."""
+    return np.mean([_ious(image.counts, image.pixel_counts) for image in stats], axis=0)
 
 
 def _recall_by_width(widths: np.ndarray, is_found: np.ndarray) -> dict[str, float]:

@@ -1,15 +1,22 @@
 """Drawing masks, prompts and contact sheets. All images are RGB uint8 (H, W, 3), masks bool (H, W)."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from imaging.centerlines import Cable, Crossing
 from sam.point_labels import BOX_CORNERS, FOREGROUND_POINT
 
-GROUND_TRUTH_COLOR = (0, 220, 0)
-PREDICTION_COLOR = (255, 0, 200)
+# A prediction against the ground truth. The three stay apart with every color vision deficiency and on the
+# dark gray that `darkened` leaves of any image; a test simulates this.
+FOUND_COLOR = (120, 255, 160)
+MISSED_COLOR = (60, 130, 255)
+WRONG_COLOR = (255, 90, 0)
+LEGEND = (("found", FOUND_COLOR), ("missed", MISSED_COLOR), ("wrong", WRONG_COLOR))
+OUTLINE_COLOR = (0, 255, 60)
 PROMPT_COLOR = (255, 255, 0)
 # Of neighboring cables; they stay apart for most people with a color vision deficiency (Okabe and Ito, 2008).
 CABLE_COLORS = (
@@ -23,11 +30,71 @@ CABLE_COLORS = (
 )
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Tint the masked pixels on a copy of an image."""
-    tinted = image.copy()
-    tinted[mask] = (0.4 * image[mask] + 0.6 * np.array(color)).astype(np.uint8)
-    return tinted
+def darkened(image: np.ndarray) -> np.ndarray:
+    """A dark gray copy of an image, on which every color can be seen."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return cv2.cvtColor(cv2.convertScaleAbs(gray, alpha=0.45), cv2.COLOR_GRAY2RGB)
+
+
+def overlay(image: np.ndarray, prediction: np.ndarray, ground_truth: np.ndarray | None = None) -> np.ndarray:
+    """Draw on a dark gray copy of an image what a prediction found, missed and wrongly took for cable.
+
+    Without a ground truth, all of the prediction counts as found. Every mask is drawn larger by 1/800 of the
+    longer side of the image, so that a thin cable can be seen where the image is shown small.
+    """
+    truth = prediction if ground_truth is None else ground_truth
+    drawn = darkened(image)
+    shading = drawn.copy()
+    kernel = np.ones(2 * [2 * round(max(image.shape[:2]) / 800) + 1], np.uint8)
+    outside = ~(truth | prediction)
+    parts = (
+        (prediction & ~truth, WRONG_COLOR),
+        (truth & ~prediction, MISSED_COLOR),
+        (truth & prediction, FOUND_COLOR),
+    )
+    for mask, color in parts if kernel.size > 1 else ():
+        drawn[cv2.dilate(mask.view(np.uint8), kernel).view(bool) & outside] = color
+    for mask, color in parts:
+        drawn[mask] = (0.2 * shading[mask] + 0.8 * np.array(color)).astype(np.uint8)
+    return drawn
+
+
+def _line_of_text(parts: Sequence[tuple[str, tuple[int, int, int]]], image_side: int) -> np.ndarray:
+    """Texts in their colors on one dark line, RGB uint8 (h, w, 3), for an image with this longer side.
+
+    The font of Pillow has ASCII only: accents are left out, and other letters become question marks.
+    """
+    font = ImageFont.load_default(max(10, image_side / 45))
+    _, top, _, bottom = font.getbbox("Mg")
+    gap = font.getlength("n")
+    line = Image.new("RGB", (round(gap), round(bottom + top / 2)), (20, 20, 20))
+    for text, color in parts:
+        letters = unicodedata.normalize("NFKD", text)
+        plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+        shown = plain.encode("ascii", "replace").decode()
+        start, width = line.width, font.getlength(shown) + gap
+        line = ImageOps.expand(line, (0, 0, round(width), 0), (20, 20, 20))
+        ImageDraw.Draw(line).text((start, 0), shown, color, font)
+    return np.asarray(line)
+
+
+WHITE = (255, 255, 255)
+
+
+def label(image: np.ndarray, text: str, with_legend: bool = False) -> np.ndarray:
+    """Write a line of text on the top left corner of a copy of an image; what does not fit is cut off."""
+    line = _line_of_text([(text, WHITE), *(LEGEND if with_legend else ())], max(image.shape[:2]))
+    height, width = image.shape[:2]
+    labeled = image.copy()
+    labeled[: len(line), : line.shape[1]] = line[:height, :width]
+    return labeled
+
+
+def caption(image: np.ndarray, text: str) -> np.ndarray:
+    """Put a line of text and the legend of the colors above an image; what does not fit is cut off."""
+    line = _line_of_text([(text, WHITE), *LEGEND], max(image.shape[:2]))[:, : image.shape[1]]
+    padding = ((0, 0), (0, image.shape[1] - line.shape[1]), (0, 0))
+    return np.vstack([np.pad(line, padding, constant_values=20), image])
 
 
 def draw_points(image: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -60,10 +127,10 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
     return small > 0.25 if image.dtype == bool else np.rint(small).astype(np.uint8)
 
 
-def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the edge of a mask on a copy of an image."""
+def outline(image: np.ndarray, mask: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Draw the edge of a mask on a copy of an image, so many pixels thick."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(image.copy(), contours, -1, GROUND_TRUTH_COLOR, 1)
+    return cv2.drawContours(image.copy(), contours, -1, OUTLINE_COLOR, thickness)
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int = 4, width: int = 400) -> np.ndarray:
@@ -119,17 +186,11 @@ def _draw_id(image: np.ndarray, cable: Cable, unit: int) -> None:
 
 
 def panel(image: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Show image, ground truth and prediction side by side: RGB uint8 (H, 3 W, 3)."""
-    return np.hstack(
-        [
-            image,
-            overlay(image, ground_truth, GROUND_TRUTH_COLOR),
-            overlay(image, prediction, PREDICTION_COLOR),
-        ]
-    )
+    """Show an image and its `overlay` side by side: RGB uint8 (H, 2 W, 3)."""
+    return np.hstack([image, overlay(image, prediction, ground_truth)])
 
 
-def sheet(panels: Sequence[np.ndarray], width: int = 960) -> np.ndarray:
+def sheet(panels: Sequence[np.ndarray], width: int = 1280) -> np.ndarray:
     """Stack images of any size vertically, each scaled to `width` pixels."""
     rows = []
     for image in panels:

@@ -180,11 +180,11 @@ def test_the_test_set_is_the_same_at_every_use_and_keeps_full_resolution(data):
         dataset.test_loader(again, num_workers=2, rank=0, world_size=1),
         strict=True,
     ):
-        tensors = first.keys() - {"ground_truth", "thumbnail"}
+        tensors = first.keys() - {"name", "ground_truth", "thumbnail"}
         assert all(torch.equal(first[name], second[name]) for name in tensors)
         masks = [sample["ground_truth"].mask for sample in (first, second)]
         assert masks[0].shape == (48, 64) and masks[0].dtype == bool and (masks[0] == masks[1]).all()
-        assert (first["thumbnail"] == second["thumbnail"]).all()
+        assert (first["thumbnail"] == second["thumbnail"]).all() and first["name"] == second["name"]
     assert len(TestSet(dataset_index(data, percentage=4.0), spec=SPEC, prompt="none", seed=0)) == 6
 
 

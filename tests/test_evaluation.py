@@ -12,6 +12,7 @@ from embeddings import encode_test_set
 from imaging.files import read_image
 from imaging.metrics import compute_stats
 from imaging.prompts import NO_PROMPT
+from imaging.visualize import FOUND_COLOR, MISSED_COLOR, WRONG_COLOR
 from inference import predict_logits
 
 
@@ -45,17 +46,35 @@ def test_logits_are_those_of_prediction(experiment, data, encoder_trains):
             np.testing.assert_allclose(ours, official, atol=1e-4)
 
 
-def test_a_panel_shows_image_ground_truth_and_prediction(experiment):
+def test_a_panel_shows_the_image_and_what_was_found_in_it(experiment):
     test = encode_tests(experiment)[0]
-    prediction = np.zeros_like(test.ground_truth.mask)
-    prediction[:10, :10] = True
+    truth = test.ground_truth.mask
+    prediction = np.zeros_like(truth)
+    prediction[:, :10] = True
     height, width = prediction.shape
     shown = evaluation.test_panel(test, prediction)
-    assert shown.shape == (height, 3 * width, 3)
-    image, truth, predicted = np.split(shown, 3, axis=1)
+    assert shown.shape == (height, 2 * width, 3)
+    image, compared = np.split(shown, 2, axis=1)
     assert (image == test.thumbnail).all()
-    assert ((truth != image).any(axis=2) == test.ground_truth.mask).all()
-    assert ((predicted != image).any(axis=2) == prediction).all()
+    is_gray = compared.max(axis=2) == compared.min(axis=2)
+    assert (is_gray == ~(truth | prediction)).all()
+    expected = (
+        (truth & prediction, MISSED_COLOR, FOUND_COLOR),
+        (prediction & ~truth, FOUND_COLOR, WRONG_COLOR),
+    )
+    for mask, other, color in expected:
+        distances = [np.abs(compared[mask].astype(int) - c).sum(axis=1) for c in (other, color)]
+        assert mask.any() and (distances[1] < distances[0]).all()
+
+
+@pytest.mark.parametrize("n", [*range(1, 20), 200])
+def test_the_worst_median_and_best_images_are_kept(n):
+    ranks = evaluation.choose_ranks(n)
+    assert list(ranks) == sorted(ranks) and set(ranks) <= set(range(n))
+    assert ranks[0] == "worst" and n // 2 in ranks and len(ranks) >= min(n, 3)
+    if n >= 3:
+        assert ranks[n // 2] == "median" and ranks[n - 1] == "best"
+    assert n < 12 or list(ranks.values()) == ["worst"] * 4 + ["median"] * 2 + ["best"] * 2
 
 
 def test_the_test_set_is_encoded_in_batches_and_holds_no_more_than_it_needs(experiment, monkeypatch):

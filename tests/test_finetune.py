@@ -52,8 +52,13 @@ def check_tensorboard(folder):
         events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     )
     assert start.session_start_info.hparams["lr"].number_value == 5e-3
+    experiment = HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    )
+    names = [info.name for info in experiment.experiment.hparam_infos]
+    assert names[:2] == ["train", "model_type"] and len(names) == len(set(names)) > 20
     assert set(tags["images"]) == {"test/panel", "test/worst_and_median", "train/panel"}
-    assert set(tags["tensors"]) == {"flags/text_summary", "test/pixels"}
+    assert set(tags["tensors"]) == {"flags/text_summary", "test/pixels", "custom_scalars__config__"}
 
 
 def test_a_miniature_run_learns_and_writes_what_it_promises(tiny_weights, config_file, capsys, data):
@@ -322,7 +327,7 @@ def test_reuse_saves_encoding(tiny_weights, config_file, monkeypatch, capsys, re
     assert abs(sum(image_counts) - encoded) < 2
     assert ("MiB on disk until the end" in capsys.readouterr().out) == (reuse > 1)
     assert {path.name for path in Path("exp/run").iterdir() if "tfevents" not in path.name} == {
-        "args.yaml", "config.yaml", "checkpoints", "resume.pth",
+        "args.yaml", "config.yaml", "checkpoints", "resume.pth", "report.html",
     }  # fmt: skip
 
 

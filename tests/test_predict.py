@@ -96,7 +96,7 @@ def test_a_folder_gives_sam_predictors_masks_and_their_measures(trained, tiny_sa
         written = [(row["picture"], float(row["iou"])) for row in csv.DictReader(file)]
     assert [iou for _, iou in written] == pytest.approx(sorted(ious))
     assert {stem for stem, _ in written} == {path.stem for path in photos.iterdir()}
-    assert read_image(tmp_path / "out/worst.jpg").shape[1] == 960
+    assert read_image(tmp_path / "out/worst.jpg").shape[1] == 1280
 
 
 def test_unreadable_images_are_listed_and_the_rest_predicted(trained, data, tmp_path, capsys):

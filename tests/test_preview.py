@@ -52,6 +52,10 @@ def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, da
     yellow = np.minimum(red, green) - blue > 100
     green = green - np.maximum(red, blue) > 60
     assert green.sum() > 500 and yellow.sum() > 50  # outlines and points
+    for left in (0, 800):  # each image as it is, and beside it the same in dark gray
+        image, outlined = photos[:, left : left + 400], photos[:, left + 400 : left + 800]
+        assert np.median(image) > 1.5 * np.median(outlined)
+        assert green[:, left + 400 : left + 800].any()
     same_name = [
         "--config",
         config,

@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import predict
 import run_logger
 from base.errors import UserError
 from imaging.metrics import GroundTruth, aggregate, compute_stats
-from run_logger import Budget, RunLogger, Throughput, Timer, result_summary, tool_command
+from run_logger import Budget, RunLogger, ShownImage, Throughput, Timer, result_summary, tool_command
 from train_state import Schedule
 
 SCALARS = {"loss": 1.0, "lr": 1e-3, "images_per_s": 2.0, "data_wait": 0.5}
@@ -27,12 +28,13 @@ def log_everything(logger):
     mask = np.zeros((20, 30), bool)
     mask[8:12] = True
     stats = [compute_stats(np.where(mask, 1.0, -1.0).astype(np.float32), GroundTruth.from_mask(mask))]
-    image = np.zeros((20, 30, 3), np.uint8)
+    image = np.zeros((20, 60, 3), np.uint8)
+    shown = ShownImage("a.png", 0.5, "worst", image)
     metrics = aggregate(stats)
     logger.settings({"lr": 1e-3}, {"dataset": {}}, 0)
     logger.print("text")
     logger.training(SCALARS, 1)
-    logger.test(metrics, stats, [image], [image, image], 1)
+    logger.test(metrics, stats, [shown], [shown, replace(shown, role="best")], 1)
     logger.best(metrics, 1)
     logger.training_panels([image], 1)
     logger.bar.update()
@@ -49,7 +51,7 @@ def test_a_disabled_logger_writes_and_prints_nothing(tmp_path, capsys):
     # Of an enabled logger, the same calls do write and print.
     log_everything(RunLogger(folder, iterations=2, done=0, resumed=False, enabled=True))
     names = {path.name.partition(".tfevents")[0] for path in folder.iterdir()}
-    assert names == {"args.yaml", "config.yaml", "metrics.jsonl", "events.out"}
+    assert names == {"args.yaml", "config.yaml", "metrics.jsonl", "last_test.json", "events.out"}
     assert "text" in capsys.readouterr().out
 
 

@@ -1,21 +1,103 @@
 """Drawing: what is changed, and where."""
 
 import numpy as np
+import pytest
+from skimage.color import rgb2lab
 
 from imaging import visualize
 from imaging.centerlines import Cable, Crossing
 from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
 
-def test_panel_tints_only_masked_pixels():
+def test_a_panel_shows_what_is_found_missed_and_wrong_beside_the_image():
     image = np.full((4, 6, 3), 100, np.uint8)
     truth, prediction = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
-    truth[1, 2] = prediction[3, 5] = True
+    truth[1, :2] = prediction[1, 1:3] = True  # missed, found, wrong
     shown = visualize.panel(image, truth, prediction)
-    assert shown.shape == (4, 18, 3)
-    changed = (shown != 100).any(axis=2)
-    assert np.argwhere(changed).tolist() == [[1, 6 + 2], [3, 12 + 5]]
-    assert (image == 100).all()
+    assert shown.shape == (4, 12, 3)
+    assert (shown[:, :6] == image).all() and (image == 100).all()
+    compared = shown[:, 6:].astype(int)
+    for column, color in enumerate((visualize.MISSED_COLOR, visualize.FOUND_COLOR, visualize.WRONG_COLOR)):
+        expected = 0.2 * 45 + 0.8 * np.array(color)
+        np.testing.assert_allclose(compared[1, column], expected, atol=1)
+    assert (compared[~(truth | prediction)] == 45).all()  # darkened
+
+
+def test_a_prediction_alone_is_found():
+    mask = np.zeros((4, 6), bool)
+    mask[2, 3] = True
+    drawn = visualize.overlay(np.full((4, 6, 3), (0, 200, 0), np.uint8), mask)
+    assert np.abs(drawn[2, 3].astype(int) - visualize.FOUND_COLOR).max() < 45
+    assert (drawn[~mask] == drawn[0, 0]).all() and len(set(drawn[0, 0].tolist())) == 1  # green became gray
+
+
+def test_thin_cables_are_drawn_wider_on_large_images_but_nothing_is_overwritten():
+    image = np.zeros((1600, 1600, 3), np.uint8)
+    truth, prediction = np.zeros((1600, 1600), bool), np.zeros((1600, 1600), bool)
+    truth[400], prediction[401], prediction[800] = True, True, True
+    drawn = visualize.overlay(image, prediction, truth)
+    rows = drawn[:, 800].any(axis=1)
+    assert np.flatnonzero(rows).tolist() == [*range(398, 404), *range(798, 803)]
+    blue, orange = drawn[400, 800].astype(int), drawn[401, 800].astype(int)
+    assert blue[2] > blue[0] + 100 and orange[0] > orange[2] + 100
+    small = visualize.overlay(image[:300, :300], prediction[:300, :300], truth[:300, :300])
+    assert not small.any()
+
+
+# Machado, Oliveira and Fernandes (2009): linear RGB as seen without one kind of cones.
+VISION = {
+    "normal": np.eye(3),
+    "without red": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "without green": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "without blue": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def lab_as_seen(color, matrix):
+    """CIE Lab of an sRGB color."""
+    srgb = np.array(color) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(matrix) @ linear, 0, 1)
+    seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    return rgb2lab(seen)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colors_stay_apart_with_every_color_vision_deficiency_and_on_every_image(vision):
+    white = visualize.darkened(np.full((1, 1, 3), 255, np.uint8))[0, 0]
+    colors = [color for _, color in visualize.LEGEND]
+    seen = [lab_as_seen(color, VISION[vision]) for color in (*colors, white, (0, 0, 0))]
+    distances = [np.linalg.norm(seen[i] - seen[j]) for i in range(len(colors)) for j in range(i)]
+    assert min(distances) > 35
+    to_gray = [np.linalg.norm(color - gray) for color in seen[:3] for gray in seen[3:]]
+    assert min(to_gray) > 25
+
+
+def test_names_are_written_on_images_and_above_them():
+    image = np.full((90, 200, 3), 77, np.uint8)
+    labeled = visualize.label(image, "IoU 0.5  \udcff\u65e5.jpg", with_legend=True)
+    assert labeled.shape == image.shape and (image == 77).all()
+    assert (labeled[40:] == 77).all() and (labeled[:10, :60] != 77).all()
+    pixels = labeled[:15].reshape(-1, 3).astype(int)
+    for _, color in [*visualize.LEGEND, ("", (255, 255, 255))]:
+        assert np.abs(pixels - color).sum(axis=1).min() < 60
+    captioned = visualize.caption(image, "x" * 99)
+    assert captioned.shape[1] == 200 and (captioned[-90:] == image).all()
+    assert 10 < len(captioned) - 90 < 25
+    tiny = visualize.label(image[:5, :8], "a long name")
+    assert tiny.shape == (5, 8, 3)
 
 
 def test_prompts_are_drawn_where_they_are():
