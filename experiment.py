@@ -142,7 +142,7 @@ def _stem_hash(pair: Pair) -> float:
 def prepare(config: TrainConfig) -> Experiment:
     """Check every input and build the model. Raises UserError for what the user can mend."""
     folder = config.folder
-    resume_state = load_resume_state(folder) if config.resume else None
+    resume_state = find_resume_state(folder) if config.resume else None
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
@@ -268,11 +268,14 @@ def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeSta
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
-    """The same with a decoder that is compiled for whole batches. (The encoder follows once it can train.)"""
+    """The same model with a decoder that is compiled for whole batches.
+
+    `finetune.start` compiles the encoder, after it has been made trainable.
+    """
     return replace(net, compiled_decode=torch.compile(decode, dynamic=False), compiled_batch_size=batch_size)
 
 
-def load_resume_state(folder: Path) -> ResumeState | None:
+def find_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")

@@ -443,10 +443,11 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
             train(run)
     except Exception as error:
         save_last_state(run, error)
+        write_report(experiment, state.iteration, is_done=False)
         raise
     finally:
         logger.bar.close()
-        write_report(experiment, state.iteration, run.is_last)
+    write_report(experiment, state.iteration, run.is_last)
     if run.is_out_of_patience:
         logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
