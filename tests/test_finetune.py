@@ -209,7 +209,7 @@ def test_frozen_modules_do_not_move_in_memory(tiny_weights, config_file, monkeyp
 
 def test_accumulation_equals_one_big_batch(tiny_weights, config_file, monkeypatch):
     # Plain gradient descent shows gradients as they are; Adam would hide their scale.
-    monkeypatch.setattr(torch.optim, "AdamW", lambda params, weight_decay: torch.optim.SGD(params, lr=1.0))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **_: torch.optim.SGD(params, lr=1.0))
     results = {}
     config = config_file(percentage=7 / 6)  # 7 samples: batches of 4 and 3, or of 2, 2 | 2, 1
     options = ("-e", 2, "--lr", 0.05, "--warmup_steps", 0, "--prompt", "point", "--grad_clip", 1e6)
