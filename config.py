@@ -1,6 +1,7 @@
 """Read the YAML file that describes the data into a validated, frozen config."""
 
 import codecs
+import difflib
 import os
 import reprlib
 import warnings
@@ -42,7 +43,7 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     for folder in candidates:
         if os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
             return folder.resolve()
-    tried = " and ".join(str(folder.absolute()) for folder in candidates)
+    tried = " and ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
     raise ValueError(f"no such folder (tried {tried})")
 
 
@@ -259,7 +260,9 @@ def _describe(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"{key_path}: required key is missing"
     if fault["type"] == "extra_forbidden":
-        return f"{key_path}: unknown key"
+        known = [*DatasetConfig.model_fields, *DataConfig.model_fields, *Config.model_fields]
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        return f"{key_path}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if fault["type"] == "too_short":
         return f"{key_path}: needs at least one dataset"
     is_mapping_missing = fault["type"] == "model_type"

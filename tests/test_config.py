@@ -303,3 +303,9 @@ def test_whatever_the_file_holds_it_fits_or_the_message_names_the_file(tmp_path_
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match=re.escape(str(path))):
         load_config(path)
+
+
+def test_a_misspelled_key_gets_a_suggestion(config_file, data):
+    path = config_file(bg_path=["backgrounds"])
+    with pytest.raises(UserError, match=r"bg_path: unknown key; did you mean bg_paths\?"):
+        load_config(path)
