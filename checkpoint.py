@@ -203,7 +203,7 @@ class ResumeState(TypedDict):
     weights: everything that trains, by name.
     gradients: the sum so far of an unfinished optimizer step, by name; else empty.
     flags, config, files: what the run was started with: flags by name, the data's config as JSON, and
-        `dataset.file_digests`.
+        `dataset_index.file_digests`.
     initial_weights, precision, world_size: hash of the weights file, dtype of mixed precision, and number of
         processes.
 
@@ -392,3 +392,15 @@ def _renaming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be renamed or removed: {error}") from error
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove the checkpoints of epochs except for the last `keep`, each with its sidecar."""
+    numbers = {path: path.stem.removeprefix("epoch_") for path in folder.glob("epoch_*.pth")}
+    ours = [path for path, number in numbers.items() if number.isdigit()]  # not "epoch_0010 copy.pth"
+    for path in sorted(ours, key=lambda path: int(numbers[path]))[:-keep]:
+        try:
+            path.unlink()
+            sidecar_path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error

@@ -202,5 +202,8 @@ def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
         names |= {pair.mask_path: f"masks/{pair.mask_path.stem}" for pair in dataset.pairs}
         folders = {folder: index for index, folder in enumerate(dataset.config.bg_paths)}
         names |= {path: f"bg_paths[{folders[path.parent]}]/{path.name}" for path in dataset.backgrounds}
-        digests |= {f"dataset {number}: {name}": dataset.infos[path].digest for path, name in names.items()}
+        for path, name in names.items():
+            place = f"dataset {number}: {name}"
+            # Photos of several folders may have one stem in the test set of `--val_percentage`.
+            digests[place] = digests.get(place, "") + dataset.infos[path].digest
     return digests

@@ -185,8 +185,8 @@ WIDTH_GRID = 512  # side of the grid that it is measured on, but at most 4 cells
 def training_cable_width(train_set: TrainSet) -> float | None:
     """Median width of the cables in the first samples of the training, in pixels of the model's input.
 
-    The samples are made once more, on a finer grid, because thin cables are no wider than a pixel of the
-    input of 256 px. None if no cable is seen.
+    The samples are made once more, on a finer grid: in an input of 256 px, thin cables are at most one pixel
+    wide. None if no cable is seen.
     """
     spec = train_set.spec
     grid = max(spec.mask_grid, min(4 * spec.img_size, WIDTH_GRID))

@@ -24,6 +24,7 @@ from imaging.pairing import Pair, normalized
 from inference import LoadedSam
 from memory_trial import with_batch_size
 from preview import write_preview
+from run_logger import dataset_table
 from sam.decoder import decode
 from sam.encoder import move_to_device
 from sam.variants import VARIANTS, load_state_dict, pretrained_path, with_finer_input
@@ -141,7 +142,7 @@ def _stem_hash(pair: Pair) -> float:
 def prepare(config: TrainConfig) -> Experiment:
     """Check every input and build the model. Raises UserError for what the user can mend."""
     folder = config.folder
-    resume_state = load_resume_state(folder) if config.resume else None
+    resume_state = find_resume_state(folder) if config.resume else None
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
@@ -183,6 +184,40 @@ def prepare(config: TrainConfig) -> Experiment:
         folder=folder,
         resume_state=resume_state,
     )
+
+
+def summary(experiment: Experiment, is_unmeasured: bool) -> str:
+    """What is about to run, in a few lines.
+
+    is_unmeasured: whether the number of epochs of `--minutes` is not known yet.
+    """
+    config, net, schedule = experiment.config, experiment.net, experiment.schedule
+    train_set, test_set = experiment.train_set, experiment.test_set
+    trainable = sum(p.numel() for p in net.sam.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in net.sam.parameters()) - trainable
+    precision = str(net.low_precision).removeprefix("torch.") if net.low_precision else "float32"
+    length = (
+        f"{schedule.epochs} epochs of {schedule.epoch_length} samples: "
+        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps"
+    )
+    if is_unmeasured:
+        length = f"epochs of {schedule.epoch_length} samples, as many as fit into {config.minutes:g} minutes"
+    lines = [
+        dataset_table(train_set.datasets, test_set.dataset if test_set else None),
+        f"training    {length}",
+        f"model       {config.model_type}, prompt {config.prompt}, --train {config.train}: "
+        f"{trainable / 1e6:.2f} M parameters train, {frozen / 1e6:.2f} M are frozen",
+        f"device      {net.device}, {precision}{', compiled' * bool(net.compiled_decode)}, "
+        f"{config.num_workers} data workers",
+        f"results     {experiment.folder}",
+    ]
+    if train_set.n_cache_slots:
+        size = pool_spec(train_set.n_cache_slots, net).size
+        lines.append(
+            f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
+            f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
+        )
+    return "\n".join(lines)
 
 
 UNMEASURED_EPOCHS = 10**6  # of a run of --minutes, until its speed is known
@@ -233,11 +268,14 @@ def with_test_interval(config: TrainConfig, schedule: Schedule, state: ResumeSta
 
 
 def with_compiled_decoder(net: LoadedSam, batch_size: int) -> LoadedSam:
-    """The same with a decoder that is compiled for whole batches. (The encoder follows once it can train.)"""
+    """The same model with a decoder that is compiled for whole batches.
+
+    `finetune.start` compiles the encoder, after it has been made trainable.
+    """
     return replace(net, compiled_decode=torch.compile(decode, dynamic=False), compiled_batch_size=batch_size)
 
 
-def load_resume_state(folder: Path) -> ResumeState | None:
+def find_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")

@@ -24,13 +24,12 @@ from torch import nn
 
 import checkpoint
 import runtime
-from base.atomic import MIB
 from base.errors import UserError
-from checkpoint import RESUME_FILE, ResumeState
+from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
 from dataset_index import file_digests
-from embeddings import EncodedTestSample, TrainBatch, encode_test_set, pool_spec, training_batches
+from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
 from evaluation import run_test, train_panels, training_cable_width
-from experiment import Experiment, prepare, preview
+from experiment import Experiment, prepare, preview, summary
 from losses import sum_losses
 from report import write_report
 from run_logger import (
@@ -38,7 +37,6 @@ from run_logger import (
     RunLogger,
     Throughput,
     Timer,
-    dataset_table,
     remove_logs,
     result_summary,
     shell_command,
@@ -50,11 +48,10 @@ from sam.trainable import (
     gradients,
     load_gradients,
     load_trained_weights,
-    prepare_training,
     trained_weights,
 )
-from sidecar import Sidecar, sidecar_path, write_sidecar
-from train_state import Schedule, TrainState, build_optimizer, learning_rate
+from sidecar import Sidecar, write_sidecar
+from train_state import Schedule, TrainState, learning_rate, prepare_optimizer
 
 MEMORY_HINT = (
     "a smaller --batch_size (with a larger --virtual_batch_size), --amp bf16, a smaller --model_type, "
@@ -66,10 +63,7 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what it computes with, where it stands, what it shows, and who may stop it.
-
-    cable_width: see `evaluation.training_cable_width`; None in every process but the first.
-    """
+    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
 
     config: TrainConfig
     experiment: Experiment
@@ -78,7 +72,6 @@ class Run:
     stop: runtime.StopRequest
     tests: list[EncodedTestSample]
     budget: Budget
-    cable_width: float | None
 
     @property
     def schedule(self) -> Schedule:
@@ -108,18 +101,8 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
     encoding = experiment.schedule.batches_per_epoch if train_set.n_cache_slots else 0
     budget = Budget(config.minutes, encoding)
     torch.manual_seed(config.seed)
-    groups = prepare_training(
-        net.sam,
-        train=config.train,
-        lr=config.lr,
-        encoder_lr=config.encoder_lr,
-        layer_decay=config.layer_decay,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        grad_checkpointing=config.grad_checkpointing,
-    )
     state = TrainState(
-        build_optimizer(groups, config.weight_decay, net.device),
+        prepare_optimizer(net.sam, config),
         torch.amp.GradScaler(net.device.type, enabled=net.low_precision is torch.float16),
         {name: torch.zeros((), device=net.device) for name in config.loss_weights},
     )
@@ -138,8 +121,9 @@ def start(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest
             num_workers=config.num_workers,
             stop=stop,
         )
-    cable_width = training_cable_width(experiment.train_set) if runtime.is_main() else None
-    return Run(config, experiment, state, logger, stop, tests, budget, cable_width)
+    if runtime.is_main() and state.cable_width is None:
+        state.cable_width = training_cable_width(experiment.train_set)
+    return Run(config, experiment, state, logger, stop, tests, budget)
 
 
 def load_state(
@@ -176,7 +160,7 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
     )
     flags = config.flags()
     logger.settings(flags, json.loads(experiment.data.model_dump_json()), state.iteration)
-    logger.print(summary(config, experiment, is_unmeasured(config, state)))
+    logger.print(summary(experiment, is_unmeasured(config, state)))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
     elif config.resume:
@@ -187,37 +171,6 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
 def is_unmeasured(config: TrainConfig, state: TrainState) -> bool:
     """Whether the run has as many epochs as fit into `--minutes`, and this number is not known yet."""
     return config.minutes is not None and state.epochs is None
-
-
-def summary(config: TrainConfig, experiment: Experiment, unmeasured: bool) -> str:
-    """What is about to run, in a few lines."""
-    net, train_set, test_set = experiment.net, experiment.train_set, experiment.test_set
-    schedule = experiment.schedule
-    trainable = sum(p.numel() for p in net.sam.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in net.sam.parameters()) - trainable
-    precision = str(net.low_precision).removeprefix("torch.") if net.low_precision else "float32"
-    length = (
-        f"{schedule.epochs} epochs of {schedule.epoch_length} samples: "
-        f"{schedule.iterations} iterations, {schedule.steps} optimizer steps"
-    )
-    if unmeasured:
-        length = f"epochs of {schedule.epoch_length} samples, as many as fit into {config.minutes:g} minutes"
-    lines = [
-        dataset_table(train_set.datasets, test_set.dataset if test_set else None),
-        f"training    {length}",
-        f"model       {config.model_type}, prompt {config.prompt}, --train {config.train}: "
-        f"{trainable / 1e6:.2f} M parameters train, {frozen / 1e6:.2f} M are frozen",
-        f"device      {net.device}, {precision}{', compiled' * bool(net.compiled_decode)}, "
-        f"{config.num_workers} data workers",
-        f"results     {experiment.folder}",
-    ]
-    if train_set.n_cache_slots:
-        size = pool_spec(train_set.n_cache_slots, net).size
-        lines.append(
-            f"embeddings  {size / MIB:.0f} MiB on disk until the end; each composite is used in "
-            f"{config.embedding_reuse} epoch(s), each photo without augmentation in all"
-        )
-    return "\n".join(lines)
 
 
 def save_state(run: Run) -> None:
@@ -266,7 +219,7 @@ def describe_checkpoint(run: Run) -> Sidecar:
         prompt=config.prompt,
         iteration=run.state.iteration,
         threshold=metrics.get("threshold", 0.0),
-        cable_width=run.cable_width,
+        cable_width=run.state.cable_width,
         metrics=metrics,
         flags=config.flags(),
         data={
@@ -274,19 +227,6 @@ def describe_checkpoint(run: Run) -> Sidecar:
             "test": test_set.dataset.summary() if test_set else None,
         },
     )
-
-
-def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
-    """Remove the checkpoints of epochs except for the last `keep`."""
-    if keep and runtime.is_main():
-        numbers = {path: path.stem.removeprefix("epoch_") for path in folder.glob("epoch_*.pth")}
-        ours = [path for path, number in numbers.items() if number.isdigit()]  # not "epoch_0010 copy.pth"
-        for path in sorted(ours, key=lambda path: int(numbers[path]))[:-keep]:
-            try:
-                path.unlink()
-                sidecar_path(path).unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"--keep_last: {path} cannot be removed: {error}") from error
 
 
 # --- Training ---------------------------------------------------------------------------------
@@ -426,7 +366,8 @@ def finish_iteration(run: Run) -> None:
     epoch, batch_index = divmod(state.iteration, run.schedule.batches_per_epoch)
     if batch_index == 0 and epoch % config.save_interval == 0:
         save_checkpoint(run, f"epoch_{epoch:04d}.pth")
-        remove_old_checkpoints(experiment.checkpoints, config.keep_last)
+        if config.keep_last and runtime.is_main():
+            remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
         save_checkpoint(run, "last.pth")
     state.is_finished = True
@@ -502,10 +443,11 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
             train(run)
     except Exception as error:
         save_last_state(run, error)
+        write_report(experiment, state.iteration, is_done=False)
         raise
     finally:
         logger.bar.close()
-        write_report(experiment, state.iteration, run.is_last)
+    write_report(experiment, state.iteration, run.is_last)
     if run.is_out_of_patience:
         logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]

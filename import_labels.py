@@ -49,7 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, help="folder of the images (default: the folder of --input)")
     add("--format", choices=FORMATS, help="format of the labels (default: detected)")
     add("--classes", nargs="+", metavar="NAME", help="classes that are cables (default: the only one)")
-    add("--line_width", type=positive, metavar="PIXELS", help="width of polylines, which are else left out")
+    width_help = "width of polylines (default: they are left out)"
+    add("--line_width", type=positive, metavar="PIXELS", help=width_help)
     add("--keep_empty", action="store_true", help="also import images without a label, with empty masks")
     add("--hard_links", action="store_true", help="link images instead of copying them")
     return parser.parse_args(argv)

@@ -11,9 +11,8 @@ from imaging.prompts import PROMPT_TOKENS
 from inference import LoadedSam
 from losses import sum_losses
 from sam.encoder import valid_pixels
-from sam.trainable import prepare_training
 from train_config import AUTO, TrainConfig, default_batch_size
-from train_state import build_optimizer
+from train_state import prepare_optimizer
 
 SPARE = 0.1  # of the memory that is free at the start
 
@@ -73,17 +72,7 @@ def trial_step(config: TrainConfig, net: LoadedSam, spec: InputSpec) -> Callable
     The second backward pass has all that an iteration can meet: gradients of an earlier batch, and the
     moments of the optimizer.
     """
-    groups = prepare_training(
-        net.sam,
-        train=config.train,
-        lr=config.lr,
-        encoder_lr=config.encoder_lr,
-        layer_decay=config.layer_decay,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        grad_checkpointing=config.grad_checkpointing,
-    )
-    optimizer = build_optimizer(groups, config.weight_decay, net.device)
+    optimizer = prepare_optimizer(net.sam, config)
     side, grid, n_tokens = spec.img_size, spec.mask_grid, PROMPT_TOKENS[config.prompt]
 
     def step(batch_size: int) -> None:

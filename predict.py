@@ -49,7 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
     add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
-    add("--max_pixels", type=positive_int, default=MAX_PIXELS, help="larger images are left out")
+    pixels_help = "most pixels an image may have; larger ones are left out"
+    add("--max_pixels", type=positive_int, default=MAX_PIXELS, help=pixels_help)
     add("--rle", action="store_true", help="also write rle.json, a COCO file like that of --polygons")
     area_help = "smaller regions, in pixels, are left out of --polygons and --rle"
     add("--min_area", type=positive_int, default=1, help=area_help)
@@ -274,7 +275,7 @@ def predict_video(
         if 2 * len(names) < expected:
             faults.append(f"not predicted: {shortfall}")
         else:
-            print(f"note: {shortfall}; trimmed clips often state too many", file=sys.stderr)
+            print(f"note: {shortfall}; headers of trimmed clips often state too many", file=sys.stderr)
     return names
 
 

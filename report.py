@@ -292,14 +292,14 @@ def flags_table(experiment: Experiment) -> str:
 
 
 def default_flags(experiment: Experiment) -> dict[str, Any]:
-    """The flags of the same run if nothing but `--config`, `--exp_name` and `--train` had been given.
-
-    `--train` is a default of its own here, because other defaults depend on it.
-    """
+    """The flags of the same run by default. `--train` decides about other defaults, so it counts as given."""
     config = experiment.config
-    given = ["--config=.", f"--exp_name={config.exp_name}", f"--train={config.train}"]
-    defaults = with_test_interval(parse_args(given), experiment.schedule, None)
-    return defaults.flags() | {"train": "decoder", "exp_name": None}
+    given = ["--config=.", f"--exp_name={config.exp_name}", f"--device={config.device}"]
+    by_train = parse_args([*given, f"--train={config.train}"], quiet=True)
+    of_model = (f"--model_type={config.model_type}", f"--embedding_reuse={config.embedding_reuse}")
+    train = parse_args([*given, *of_model], quiet=True).train
+    defaults = with_test_interval(by_train, experiment.schedule, None).flags()
+    return defaults | {"train": train, "device": "auto", "exp_name": None}
 
 
 def two_columns(names: Iterable[str], flags: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
 TRAIN_HELP = (
-    "the mask decoder; also adapters in the encoder; also all of it "
+    "decoder: the mask decoder; lora: also adapters in the encoder; encoder: also the whole encoder "
     "(default: decoder; for lite_medsam without CUDA encoder)"
 )
 # The keys of sam.variants.VARIANTS.
@@ -103,10 +103,10 @@ class TrainConfig:
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
-    max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels of an image; larger ones are refused")
-    test_interval: int = flag(None, positive_int, "iterations (batches) between tests (default: 1/8 of all)")
+    max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels an image may have; larger ones are refused")
+    test_interval: int = flag(None, positive_int, "iterations between tests (default: 1/8 of the run)")
     patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
-    val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, without a test set")
+    val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, if no test set is given")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")
     # saving
     resume: bool = flag(False, bool, RESUME_HELP)
@@ -140,7 +140,7 @@ class TrainConfig:
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
     weight_decay: float = flag(0.01, not_negative, "weight decay of AdamW")
     grad_clip: float = flag(1.0, positive, "largest norm of the gradient")
-    max_bad_steps: int = flag(10, positive_int, "non-finite steps in a row that end the run")
+    max_bad_steps: int = flag(10, positive_int, "end the run after so many non-finite steps in a row")
     # loss
     alpha: float = flag(None, fraction, "focal loss: weight of foreground (default: 0.7; lora, encoder: 0.5)")
     gamma: float = flag(2.0, not_negative, "focal loss: focusing power")

@@ -4,9 +4,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from sam.trainable import ParameterGroup
+from sam.trainable import ParameterGroup, prepare_training
+from train_config import TrainConfig
 
 # --- Schedule ---------------------------------------------------------------------------------
 
@@ -71,6 +73,21 @@ def build_optimizer(
     return torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay, fused=fused)
 
 
+def prepare_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
+    """Make trainable what `--train` says, and return the optimizer of its parameters."""
+    groups = prepare_training(
+        sam,
+        train=config.train,
+        lr=config.lr,
+        encoder_lr=config.encoder_lr,
+        layer_decay=config.layer_decay,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+    return build_optimizer(groups, config.weight_decay, sam.device)
+
+
 # --- State ------------------------------------------------------------------------------------
 
 
@@ -85,6 +102,7 @@ class TrainState:
     last_test, last_metrics: iteration and metrics of the last test after the baseline.
     tests_without_gain: tests since the best one.
     epochs: how many fit into --minutes; None until that is measured, and without --minutes.
+    cable_width: see `evaluation.training_cable_width`; None until it is measured, and if no cable was seen.
     is_finished: whether the tests and checkpoints of the current iteration are done.
     is_consistent: whether it can be saved; false while an iteration changes it. It is not saved itself.
     has_saved: whether a state of the run exists. It is not saved itself.
@@ -104,12 +122,14 @@ class TrainState:
     last_metrics: dict[str, float] | None = None
     tests_without_gain: int = 0
     epochs: int | None = None
+    cable_width: float | None = None
     is_finished: bool = True
     is_consistent: bool = True
     has_saved: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        names = {f.name for f in fields(self)} - {"optimizer", "scaler", "is_consistent", "has_saved"}
+        apart = ("optimizer", "scaler", "is_consistent", "has_saved")
+        names = [f.name for f in fields(self) if f.name not in apart]
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -17,7 +17,6 @@ ACHROMATIC_PROBABILITY = 0.15  # of each of the three
 OWN_COLOR_PROBABILITY = 0.1
 COLOR_LIGHTNESS = (20.0, 88.0)
 COLOR_CHROMA = (18.0, 90.0)
-STRIPE_PROBABILITY = 0.08  # of a second color, as of yellow-green wires
 
 
 @dataclass(frozen=True)

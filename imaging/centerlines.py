@@ -533,9 +533,8 @@ def instance_mask(mask: np.ndarray, cables: Sequence[Cable]) -> np.ndarray:
         reach = 2 + float(cable.widths.max())
         band = np.zeros(mask.shape, np.uint8)
         line = [np.rint(cable.points).astype(np.int32)]
-        cv2.polylines(
-            band, line, cable.closed, 1, min(32767, int(2 * reach))
-        )  # the thickest that OpenCV draws
+        thickness = min(32767, int(2 * reach))  # OpenCV draws no thicker lines
+        cv2.polylines(band, line, cable.closed, 1, thickness)
         near = np.flatnonzero(band[rows, columns])
         fine = _resample(np.column_stack([cable.points, cable.widths]), cable.closed, 1.0)
         distances, index = cKDTree(fine[:, :2]).query(pixels[near], distance_upper_bound=reach)

@@ -56,8 +56,8 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
     background) or per box (`image,x1,y1,x2,y2`). It may be separated by semicolons or tabs, and then have
-    decimal commas. In a COCO file, an annotation gives its visible
-    keypoints, or its box if it has no keypoints. All coordinates are pixels of the image.
+    decimal commas. In a COCO file, an annotation gives its visible keypoints, or its box if it has no
+    keypoints. All coordinates are pixels of the image.
 
     Raises FileError, which says what is wrong with the file and what is expected.
     """
@@ -87,12 +87,7 @@ def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
         raise FileError(f"--prompt {path}: cannot be read ({error})") from error
     except KeyError as error:
         raise FileError(f"--prompt {path}: {error} is missing; {EXPECTED}") from error
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-        csv.Error,
-    ) as error:  # a value of a wrong kind, or no CSV or JSON at all
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:  # a wrong value, or no CSV or JSON
         raise FileError(f"--prompt {path}: {error}; {EXPECTED}") from error
 
 

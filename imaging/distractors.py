@@ -1,4 +1,4 @@
-"""Things that are no cables: drawn or pasted under the cables, or over them. Images are RGB uint8 (H, W, 3).
+"""Objects that are not cables, drawn or pasted below or above the cables. Images are RGB uint8 (H, W, 3).
 
 They teach a model which edges and strips do not belong to cables. Most are parts of other photos, with the
 textures of real things.
@@ -11,7 +11,7 @@ MAX_DISTRACTORS = 5
 
 
 def add_distractors(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Put 1 to 5 things on a copy of an image: parts of another photo, strips, bars, text, keys, grooves.
+    """Put 1 to 5 objects on a copy of an image: parts of another photo, strips, bars, text, keys, grooves.
 
     `other`, of the size of the image, is the photo whose parts are used.
     """
@@ -73,7 +73,7 @@ def _fill(layer: np.ndarray, corners: np.ndarray, color: float | list[int] = 255
     cv2.fillPoly(layer, [np.rint(corners * 8).astype(np.int32)], color, cv2.LINE_AA, shift=3)
 
 
-# --- Drawn things -----------------------------------------------------------------------------
+# --- Drawn objects -----------------------------------------------------------------------------
 
 
 def draw_strip(image: np.ndarray, rng: np.random.Generator) -> None:

@@ -134,7 +134,7 @@ def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> int:
     if height * width > max_pixels:
         raise FileError(
             f"{path}: has {height} x {width} pixels, more than --max_pixels {max_pixels} "
-            "(a flag of finetune.py, a fixed limit in predict.py)"
+            "(a flag of finetune.py and predict.py, a fixed limit elsewhere)"
         )
     return height * width
 

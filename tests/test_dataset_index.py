@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import dataset_index, rng, write_dataset
 from PIL import Image
 
 from base.errors import UserError
+from dataset_index import file_digests
 
 
 def test_all_faults_in_the_data_are_listed(tmp_path):
@@ -40,3 +43,14 @@ def test_of_many_faults_ten_are_shown_and_all_counted(tmp_path):
         dataset_index(tmp_path, backgrounds=False, name="a")
     assert str(error.value).startswith("13 problem(s)")
     assert str(error.value).count("cannot be decoded") == 10 and "... and 3 more" in str(error.value)
+
+
+def test_of_files_with_one_stem_in_two_folders_each_counts(data):
+    """As in a test set of `--val_percentage`, which has pairs of several folders."""
+    cables, others = dataset_index(data), dataset_index(data, name="test")
+    both = replace(cables, pairs=cables.pairs + others.pairs, infos=cables.infos | others.infos)
+    digests = file_digests([both])
+    assert cables.pairs[0].image_path.stem == others.pairs[0].image_path.stem
+    for pair in (cables.pairs[0], others.pairs[0]):
+        changed = {pair.image_path: replace(both.infos[pair.image_path], digest="changed")}
+        assert file_digests([replace(both, infos=both.infos | changed)]) != digests

@@ -12,7 +12,8 @@ CUDA = torch.device("cuda")
 
 
 def auto(*flags):
-    return train_config.parse_args(["--config", "c.yaml", "--batch_size", "auto", *flags])
+    given = ["--config", "c.yaml", "--train", "decoder", "--batch_size", "auto"]
+    return train_config.parse_args([*given, *flags])
 
 
 def resolved(config, device):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_tiny, write_dataset
@@ -15,6 +16,7 @@ import finetune
 import predict
 import report
 from base.errors import UserError
+from train_state import Schedule
 
 REPORT = Path("exp/run/report.html")
 
@@ -162,3 +164,15 @@ def test_long_curves_are_averaged():
     assert report.thinned(points[:3]) == points[:3] and report.thinned([]) == []
     svg = report.chart("<loss>", {"a": [(0.0, float("nan")), (1.0, 2.0)]})
     assert svg.count("<circle") == 1 and "nan" not in svg and "&lt;loss&gt;" in svg
+
+
+@pytest.mark.parametrize(
+    ("flags", "train"),
+    [([], "encoder"), (["--model_type=vit_b"], "decoder"), (["--embedding_reuse=2"], "decoder")],
+)
+def test_defaults_are_those_of_the_machine_and_are_not_announced_again(flags, train, capsys):
+    config = finetune.parse_args(["--config=c.yaml", "--device=cpu", *flags])
+    capsys.readouterr()
+    defaults = report.default_flags(SimpleNamespace(config=config, schedule=Schedule(6, 1, 1, 1)))
+    assert (defaults["model_type"], defaults["train"], config.train) == ("lite_medsam", train, train)
+    assert capsys.readouterr().out == ""

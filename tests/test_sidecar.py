@@ -108,6 +108,16 @@ def test_each_checkpoint_of_a_run_has_one(tiny_weights, config_file, in_tmp_path
         assert (sidecar.data["train"][0]["pairs"], sidecar.data["test"]["pairs"]) == (6, 3)
 
 
+def test_the_width_is_measured_once_in_a_run(tiny_weights, config_file, in_tmp_path, monkeypatch):
+    last = Path("exp/run/checkpoints/last.pth")
+    assert run_tiny(config_file(), tiny_weights, "--epoch_num", 1) == 0
+    width = read_sidecar(last, "tiny").cable_width
+    monkeypatch.setattr(finetune, "training_cable_width", lambda train_set: 99.0)
+    assert run_tiny(config_file(), tiny_weights, "--epoch_num", 2, "--resume") == 0
+    sidecar = read_sidecar(last, "tiny")
+    assert sidecar.iteration == 4 and 3 < width < 9 and sidecar.cable_width == width
+
+
 def test_a_resumed_run_remembers_its_last_test(tiny_weights, config_file, in_tmp_path, at_iteration):
     def stop(batch, net):
         signal.raise_signal(signal.SIGTERM)

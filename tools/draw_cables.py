@@ -213,8 +213,8 @@ def bundle(rng: Rng, size: int, width: float, height: float) -> list[Strand]:
         rise = height + (0 if flat else 0.6 * i / n)
         strand = Strand(points[start:end], radius, rise, look)
         strands.append(strand)
-        for end in (0, -1):
-            strands += random_end(np.random.default_rng(end_seed), strand, end)
+        for side in (0, -1):
+            strands += random_end(np.random.default_rng(end_seed), strand, side)
     bands = [random_band(rng, curve, lanes, radius, height) for _ in range(int(rng.integers(0, 5)))]
     return strands + bands
 
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
             write_image(args.out / "imgs" / name, image)
             write_image(args.out / "masks" / name, np.where(mask, 255, 0).astype(np.uint8))
     except (UserError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.n} images and masks are in {args.out}")
     return 0

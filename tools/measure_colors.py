@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import inference
 from base.errors import UserError
+from base.flag_types import positive_int
 from imaging.appearance import ACHROMATIC, Color
 from imaging.compositing import load_pair, recolor_in_place
 from imaging.metrics import GroundTruth, compute_stats
@@ -52,10 +53,11 @@ def measure(pairs: list[Pair], segment: inference.Segmenter) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure a checkpoint by the color of cables.")
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of any model type")
     parser.add_argument("--data", type=Path, required=True, help="folder with imgs/ and masks/")
-    parser.add_argument("--every", type=int, default=3, help="use every Nth photo")
-    parser.add_argument("--threshold", type=float, default=0.0, help="logit above which a pixel is cable")
+    parser.add_argument("--every", type=positive_int, default=3, help="use every Nth photo (default: 3)")
+    threshold_help = "a pixel is cable if its logit is above it (default: 0)"
+    parser.add_argument("--threshold", type=float, default=0.0, help=threshold_help)
     args = parser.parse_args(argv)
     try:
         pairs, faults = find_pairs(args.data)
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(faults[0])
         measure(pairs[:: args.every], inference.load(args.checkpoint, "cpu", args.threshold))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
