@@ -101,7 +101,9 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"checkpoint not found: {path}; expected a .pth file or a folder of SamModel")
+        run = sorted((path.parent / "checkpoints").glob("*.pth"))
+        hint = f"give {run[0]}" if run else "expected a .pth file or a folder of SamModel"
+        raise UserError(f"checkpoint not found: {path}; {hint}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -125,6 +127,8 @@ def _load(path: Path) -> Any:
     """What `torch.save` wrote to a file; code in it is never run."""
     if not os.path.isfile(path):  # False also for a path that cannot be asked for
         raise UserError(f"checkpoint not found: {path}")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is an ONNX file; give the .pth file that it was exported from")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

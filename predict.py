@@ -102,6 +102,7 @@ from sidecar import sidecar_path
 
 MEMORY_HINT = "a smaller --batch_size and --amp bf16 need less"
 N_WORST = 4  # images in worst.jpg
+MAX_SHARE = 0.5  # of the pixels of an image; cables cover a few percent
 SCORE_NAMES = [field.name for field in fields(Scores)]
 
 
@@ -196,6 +197,8 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
     if args.threshold is not None:
         origin = "--threshold"
     print(f"threshold {segment.threshold:g} ({origin})")
+    if args.prompt and segment.sidecar and segment.sidecar.prompt == "none":
+        print(f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse")
     args.threshold = segment.threshold
     return segment
 
@@ -315,6 +318,7 @@ def predict_images(
     names: dict[str, str] = {}
     stats: dict[str, ImageStats] = {}
     tile_sizes: list[int | None] = []
+    shares: list[float] = []
     with tqdm(
         total=n_images or None, unit=" images", dynamic_ncols=True, bar_format=PROGRESS_FORMAT
     ) as progress:
@@ -325,13 +329,23 @@ def predict_images(
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
                 write_prediction(image, logits, stats.get(image.stem), options, video)
+                shares.append(float((logits > options.threshold).mean()))
                 names[image.stem] = image.name
                 progress.update()
     if segment.tiles == "auto":
         print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
+    print(describe_shares(shares), end="")
     return names, stats
+
+
+def describe_shares(shares: Sequence[float]) -> str:
+    """A line if masks are empty or cover most of their image, as those of a model that has learned little."""
+    empty, full = sum(share == 0 for share in shares), sum(share > MAX_SHARE for share in shares)
+    if not empty and not full:
+        return ""
+    return f"note: {empty} of {len(shares)} masks are empty, and {full} cover more than half of the image\n"
 
 
 def predict_batch(

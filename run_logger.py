@@ -430,6 +430,14 @@ EMPTY_HINT = (
 )
 
 
+# A mask of the whole image has a recall of 1 and the share of cable as its precision.
+FULL_RECALL, FULL_PRECISION = 0.97, 0.2
+FULL_HINT = (
+    "warning: the predictions cover nearly the whole image; train for more epochs (--epoch_num) or with "
+    "--train encoder, and check the data with --preview"
+)
+
+
 def result_summary(
     baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
 ) -> str:
@@ -444,6 +452,8 @@ def result_summary(
         ]
         if best["iou"] < EMPTY_IOU:
             lines.append(EMPTY_HINT)
+        if best.get("recall", 0) > FULL_RECALL and best.get("precision", 1) < FULL_PRECISION:
+            lines.append(FULL_HINT)
     if last_weights.exists():
         lines.append(f"last weights     {last_weights}")
     lines.append(f"report           {folder / REPORT_FILE}")

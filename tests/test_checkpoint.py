@@ -234,3 +234,13 @@ def test_photos_that_were_added_or_removed_are_named_with_the_way_on(
         "  removed: dataset 2: masks/1",
     ]
     assert lines[-1].endswith("another --exp_name and --checkpoint exp/run/checkpoints/last.pth.")
+
+
+def test_the_folder_of_a_run_and_an_onnx_file_name_the_weights_to_give(tmp_path, tiny_weights):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    weights = tiny_weights.rename(tmp_path / "run/checkpoints/best.pth")
+    with pytest.raises(UserError, match=f"give {weights}"):
+        checkpoint.load_weights(tmp_path / "run")
+    (tmp_path / "cables.onnx").write_bytes(b"graph")
+    with pytest.raises(UserError, match=r"cables\.onnx is an ONNX file; give the \.pth file"):
+        checkpoint.load_weights(tmp_path / "cables.onnx")

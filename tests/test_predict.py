@@ -591,3 +591,12 @@ def test_an_output_that_cannot_be_written_ends_with_a_message(trained, data, tmp
     (tmp_path / "out").write_text("a file, not a folder")
     assert run(trained, data / "test/imgs", tmp_path / "out") == 2
     assert f"error: --output {tmp_path / 'out'}: cannot be created" in capsys.readouterr().err
+
+
+def test_masks_that_are_empty_or_full_are_counted(trained, data, tmp_path, capsys):
+    for threshold, line in (
+        (100, "3 of 3 masks are empty, and 0 cover"),
+        (-100, "0 of 3 masks are empty, and 3 cover"),
+    ):
+        assert run(trained, data / "test/imgs", tmp_path / f"{threshold}", "--threshold", threshold) == 0
+        assert line in capsys.readouterr().out

@@ -240,3 +240,16 @@ def test_a_budget_does_not_count_on_the_speed_of_iterations_that_encode_for_late
     # if the first epoch takes too long, what is known after half the time counts
     assert epochs_of(Budget(1, 50), clock, lambda iteration: 4) == (8, (8 + 28 // 4) // 5)
     assert epochs_of(Budget(0.1, 50), clock, lambda iteration: 9) == (1, 1)  # at least the current epoch
+
+
+@pytest.mark.parametrize(
+    ("scores", "warned"),
+    [
+        ({"iou": 0.08, "dice": 0.15, "precision": 0.08, "recall": 1.0}, True),
+        ({"iou": 0.5, "dice": 0.7, "precision": 0.5, "recall": 0.98}, False),
+    ],
+)
+def test_masks_of_the_whole_image_are_warned_of(tmp_path, scores, warned):
+    best = scores | {"iteration": 4}
+    text = run_logger.result_summary({"iou": 0.0, "dice": 0.0}, best, tmp_path, Path("photos"))
+    assert ("cover nearly the whole image" in text) == warned
