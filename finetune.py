@@ -443,7 +443,7 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
             train(run)
     except Exception as error:
         save_last_state(run, error)
-        write_report(experiment, state.iteration, is_done=False)
+        write_report(experiment, state.iteration, is_done=False, with_samples=False)
         raise
     finally:
         logger.bar.close()

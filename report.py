@@ -99,24 +99,27 @@ def read_records(folder: Path) -> Records:
     return Records(tests, last_test, sorted((float(e.step), e.value) for e in losses), best)
 
 
-def write_report(experiment: Experiment, iteration: int, is_done: bool) -> None:
+def write_report(experiment: Experiment, iteration: int, is_done: bool, with_samples: bool = True) -> None:
     """Write REPORT_FILE in the folder of a run; only process 0 does. A failure is a warning.
 
     Args:
         iteration: how many iterations the run has done.
         is_done: whether these are all.
+        with_samples: whether to show training samples. After an error, their files may be out of reach.
     """
     if not runtime.is_main():
         return
     path = experiment.folder / REPORT_FILE
     try:
-        page = render(experiment, read_records(experiment.folder), iteration, is_done)
+        page = render(experiment, read_records(experiment.folder), iteration, is_done, with_samples)
         write_atomically(path, lambda file: file.write(page.encode()))
     except (UserError, OSError, ValueError) as error:
         warnings.warn(f"the report {path} was not written: {error}", stacklevel=2)
 
 
-def render(experiment: Experiment, records: Records, iteration: int, is_done: bool) -> str:
+def render(
+    experiment: Experiment, records: Records, iteration: int, is_done: bool, with_samples: bool = True
+) -> str:
     """The report as HTML."""
     name = escape(experiment.config.exp_name)
     state = "finished" if is_done else "ended early"
@@ -132,7 +135,7 @@ def render(experiment: Experiment, records: Records, iteration: int, is_done: bo
         "<h2>Test images</h2>",
         test_images(records.last_test),
         f"<h2>Data</h2><pre>{escape(printable(table))}</pre>",
-        training_samples(experiment),
+        training_samples(experiment) if with_samples else "",
         "<h2>Flags</h2>",
         flags_table(experiment),
         "<h2>Next commands</h2>",
