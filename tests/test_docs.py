@@ -19,7 +19,7 @@ import import_labels
 import predict
 import runtime
 from imaging.files import read_image
-from tools import bench, draw_cables, measure_crossings, plot_curves, results, soak
+from tools import bench, draw_cables, measure_colors, measure_crossings, plot_curves, results, soak
 from train_config import MAY_CHANGE_ON_RESUME
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,7 @@ SCRIPTS = {
     "tools/plot_curves.py": plot_curves,
     "tools/bench.py": bench,
     "tools/draw_cables.py": draw_cables,
+    "tools/measure_colors.py": measure_colors,
     "tools/measure_crossings.py": measure_crossings,
     "tools/results.py": results,
     "tools/soak.py": soak,
@@ -65,7 +66,13 @@ RUN_ELSEWHERE = {
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
     "python tools/measure_crossings.py": ("tests/test_measure_crossings.py", "tool.main("),
+    "python tools/measure_colors.py --checkpoint exp/all/checkpoints/last.pth --data data/cables_plain "
+    "--every 4": ("tests/test_measure_colors.py", "measure_colors.main("),
     "python tools/draw_cables.py --out data/drawn --n 500": (
+        "tests/test_draw_cables.py",
+        'draw_cables.main(["--out"',
+    ),
+    "python tools/draw_cables.py --out data/drawn --n 300": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',
     ),

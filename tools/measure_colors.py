@@ -51,14 +51,19 @@ def measure(pairs: list[Pair], segment: inference.Segmenter) -> None:
         print("{:<8} {:7.3f} {:10.3f} {:7.3f}".format(name, *np.mean(rows, axis=0)))
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a checkpoint by the color of cables.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights of any model type")
     parser.add_argument("--data", type=Path, required=True, help="folder with imgs/ and masks/")
     parser.add_argument("--every", type=positive_int, default=3, help="use every Nth photo (default: 3)")
     threshold_help = "a pixel is cable if its logit is above it (default: 0)"
     parser.add_argument("--threshold", type=float, default=0.0, help=threshold_help)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 after a message."""
+    args = parse_args(argv)
     try:
         pairs, faults = find_pairs(args.data)
         if faults:
