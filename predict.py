@@ -336,7 +336,7 @@ def predict_images(
         print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
-    print(describe_shares(shares), end="")
+    print(describe_shares(shares), end="", file=sys.stderr)
     return names, stats
 
 
