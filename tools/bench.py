@@ -546,7 +546,9 @@ def finetune_command(settings: Settings, reuse: int, iterations_per_epoch: int) 
     names = ("config", "model_type", "batch_size", "device", "amp", "compile", "num_workers", "train")
     flags: dict[str, Any] = {name: getattr(settings, name) for name in names}
     flags |= {"checkpoint": "weights.pth", "exp_name": "bench", "embedding_reuse": reuse}
-    flags |= {"log_interval": iterations_per_epoch, "epoch_num": 10**6, "test_interval": 10**9}
+    never = 10**9
+    flags |= {"log_interval": iterations_per_epoch, "epoch_num": 10**6}
+    flags |= {"test_interval": never, "save_interval": never}
     command = [sys.executable, str(ROOT / "finetune.py")]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     return command + ["--grad_checkpointing"] * settings.grad_checkpointing
