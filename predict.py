@@ -328,8 +328,7 @@ def predict_images(
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
-                write_prediction(image, logits, stats.get(image.stem), options, video)
-                shares.append(float((logits > options.threshold).mean()))
+                shares.append(write_prediction(image, logits, stats.get(image.stem), options, video))
                 names[image.stem] = image.name
                 progress.update()
     if segment.tiles == "auto":
@@ -374,8 +373,11 @@ def write_prediction(
     stats: ImageStats | None,
     options: Options,
     video: media.VideoWriter | None,
-) -> None:
-    """Write the mask and the overlay of an image and, if asked for, its probabilities and cables."""
+) -> float:
+    """Write the mask and the overlay of an image and, if asked for, its probabilities and cables.
+
+    Returns the share of its pixels that are cable.
+    """
     mask = logits > options.threshold
     drawn = draw_overlay(image, mask, stats)
     if video is not None:
@@ -388,6 +390,7 @@ def write_prediction(
         contents += encode_cables(image, mask, options)
     for name, content in zip(options.names(image.stem), contents, strict=True):
         options.output.write(name, content)
+    return float(mask.mean())
 
 
 def draw_overlay(image: InputImage, mask: np.ndarray, stats: ImageStats | None) -> np.ndarray:

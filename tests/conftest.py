@@ -26,6 +26,7 @@ import checkpoint
 import finetune
 from config import DatasetConfig
 from dataset_index import DatasetIndex, index_datasets
+from imaging import checking
 from imaging.checking import FileInfo
 from imaging.pairing import Pair
 from sam import variants
@@ -179,6 +180,19 @@ def config_file(data):
         return path
 
     return write
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[Pair | Path]:
+    """The items that the check of the files decodes, in order."""
+    items, decode = [], checking._decode
+
+    def note(item):
+        items.append(item)
+        return decode(item)
+
+    monkeypatch.setattr(checking, "_decode", note)
+    return items
 
 
 def dataset_index(data, *, backgrounds=True, name="cables", **changes) -> DatasetIndex:

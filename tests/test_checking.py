@@ -24,19 +24,6 @@ def pairs(tmp_path) -> list[Pair]:
     return pairing.find_pairs(write_dataset(tmp_path / "a", 4))[0]
 
 
-@pytest.fixture
-def decoded(monkeypatch) -> list[Pair | Path]:
-    """The items that are decoded, in order."""
-    items, decode = [], checking._decode
-
-    def note(item):
-        items.append(item)
-        return decode(item)
-
-    monkeypatch.setattr(checking, "_decode", note)
-    return items
-
-
 def test_a_check_records_intact_files_and_names_the_others(tmp_path):
     folder = write_dataset(tmp_path / "a", 4)
     pairs, _ = pairing.find_pairs(folder)

@@ -34,19 +34,6 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """The items that the check decodes."""
-    items, decode = [], checking._decode
-
-    def note(item):
-        items.append(item)
-        return decode(item)
-
-    monkeypatch.setattr(checking, "_decode", note)
-    return items
-
-
 def test_a_second_start_decodes_no_file(config_file, decoded):
     config = load_config(config_file())
     first = experiment.find_data(config, 10**6)
