@@ -29,7 +29,7 @@ from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
 from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
 from evaluation import run_test, train_panels, training_cable_width
-from experiment import Experiment, prepare, preview, summary
+from experiment import Experiment, prepare, preview, summary, warn_of_disk_space
 from losses import sum_losses
 from report import write_report
 from run_logger import (
@@ -343,6 +343,8 @@ def fix_epochs(run: Run, epochs: int) -> None:
     iterations = run.schedule.iterations
     run.logger.bar.total = iterations
     run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
+    if runtime.is_main():
+        warn_of_disk_space(run.experiment, epochs)
 
 
 def finish_iteration(run: Run) -> None:
