@@ -243,6 +243,16 @@ def load_resume_state(path: Path) -> ResumeState:
     return state  # type: ignore[return-value]  # its keys are checked
 
 
+def require_finite(weights: dict[str, Tensor], path: Path, way: str) -> None:
+    """Raise UserError, which names `path` and the first such weight, if weights are NaN or infinite.
+
+    way: what the user can do.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds weights that are NaN or infinite, such as {name}: {way}")
+
+
 def check_same_settings(
     state: ResumeState, *, flags: dict[str, Any], config: str, world_size: int, folder: Path
 ) -> None:
