@@ -287,9 +287,15 @@ def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int
 
 
 def remove_logs(folder: Path) -> None:
-    """Remove the logs in the folder of a run."""
+    """Remove the logs in the folder of a run. Raises UserError if another program keeps one of them."""
     for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE, folder / LAST_TEST_FILE]:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}, a log of the run that died, cannot be removed ({error.strerror}): end the programs "
+                "that have it open, such as TensorBoard, or choose another --exp_name"
+            ) from error
 
 
 def _drop_later_lines(path: Path, iteration: int) -> None:
