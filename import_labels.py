@@ -34,11 +34,12 @@ from imaging.label_files import (
 )
 from imaging.media import write_image
 from imaging.pairing import normalized
-from imaging.visualize import contact_sheet, outline, shrink
+from imaging.visualize import contact_sheet, label, outline, shrink
 
 SHEET = "contact_sheet.jpg"
 N_SHOWN = 24  # images on the contact sheet
 SHOWN_SIDE = 400  # pixels
+NAME_HEIGHT = 16  # pixels below an image, for one line of text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -363,12 +364,14 @@ def copy_image(source: Path, target: Path, *, hard_links: bool) -> None:
 
 
 def write_sheet(path: Path, written: Sequence[tuple[Path, Path]]) -> None:
-    """Write a contact sheet of evenly chosen images with the outlines of their masks."""
+    """Write a contact sheet of evenly chosen images with the outlines of their masks, each above its name."""
     chosen = np.unique(np.linspace(0, len(written) - 1, N_SHOWN).astype(int))
     cells = []
     for image_path, mask_path in (written[index] for index in chosen):
         mask = np.asarray(decode(mask_path).image) > 0
-        cells.append(outline(shrink(to_rgb(decode(image_path)), SHOWN_SIDE), shrink(mask, SHOWN_SIDE)))
+        image = outline(shrink(to_rgb(decode(image_path)), SHOWN_SIDE), shrink(mask, SHOWN_SIDE))
+        name = label(np.zeros((NAME_HEIGHT, SHOWN_SIDE, 3), np.uint8), image_path.name)
+        cells.append(np.vstack([contact_sheet([image], columns=1, width=SHOWN_SIDE), name]))
     write_image(path, contact_sheet(cells, width=SHOWN_SIDE))
 
 
