@@ -47,6 +47,14 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     raise ValueError(f"no such folder (tried {tried})")
 
 
+def _require_dataset(folder: Path) -> Path:
+    """Refuse the imgs/ or masks/ of a dataset in place of the dataset."""
+    parts = [folder.parent / name for name in ("imgs", "masks")]
+    if folder in parts and not (folder / "imgs").is_dir() and all(part.is_dir() for part in parts):
+        raise ValueError(f"expected the folder that holds imgs/ and masks/: write {folder.parent}")
+    return folder
+
+
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     """Return a YAML list as a tuple, and null as an empty tuple."""
     if value is None:
@@ -121,7 +129,7 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    data_dir: Folder
+    data_dir: Annotated[Folder, AfterValidator(_require_dataset)]
     bg_paths: Annotated[
         tuple[Annotated[Folder, WrapValidator(_accept_empty)], ...],
         BeforeValidator(_as_tuple),

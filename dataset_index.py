@@ -10,7 +10,16 @@ import numpy as np
 from base.errors import UserError
 from config import DatasetConfig
 from imaging.checking import FileInfo, check_files
-from imaging.files import MAX_PIXELS, NO_IMAGE_FILE, format_list, image_files, unread_files
+from imaging.files import (
+    MAX_PIXELS,
+    NO_IMAGE_FILE,
+    FileError,
+    format_list,
+    image_files,
+    read_image,
+    unread_files,
+)
+from imaging.masks import read_mask
 from imaging.pairing import Pair, find_pairs
 
 MAX_NAMES = 5  # of files or colors in a note
@@ -118,8 +127,39 @@ def index_datasets(
             dataset.infos.update(infos.get(item, {}))
         faults += _mask_faults(dataset)
     if faults:
+        faults = _swapped_folders(found) or faults
         raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
     return found
+
+
+N_READ = 5  # files of each folder that show whether imgs/ and masks/ are swapped
+
+
+def _swapped_folders(datasets: Iterable[DatasetIndex]) -> list[str]:
+    """A fault for each dataset whose imgs/ holds only masks and whose masks/ holds only photos."""
+    faults = []
+    for folder in dict.fromkeys(dataset.config.data_dir for dataset in datasets):
+        places = (folder / "imgs", folder / "masks")
+        if not all(place.is_dir() for place in places):
+            continue
+        in_imgs, in_masks = ([_is_mask(path) for path in image_files(place)[:N_READ]] for place in places)
+        if in_imgs and all(in_imgs) and in_masks and all(is_mask is False for is_mask in in_masks):
+            faults.append(f"{folder}: imgs/ and masks/ seem to be swapped: masks/ holds photos, imgs/ masks")
+    return faults
+
+
+def _is_mask(path: Path) -> bool | None:
+    """Whether an image file can be read as a mask; None if it cannot be read at all."""
+    try:
+        read_mask(path)
+        return True
+    except FileError:
+        pass
+    try:
+        read_image(path)
+        return False
+    except FileError:
+        return None
 
 
 MAX_FOREGROUND_OF_MASK = 0.95

@@ -189,6 +189,18 @@ def test_numbers_that_yaml_reads_as_strings_are_numbers(folders, text, expected)
     assert config.dataset.train[0].percentage == expected
 
 
+@pytest.mark.parametrize("part", ["imgs", "masks"])
+def test_a_part_of_a_dataset_in_its_place_is_named_with_what_to_write(folders, part):
+    for name in ("imgs", "masks"):
+        (folders / "cables" / name).mkdir()
+    with pytest.raises(UserError) as error:
+        load(folders, f"dataset: {{train: [{{data_dir: cables/{part}}}]}}")
+    expected = "dataset.train[0].data_dir: expected the folder that holds imgs/ and masks/: write "
+    assert f"{expected}{folders / 'cables'} " in str(error.value)
+    (folders / "cables" / part / "imgs").mkdir()  # a dataset whose own name is that
+    load(folders, f"dataset: {{train: [{{data_dir: cables/{part}}}]}}")
+
+
 def test_a_percentage_that_is_meant_in_percent_gives_a_warning(folders):
     text = "dataset: {train: [{data_dir: cables, percentage: 50}]}"
     with pytest.warns(UserWarning, match=r"uses every pair 50 times per epoch; for 50 percent .* write 0\.5"):
