@@ -80,6 +80,7 @@ MAY_CHANGE_ON_RESUME = (
     "log_interval",
 )
 RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
+CONFIG_HELP = "YAML file that describes the data; required, but not with --resume"
 # The flags and the data of a run, in exp/NAME.
 ARGS_FILE, CONFIG_FILE = "args.yaml", "config.yaml"
 
@@ -99,7 +100,7 @@ class TrainConfig:
 
     # fmt: off
     # run
-    config: Path = flag(MISSING, path, "YAML file that describes the data", short="-c")
+    config: Path = flag(MISSING, path, CONFIG_HELP, short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
     seed: int = flag(0, count, "seed of every random choice")
@@ -202,7 +203,7 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
     if parse is bool:
         return {"action": "store_true", "help": text}
     if f.default is MISSING:
-        return {"type": parse, "required": True, "help": text}
+        return {"type": parse, "help": text}  # `parse_args` requires it, unless a resumed run has it
     if f.default is not None:
         text += " (default: %(default)s)"
     values = {"type": parse} if callable(parse) else {"choices": list(parse)}
@@ -219,6 +220,8 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
     argv = sys.argv[1:] if argv is None else argv
     stored = _flags_of_resumed_run(parser, argv)
     flags = vars(parser.parse_args([*stored, *argv]))
+    if flags["config"] is None:
+        parser.error("the following arguments are required: --config/-c")
     if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
         names = ("batch_size", "virtual_batch_size")
         flags |= {name: getattr(parser.parse_args(stored), name) for name in names}

@@ -129,6 +129,19 @@ def test_help_gives_every_default():
     assert "(default: None)" not in text
 
 
+def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    usage = capsys.readouterr().out.split("options:")[0]
+    assert "[--config CONFIG]" in usage
+    (tmp_path / "exp/died").mkdir(parents=True)
+    for argv in ([], ["--resume", "--exp_name", "died"]):
+        with pytest.raises(SystemExit) as code:
+            parse_args(argv)
+        assert code.value.code == 2
+        assert "the following arguments are required: --config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
