@@ -67,8 +67,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     )
     if not is_plain:
         raise UserError(
-            f"{path} is not a plain state_dict (weight names mapped to tensors), and holds none under one of "
-            f"the keys {', '.join(WRAPPERS)}: save model.state_dict() alone with torch.save"
+            f"{path} is not a plain state_dict, and holds none under {', '.join(WRAPPERS)}: "
+            "save model.state_dict() alone with torch.save"
         )
     return _without_prefix(state_dict, path)
 
@@ -133,9 +133,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: it is damaged, or it holds more than weights and could run code when loaded "
-            f"({str(error).splitlines()[0]}). If you trust it, save the weights in it alone: "
-            "torch.save(model.state_dict(), PATH)"
+            f"{path} is refused: it is damaged, or could run code when loaded. If you trust it, save its "
+            "weights alone: torch.save(model.state_dict(), PATH)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error

@@ -1,6 +1,7 @@
 """What a run works with: its data, its model and its folder, all checked before anything is written."""
 
 import hashlib
+import os
 import shutil
 import warnings
 from dataclasses import dataclass, replace
@@ -291,6 +292,8 @@ def find_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"{folder} may not be read or written; change its permissions to resume it")
     weights = max(folder.glob("checkpoints/*.pth"), key=lambda path: path.stat().st_mtime, default=None)
     if not (folder / RESUME_FILE).exists():
         if weights is None:
@@ -325,8 +328,8 @@ def require_iterations_left(state: ResumeState, schedule: Schedule, config: Trai
     done = counters["iteration"]
     if config.patience and counters["is_finished"] and counters["tests_without_gain"] >= config.patience:
         raise UserError(
-            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain; "
-            f"--patience {config.patience} asks for no more: give a larger --patience"
+            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain "
+            f"(--patience {config.patience}): give a larger --patience"
         )
     if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
         asked = f"--minutes {config.minutes:g}" if config.minutes else f"--epoch_num {config.epoch_num}"
@@ -407,8 +410,7 @@ def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedS
         require_free_space(
             config.folder,
             pool + rest,
-            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--save_interval, "
-            "--keep_last), states and logs",
+            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--keep_last)",
         )
 
 

@@ -338,8 +338,8 @@ def draw_mask(
         # A rotation by 90 degrees shows in the sizes, if there are any.
         if file.orientation != 1 and (file.orientation < 5 or one.size is None or size[0] == size[1]):
             raise FileError(
-                f"is stored with the EXIF orientation {file.orientation}, and it is not clear whether its "
-                "labels are; rotate the image in an editor and label it again"
+                f"has the EXIF orientation {file.orientation}, and its labels may not have it; "
+                "rotate it in an editor and label it again"
             )
         if one.left_out and not one.instances:
             raise FileError(f"has only shapes that are no regions: {', '.join(sorted(set(one.left_out)))}")

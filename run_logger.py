@@ -431,8 +431,8 @@ def _shorten(text: str, length: int) -> str:
 
 EMPTY_IOU = 5e-5  # a test IoU that shows as 0.0000
 EMPTY_HINT = (
-    "warning: the predictions are empty or contain no cable (test IoU 0.0000); train for more epochs "
-    "(--epoch_num) or with --train encoder, and check the data with --preview"
+    "warning: the predictions are empty or contain no cable (test IoU 0.0000); train longer (--epoch_num) "
+    "or with --train encoder, and check the data with --preview"
 )
 
 

@@ -18,6 +18,7 @@ from base.flag_types import (
     decay,
     fraction,
     not_negative,
+    number,
     path,
     percentage,
     positive,
@@ -40,6 +41,7 @@ def default_workers() -> int:
     return max(1, min(16, cores // processes - 1))
 
 
+seed_number = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 AUTO = 0  # `batch_size` for "auto", until `experiment.prepare` has found a number
 
 
@@ -103,7 +105,7 @@ class TrainConfig:
     config: Path = flag(MISSING, path, CONFIG_HELP, short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
-    seed: int = flag(0, count, "seed of every random choice")
+    seed: int = flag(0, seed_number, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels an image may have; larger ones are refused")
     test_interval: int = flag(None, positive_int, "iterations between tests (default: 1/8 of the run)")
     patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
@@ -279,10 +281,10 @@ def _flags_of_resumed_run(parser: argparse.ArgumentParser, argv: list[str]) -> l
     if flags.exp_name is None:
         parser.error("--resume needs the --exp_name of the run that it continues")
     folder = Path("exp") / flags.exp_name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         parser.error(f"{folder}: there is no such run to resume (--exp_name, --resume)")
     path = folder / ARGS_FILE
-    if not path.exists():  # the run died early: it starts again with the flags that are given
+    if not os.path.exists(path):  # the run died early: it starts again with the flags that are given
         return []
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))

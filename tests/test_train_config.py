@@ -158,6 +158,7 @@ def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
         ("--save_interval", "0", "at least 1"),
         ("--test_interval", "x", "at least 1"),
         ("--warmup_steps", "-1", "at least 0"),
+        ("--seed", str(2**63), "from 0 to 2^63 - 1"),
         ("--gamma", "-1", "at least 0"),
         ("--grad_clip", "0", "above 0"),
         ("--prompt", "text", "invalid choice"),
