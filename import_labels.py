@@ -7,6 +7,7 @@ are named like their image. Writes `imgs/` (files as they are), `masks/` (0 and 
 """
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -60,6 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, 1 if images were left out because of a fault, 2 for an error, 130."""
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may lack letters of a file name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return 1 if run(args) else 0
     except KeyboardInterrupt:

@@ -110,33 +110,31 @@ class Records:
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def parse(model: type[Parsed], text: bytes, where: str) -> list[Parsed]:
-    """A text of JSON; none, with a warning that names `where`, if it does not fit the model."""
+def parse(model: type[Parsed], text: bytes, where: str) -> Parsed | None:
+    """A text of JSON; None, with a warning that names `where`, if it does not fit the model."""
     try:
-        return [model.model_validate_json(text)]
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         fault = f"{key}: {first['msg']}" if key else first["msg"]
         warnings.warn(f"the report leaves out {where}: {fault}", stacklevel=2)
-        return []
+        return None
 
 
 def read_records(folder: Path, model_type: str) -> Records:
     """What is damaged is left out with a warning. Raises OSError for a file that cannot be read."""
     tests_path, last_path = folder / METRICS_FILE, folder / LAST_TEST_FILE
-    tests: list[TestScores] = []
     lines = tests_path.read_bytes().splitlines() if tests_path.exists() else []
-    for number, line in enumerate(lines, 1):
-        tests += parse(TestScores, line, f"line {number} of {tests_path}")
-    last_tests = parse(LastTest, last_path.read_bytes(), str(last_path)) if last_path.exists() else []
+    parsed = [parse(TestScores, line, f"line {n} of {tests_path}") for n, line in enumerate(lines, 1)]
+    tests = [scores for scores in parsed if scores is not None]
+    last_test = parse(LastTest, last_path.read_bytes(), str(last_path)) if last_path.exists() else None
     best = read_sidecar(folder / "checkpoints" / BEST_FILE, model_type)
     kept = {SCALARS: 0, IMAGES: 1, TENSORS: 1}  # 0: all
     events = EventAccumulator(str(folder), size_guidance=kept).Reload()
     has_losses = "train/loss" in events.Tags()[SCALARS]
     losses = events.Scalars("train/loss") if has_losses else []
     # Events of two files are not in order.
-    last_test = last_tests[0] if last_tests else None
     return Records(tests, last_test, sorted((float(e.step), e.value) for e in losses), best)
 
 

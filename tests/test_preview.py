@@ -1,6 +1,8 @@
 """--preview: the real command on drawn cables, and what it prints about them."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import cv2
@@ -83,6 +85,15 @@ def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, c
     assert "% of their length is thinner than 2 of these pixels" in output
     assert f"{data / 'test/imgs/0.png'} = {data / 'thin/imgs/1.png'}" in output
     assert "test/imgs/1.png" not in output
+
+
+def test_names_that_the_output_cannot_hold_are_written_as_codes(tiny_weights, config_file, data, monkeypatch):
+    (data / "cables").rename(data / "電線")
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, "cp1252"))  # as on Windows
+    assert preview(config_file(data_dir="電線")) == 0
+    sys.stdout.flush()
+    assert rb"\u96fb\u7dda" in bytes_written.getvalue()
 
 
 def test_faults_in_the_data_end_with_a_message(tiny_weights, config_file, data, capsys):
