@@ -144,8 +144,8 @@ class RunLogger:
         if enabled:
             with self._writing():
                 self.events = EventFile(folder, purge_step=done + 1 if resumed else None)
-            if resumed:
-                _drop_later_lines(folder / METRICS_FILE, done)
+                if resumed:
+                    _drop_later_lines(folder / METRICS_FILE, done)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -68,6 +68,10 @@ def test_a_resumed_logger_drops_later_lines_and_a_partial_one(tmp_path):
     path.write_text(lines[0] + "\n" + lines[1][:-4])  # cut off in the last line that counts
     RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True).close()
     assert path.read_text() == lines[0] + "\n"
+    path.unlink()
+    path.mkdir()  # it cannot be read
+    with pytest.raises(UserError, match=re.escape(f"writing to {tmp_path} failed: ") + ".*metrics.jsonl"):
+        RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True)
 
 
 def test_a_log_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
