@@ -62,7 +62,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise ValueError("expected a list")
+        raise ValueError("expected a list" + ": begin its items with a dash" * isinstance(value, dict))
     return tuple(value)
 
 

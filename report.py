@@ -29,6 +29,7 @@ from run_logger import (
     METRICS_FILE,
     REPORT_FILE,
     dataset_table,
+    printable,
     tool_command,
 )
 from sidecar import Sidecar, read_sidecar
@@ -380,8 +381,3 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         more = ("--epoch_num", str(2 * config.epoch_num))
         commands["Train longer"] = tool_command("finetune.py", *resume, *more, processes=processes)
     return commands
-
-
-def printable(text: str) -> str:
-    """The text without what UTF-8 cannot hold, which file names on Linux may contain."""
-    return text.encode(errors="replace").decode()

@@ -273,7 +273,7 @@ def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int
         "iou_by_threshold": iou_by_threshold(stats).tolist(),
         "images": [
             {
-                "name": shown.name,
+                "name": printable(shown.name),
                 "iou": shown.iou,
                 "role": shown.role,
                 "images": [
@@ -284,6 +284,11 @@ def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int
             for shown in ranked
         ],
     }
+
+
+def printable(text: str) -> str:
+    """The text without what UTF-8 cannot hold, which file names on Linux may contain."""
+    return text.encode(errors="replace").decode()
 
 
 def remove_logs(folder: Path) -> None:

@@ -42,6 +42,7 @@ def default_workers() -> int:
 
 
 seed_number = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+rate = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
 AUTO = 0  # `batch_size` for "auto", until `experiment.prepare` has found a number
 
 
@@ -136,8 +137,8 @@ class TrainConfig:
     minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
     batch_size: int = flag(None, size_or_auto, "samples per batch, or auto (default: 4, or 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
-    lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
-    encoder_lr: float = flag(None, positive, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
+    lr: float = flag(None, rate, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
+    encoder_lr: float = flag(None, rate, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
     layer_decay: float = flag(0.9, decay, "--train encoder: each block has this times the next one's rate")
     warmup_steps: int = flag(10, count, "optimizer steps of linear warm-up")
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
@@ -189,7 +190,10 @@ def default_batch_size(train: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Fine-tune SAM to segment cables.")
+    usage = (
+        "%(prog)s --config FILE [--exp_name NAME] [flags]\n       %(prog)s --exp_name NAME --resume [flags]"
+    )
+    parser = argparse.ArgumentParser(usage=usage, description="Fine-tune SAM to segment cables.")
     group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:
@@ -223,7 +227,8 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
     stored = _flags_of_resumed_run(parser, argv)
     flags = vars(parser.parse_args([*stored, *argv]))
     if flags["config"] is None:
-        parser.error("the following arguments are required: --config/-c")
+        run = f"; exp/{flags['exp_name']} holds no {ARGS_FILE}" if flags["resume"] else ""
+        parser.error(f"the following arguments are required: --config/-c{run}")
     if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
         names = ("batch_size", "virtual_batch_size")
         flags |= {name: getattr(parser.parse_args(stored), name) for name in names}

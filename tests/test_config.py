@@ -144,6 +144,7 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: {train: []}", "dataset.train: needs at least one dataset"),
         ("dataset: {train: null}", "dataset.train: needs at least one dataset"),
         ("dataset: {}", "dataset.train: required key is missing"),
+        ("dataset: {train: {data_dir: cables}}", "expected a list: begin its items with a dash (got {"),
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
         ("dataset: {train: [{data_dir: cables, w_aug: true, w_aug: false}]}", "the key 'w_aug' occurs twice"),

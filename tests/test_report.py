@@ -1,6 +1,7 @@
 """The report of a run: what it shows, and that it never costs the run."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -112,6 +113,13 @@ def test_names_of_files_are_escaped(tiny_weights, config_file, named_like_html):
     page = Page()
     assert any('<b>&"0.png' in text for text in page.text("figcaption")) and not page.all("b")
     assert len(page.all("img")) == 2 * 1 + 6
+
+
+def test_a_name_that_is_no_unicode_is_shown(tiny_weights, config_file, data):
+    for kind in ("imgs", "masks"):
+        (data / "test" / kind / "0.png").rename(data / "test" / kind / os.fsdecode(b"caf\xe9.png"))
+    assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
+    assert any("caf?.png" in text for text in Page().text("figcaption"))
 
 
 def test_its_commands_can_be_pasted(tiny_weights, config_file, monkeypatch):

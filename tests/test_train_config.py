@@ -132,14 +132,16 @@ def test_help_gives_every_default():
 def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
-    usage = capsys.readouterr().out.split("options:")[0]
-    assert "[--config CONFIG]" in usage
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(usage) == 2 and "--config FILE" in usage[0] and "--exp_name NAME --resume" in usage[1]
     (tmp_path / "exp/died").mkdir(parents=True)
     for argv in ([], ["--resume", "--exp_name", "died"]):
         with pytest.raises(SystemExit) as code:
             parse_args(argv)
         assert code.value.code == 2
-        assert "the following arguments are required: --config" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "the following arguments are required: --config" in error
+        assert ("exp/died holds no args.yaml" in error) == bool(argv)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,7 @@ def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
         ("--lr", "0", "above 0"),
         ("--lr", "-1e-4", "above 0"),
         ("--lr", "inf", "above 0"),
+        ("--lr", "1e300", "at most 1000"),
         ("--epoch_num", "0", "at least 1"),
         ("--epoch_num", "1.5", "at least 1"),
         ("--batch_size", "-2", "at least 1"),
