@@ -143,24 +143,27 @@ def _swapped_folders(datasets: Iterable[DatasetIndex]) -> list[str]:
         places = (folder / "imgs", folder / "masks")
         if not all(map(os.path.isdir, places)):
             continue
-        in_imgs, in_masks = ([_is_mask(path) for path in image_files(place)[:N_READ]] for place in places)
-        if in_imgs and all(in_imgs) and in_masks and all(is_mask is False for is_mask in in_masks):
+        in_imgs, in_masks = (image_files(place)[:N_READ] for place in places)
+        if in_imgs and in_masks and all(map(_is_mask, in_imgs)) and all(map(_is_photo, in_masks)):
             faults.append(f"{folder}: imgs/ and masks/ seem to be swapped: masks/ holds photos, imgs/ masks")
     return faults
 
 
-def _is_mask(path: Path) -> bool | None:
-    """Whether an image file can be read as a mask; None if it cannot be read at all."""
+def _is_mask(path: Path) -> bool:
     try:
         read_mask(path)
-        return True
     except FileError:
-        pass
-    try:
-        read_image(path)
         return False
+    return True
+
+
+def _is_photo(path: Path) -> bool:
+    """Whether an image file has more colors than a gray mask can have."""
+    try:
+        colors = read_image(path).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     except FileError:
-        return None
+        return False
+    return len(np.unique(colors)) > 256
 
 
 MAX_FOREGROUND_OF_MASK = 0.95
