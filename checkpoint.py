@@ -229,16 +229,20 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_resume_state(path: Path) -> ResumeState:
-    """Read what `save_resume_state` wrote. Raises UserError as `load_weights` does."""
-    state = _load(path)
+def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
+    """Read what `save_resume_state` wrote. Raises UserError, which names `path` and says the `way` on."""
+    try:
+        state = _load(path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read, and may be damaged: {way}") from error
     types = get_type_hints(ResumeState)
     if not (
         isinstance(state, dict)
         and state.keys() == types.keys()
         and all(isinstance(state[key], get_origin(kind) or kind) for key, kind in types.items())
+        and all(isinstance(weight, Tensor) for weight in state["weights"].values())
     ):
-        raise UserError(f"{path} is not a state that this version saved; start the run again")
+        raise UserError(f"{path} is not a state that this version saved: {way}")
     return state  # type: ignore[return-value]  # its keys are checked
 
 

@@ -302,11 +302,11 @@ def find_resume_state(folder: Path) -> ResumeState | None:
             f"{folder / RESUME_FILE} is missing, and no run continues without it; start a new run with "
             f"another --exp_name and --checkpoint {weights}"
         )
-    state = checkpoint.load_resume_state(folder / RESUME_FILE)
     best = folder / "checkpoints" / checkpoint.BEST_FILE
     weights_left = f" and --checkpoint {best}" if best.exists() else ""
-    way = f"start a new run with another --exp_name{weights_left}; a lower --lr may help"
-    checkpoint.require_finite(state["weights"], folder / RESUME_FILE, way)
+    way = f"start the run again with another --exp_name{weights_left}"
+    state = checkpoint.load_resume_state(folder / RESUME_FILE, way)
+    checkpoint.require_finite(state["weights"], folder / RESUME_FILE, f"{way}; a lower --lr may help")
     return state
 
 

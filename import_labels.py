@@ -188,7 +188,7 @@ def _describe_json(document: Any) -> tuple[str | None, str]:
             return "coco", ""
         if {"shapes", "imagePath"} <= document.keys():
             return "labelme", ""
-        return None, f"JSON with the keys {', '.join(sorted(document)[:8])}"
+        return None, f"JSON with the keys {', '.join(sorted(document)[:8]) or '(none)'}"
     if isinstance(document, list) and document and isinstance(document[0], dict):
         if {"data", "annotations"} <= document[0].keys():
             return "labelstudio", ""

@@ -168,7 +168,7 @@ def test_checkpoints_that_the_user_copied_are_left_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == copies | {"best.pth", "epoch_0002.pth"}
 
 
-def test_a_state_with_weights_that_are_not_finite_is_refused(config, tiny_weights, capsys):
+def test_a_state_that_is_damaged_or_has_weights_that_are_not_finite_is_refused(config, tiny_weights, capsys):
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
     path = Path("exp/run/resume.pth")
     state, name = torch.load(path, weights_only=True), "mask_decoder.iou_token.weight"
@@ -179,6 +179,13 @@ def test_a_state_with_weights_that_are_not_finite_is_refused(config, tiny_weight
         error = capsys.readouterr().err
         assert f"error: {path} holds weights that are NaN or infinite, such as {name}: " in error
         assert "another --exp_name and --checkpoint exp/run/checkpoints/best.pth" in error
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 2
+    error = capsys.readouterr().err
+    assert (
+        f"error: {path} cannot be read, and may be damaged: start the run again with another --exp_name and "
+        in error
+    )
     weights = checkpoint.load_weights(tiny_weights) | {name: state["weights"][name]}
     checkpoint.save_weights(weights, tiny_weights)
     assert run_tiny(config, tiny_weights, *FLAGS, "-n", "other") == 2
