@@ -57,6 +57,7 @@ def test_its_table_and_figures_follow_from_the_commands(folder, monkeypatch, cap
     (dataset,) = yaml.safe_load(Path(training[2]).read_text())["dataset"]["train"]
     assert dataset["w_aug"] and dataset["bg_paths"] == [str(folder / "data/backgrounds")]
     predictions = [command for command in commands if command[0] == "predict.py"]
+    assert all(command[command.index("--tiles") + 1] == "off" for command in predictions)
     assert len(predictions) == 6 and sum("--prompt" in command for command in predictions) == 3
     box = Path(predictions[-1][-1]).read_text().splitlines()
     assert box[0] == "image,x1,y1,x2,y2" and len(box) == 5

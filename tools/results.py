@@ -159,7 +159,7 @@ def evaluate(row: Row, seed: int, data: Path, name: str) -> Scores:
         if row.trained:
             checkpoint = run_folder(row, seed) / "checkpoints/last.pth"
         images = link_evenly(data / name, TEST_SETS[name])
-        flags = ["--checkpoint", checkpoint, "--output", output]
+        flags = ["--checkpoint", checkpoint, "--output", output, "--tiles", "off"]
         flags += ["--input", images / "imgs", "--masks", images / "masks"]
         if row.prompt != "none":
             flags += ["--prompt", write_prompts(images, row.prompt)]
