@@ -67,7 +67,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     )
     if not is_plain:
         raise UserError(
-            f"{path} is not a plain state_dict, and holds none under {', '.join(WRAPPERS)}: "
+            f"{path} is not a plain state_dict and holds none under {', '.join(WRAPPERS)}: "
             "save model.state_dict() alone with torch.save"
         )
     return _without_prefix(state_dict, path)
