@@ -74,6 +74,5 @@ def test_a_map_colors_what_is_found_missed_and_wrong(tmp_path):
 
 
 def test_a_folder_that_is_missing_is_named(folder, capsys):
-    with pytest.raises(SystemExit):
-        results.parse_args(["--data", "nowhere"])
+    assert results.main(["--data", "nowhere", "--out", "bars"]) == 2
     assert "--data: nowhere/cables_plain: no such folder" in capsys.readouterr().err

@@ -90,9 +90,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="; ".join(names))
     add("--seeds", type=int, default=3, help="maximum number of seeds of a row")
     args = parser.parse_args(argv)
-    for name in (PHOTOS_FOLDER, BACKGROUNDS, *TEST_SETS):
-        if not (args.data / name).is_dir():
-            parser.error(f"argument --data: {args.data / name}: no such folder; see docs/results.md")
     for path in plot_paths(args.out):
         if fault := plot_fault(path):
             parser.error(f"argument --out: {fault}")
@@ -105,8 +102,12 @@ def plot_paths(out: Path) -> tuple[Path, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; a command that fails raises CalledProcessError."""
+    """Run the command line; returns 0, or 2 without the data. CalledProcessError: a command failed."""
     args = parse_args(argv)
+    for name in (PHOTOS_FOLDER, BACKGROUNDS, *TEST_SETS):
+        if not (args.data / name).is_dir():
+            print(f"error: --data: {args.data / name}: no such folder; see docs/results.md", file=sys.stderr)
+            return 2
     data = args.data.resolve()
     table: Table = {}
     for row in ROWS:
