@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import FLAGS, assert_same_results, run_process, run_tiny, scalars
 from PIL import Image
+from tiny_run import run_forked
 
 import checkpoint
 import dataset
@@ -39,23 +40,23 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "RETRY_AFTER", 0.0)
 
 
-def run_apart(config, weights, *argv, **environment):
-    """The command in a process of its own, where `tiny_run.py` says what else happens to it."""
-    command = (sys.executable, TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights)
-    flags = ("-n", "run", "--device", "cpu", "--amp", "off", *FLAGS, *argv)
-    return run_process(*command, *flags, **environment)
+def apart(config, weights, *argv):
+    """The flags of a run in a process of its own, where `tiny_run.py` says what else happens to it."""
+    given = ("-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "run")
+    return *given, "--device", "cpu", "--amp", "off", *FLAGS, *argv
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weights, whole_run):
-    options = ["--num_workers", 1, "--resume_interval", 1e-9]  # a state at every iteration
+    # A state is saved at every iteration.
+    flags = apart(config, tiny_weights, "--num_workers", 1, "--resume_interval", 1e-9)
     left, rng = 20, random.Random(0)
     while left > 5:
         kill_in = rng.randint(2, 8)
-        process = run_apart(config, tiny_weights, *options, KILL_IN=kill_in)
+        process = run_forked(*flags, KILL_IN=kill_in)
         assert process.returncode == -signal.SIGKILL, process.stderr
         left -= kill_in - 1
-        options += ["--resume"] * ("--resume" not in options)
-    process = run_apart(config, tiny_weights, *options)
+        flags += ("--resume",) * ("--resume" not in flags)
+    process = run_forked(*flags)
     assert process.returncode == 0, process.stderr
     assert f"resumed     after iteration {20 - left}" in process.stdout
     assert_same_results("exp/run", whole_run)
@@ -78,7 +79,8 @@ def test_a_signal_ends_the_run_after_its_iteration(
 
 
 def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, whole_run, capsys):
-    process = run_apart(config, tiny_weights, "--num_workers", 2, GROUP_IN=8)
+    flags = apart(config, tiny_weights, "--num_workers", 2)
+    process = run_process(sys.executable, TINY_RUN, *flags, GROUP_IN=8)
     assert process.returncode == 143, process.stderr
     assert "--exp_name run --resume" in process.stderr and "Traceback" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
@@ -94,7 +96,7 @@ def test_only_the_last_epochs_are_kept(config, tiny_weights):
 
 
 def test_a_full_disk_leaves_the_last_state(config, tiny_weights, whole_run):
-    process = run_apart(config, tiny_weights, FULL_IN=8)
+    process = run_process(sys.executable, TINY_RUN, *apart(config, tiny_weights), FULL_IN=8)
     assert process.returncode == 1, process.stderr
     assert process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, process.stderr
     assert "--exp_name run --resume" in process.stderr
@@ -461,7 +463,7 @@ def test_another_precision_of_auto_is_refused(config, tiny_weights, monkeypatch,
 
 
 def test_a_run_that_died_before_its_first_state_starts_again(config, tiny_weights, whole_run, capsys):
-    process = run_apart(config, tiny_weights, KILL_IN=3)
+    process = run_forked(*apart(config, tiny_weights), KILL_IN=3)
     assert process.returncode == -signal.SIGKILL and not Path("exp/run/resume.pth").exists()
     assert run_tiny(config, tiny_weights, *FLAGS) == 2
     assert "add --resume" in capsys.readouterr().err
@@ -481,7 +483,7 @@ def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weig
 def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys):
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
     with checkpoint.locked(Path("exp/run")):
-        process = run_apart(config, tiny_weights, "-e", 2, "--resume")
+        process = run_forked(*apart(config, tiny_weights, "-e", 2, "--resume"))
     assert process.returncode == 1
     assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 0

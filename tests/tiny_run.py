@@ -5,16 +5,37 @@ several, the last one) with SIGKILL when it takes its n-th batch. GROUP_IN=n sen
 group, data workers included. FULL_IN=n makes the disk look full from then on: no file can grow.
 """
 
+import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from conftest import TINY
+from fake_cuda_check import free_port
 
 import finetune
 import runtime
 from sam import variants
+
+# `run_forked` forks from a process that has imported these packages, which takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "av",
+        "networkx",
+        "pydantic",
+        "pytest",
+        "segment_anything",
+        "skimage.morphology",
+        "torch.utils.tensorboard",
+    ]
+)
+
+training_batches = finetune.training_batches
 
 
 def batches_with_faults(*args, **options):
@@ -29,7 +50,50 @@ def batches_with_faults(*args, **options):
         yield batch
 
 
-training_batches = finetune.training_batches
-finetune.training_batches = batches_with_faults
-variants.VARIANTS["tiny"] = TINY
-sys.exit(finetune.main())
+def main(argv: list[str] | None = None) -> int:
+    finetune.training_batches = batches_with_faults
+    variants.VARIANTS["tiny"] = TINY
+    return finetune.main(argv)
+
+
+def run_forked(*argv, processes=1, **environment) -> subprocess.CompletedProcess:
+    """Run `main` in new processes, of which several train together as under torchrun.
+
+    Returns the output of the first process, and the exit code and errors of the first one that fails, if any.
+    What Python does at the end of a script is left out: a test of that starts this file as a script.
+    """
+    words = [str(part) for part in argv]
+    variables = os.environ | {name: str(value) for name, value in environment.items()}
+    if processes > 1:
+        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as name:
+        outputs = [Path(name, str(rank)) for rank in range(processes)]
+        children = []
+        for rank, output in enumerate(outputs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            children.append(FORKS.Process(target=_child, args=(words, Path.cwd(), variables | own, output)))
+            children[-1].start()
+        for child in children:
+            child.join(timeout=300)
+            child.kill()
+            child.join()
+        codes = [child.exitcode for child in children]
+        failed = next((rank for rank, code in enumerate(codes) if code), 0)
+        stdout, stderr = Path(f"{outputs[0]}.out").read_text(), Path(f"{outputs[failed]}.err").read_text()
+    return subprocess.CompletedProcess(words, codes[failed], stdout, stderr)
+
+
+def _child(words: list[str], folder: Path, variables: dict[str, str], output: Path) -> None:
+    os.setsid()  # a process group of its own
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        with Path(f"{output}.{stream}").open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.exit(main(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
