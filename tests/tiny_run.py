@@ -23,17 +23,7 @@ from sam import variants
 
 # `run_forked` forks from a process that has imported these packages, which takes seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "av",
-        "networkx",
-        "pydantic",
-        "pytest",
-        "segment_anything",
-        "skimage.morphology",
-        "torch.utils.tensorboard",
-    ]
-)
+FORKS.set_forkserver_preload(["segment_anything", "skimage.morphology", "torch.utils.tensorboard"])
 
 training_batches = finetune.training_batches
 
