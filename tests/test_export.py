@@ -147,7 +147,7 @@ def test_onnx_computes_the_same_for_lite_medsam(tmp_path):
 
 
 def test_the_example_of_the_documents_gives_the_mask_of_predict(
-    random_weights, image_path, tmp_path, monkeypatch
+    random_weights, graph, image_path, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     image = cv2.resize(read_image(image_path), (203, 150), interpolation=cv2.INTER_NEAREST)
