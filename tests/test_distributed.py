@@ -66,7 +66,7 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
     process = run_forked(*together(config, tiny_weights, "-b", 2, *common), processes=2)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("baseline -> fine-tuned") == 1
+    assert process.stdout.count("baseline -> fine-tuned") == 1  # process 0 alone prints
     assert len(list(Path("exp/together").glob("events.*"))) == 1
     assert_same("run", "together")
 

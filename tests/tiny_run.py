@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_forked(*argv, processes=1, **environment) -> subprocess.CompletedProcess:
     """Run `main` in new processes, of which several train together as under torchrun.
 
-    Returns the output of the first process, and the exit code and errors of the first one that fails, if any.
-    What Python does at the end of a script is left out: a test of that starts this file as a script.
+    Returns what all of them print, and the exit code of the first one that fails. What Python does at the end
+    of a script is left out: a test of that starts this file as a script.
     """
     words = [str(part) for part in argv]
     variables = os.environ | {name: str(value) for name, value in environment.items()}
@@ -68,10 +68,12 @@ def run_forked(*argv, processes=1, **environment) -> subprocess.CompletedProcess
             child.join(timeout=300)
             child.kill()
             child.join()
-        codes = [child.exitcode for child in children]
-        failed = next((rank for rank, code in enumerate(codes) if code), 0)
-        stdout, stderr = Path(f"{outputs[0]}.out").read_text(), Path(f"{outputs[failed]}.err").read_text()
-    return subprocess.CompletedProcess(words, codes[failed], stdout, stderr)
+        printed = {
+            stream: "".join(Path(f"{output}.{stream}").read_text() for output in outputs)
+            for stream in ("stdout", "stderr")
+        }
+    code = next((child.exitcode for child in children if child.exitcode), 0)
+    return subprocess.CompletedProcess(words, code, **printed)
 
 
 def _child(words: list[str], folder: Path, variables: dict[str, str], output: Path) -> None:
@@ -79,7 +81,7 @@ def _child(words: list[str], folder: Path, variables: dict[str, str], output: Pa
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    for descriptor, stream in ((1, "out"), (2, "err")):
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         with Path(f"{output}.{stream}").open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     sys.exit(main(words))
