@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam --train decoder \
 	  --batch_size 2 --epoch_num 14 --test_interval 56 $(DEMO_FLAGS)
 
-# One process a core, each on one thread; more than 4 would take much memory and gain little.
+# One process per core, each on one thread. A process takes up to 3.5 GB, so at most 4.
 test: .venv/installed
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 

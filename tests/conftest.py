@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# One thread a process, also in NumPy and in the processes that tests start: `make test` runs several at once,
+# One thread per process, also in NumPy and in the processes that tests start: `make test` runs several at once,
 # and tiny tensors are slower on many threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
