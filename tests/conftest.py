@@ -6,8 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# One thread per process, also in NumPy and in the processes that tests start: `make test` runs several at once,
-# and tiny tensors are slower on many threads.
+# One thread per process, also in NumPy and in the processes that tests start: `make test` runs several
+# processes at once, and tiny tensors are slower on many threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import cv2
