@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FLAGS, assert_same_results, run_tiny
 
 import checkpoint
