@@ -129,6 +129,21 @@ def test_help_gives_every_default():
     assert "(default: None)" not in text
 
 
+def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(usage) == 2 and "--config FILE" in usage[0] and "--exp_name NAME --resume" in usage[1]
+    (tmp_path / "exp/died").mkdir(parents=True)
+    for argv in ([], ["--resume", "--exp_name", "died"]):
+        with pytest.raises(SystemExit) as code:
+            parse_args(argv)
+        assert code.value.code == 2
+        error = capsys.readouterr().err
+        assert "the following arguments are required: --config" in error
+        assert ("exp/died holds no args.yaml" in error) == bool(argv)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
@@ -138,6 +153,7 @@ def test_help_gives_every_default():
         ("--lr", "0", "above 0"),
         ("--lr", "-1e-4", "above 0"),
         ("--lr", "inf", "above 0"),
+        ("--lr", "1e300", "at most 1000"),
         ("--epoch_num", "0", "at least 1"),
         ("--epoch_num", "1.5", "at least 1"),
         ("--batch_size", "-2", "at least 1"),
@@ -145,6 +161,7 @@ def test_help_gives_every_default():
         ("--save_interval", "0", "at least 1"),
         ("--test_interval", "x", "at least 1"),
         ("--warmup_steps", "-1", "at least 0"),
+        ("--seed", str(2**63), "from 0 to 2^63 - 1"),
         ("--gamma", "-1", "at least 0"),
         ("--grad_clip", "0", "above 0"),
         ("--prompt", "text", "invalid choice"),
