@@ -8,6 +8,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
+from sam.cpu_layers import accelerate_tiny_vit_on_cpu, depthwise_conv
 from sam.variants import VARIANTS
 
 
@@ -21,6 +22,8 @@ def move_to_device(
     that train stay float32. Export takes the frozen weights from the loaded file, not from this model.
     """
     accelerate(sam.image_encoder, fold=train != "encoder")
+    if device.type == "cpu":
+        accelerate_tiny_vit_on_cpu(sam.image_encoder)
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
     sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
     sam.to(device)  # last, so that the device never holds float32 weights of a frozen encoder
@@ -146,6 +149,8 @@ class FrozenStatisticsConv(nn.Module):
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight = (conv.weight * scale[:, None, None, None]).to(memory_format=torch.channels_last)
         bias = norm.bias - norm.running_mean * scale
+        if conv.groups == conv.in_channels > 1 and x.device.type == "cpu":
+            return depthwise_conv(x, weight, bias, conv.stride[0])
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -1,0 +1,181 @@
+"""Layers of TinyViT in a form that is faster on a CPU and computes the same, in training and without."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Attention scores that are computed at a time: 1 MiB in float32, the size of a core's cache.
+MAX_SCORES = 1 << 18
+
+
+def accelerate_tiny_vit_on_cpu(encoder: Any) -> None:
+    """Replace the attention and the norms of the neck of a TinyViT, in place. Other encoders stay as they are.
+
+    A replacement takes over the parameters and their names.
+    """
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "attention_bias_idxs"):  # only TinyViT's Attention has this buffer
+                setattr(parent, name, WindowAttention(child).train(child.training))
+    if hasattr(encoder, "layers"):  # a TinyViT
+        for i in (1, 3):
+            encoder.neck[i] = ChannelNorm(encoder.neck[i]).train(encoder.training)
+
+
+# --- Attention ----------------------------------------------------------------------------------
+
+
+class WindowAttention(nn.Module):
+    """TinyViT's attention inside windows: softmax(q k^T / sqrt(d) + bias) v in every head.
+
+    The bias of a query and a key is a trained number for each |dy|, |dx| between them. The official module
+    makes several copies of the scores of all windows (under autocast in two precisions), and each goes to
+    main memory and back.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        """Take over the parameters of an official `Attention` under the same names."""
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.norm: nn.Module = attention.norm
+        self.qkv: nn.Module = attention.qkv
+        self.proj: nn.Module = attention.proj
+        self.attention_biases: nn.Parameter = attention.attention_biases
+        self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(windows, n, C) to (windows, n, C)."""
+        n_windows, n, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(n_windows, n, self.num_heads, 3, -1)
+        bias = self.attention_biases[:, self.attention_bias_idxs]  # (heads, n, n)
+        return self.proj(_Attend.apply(qkv, bias).flatten(2))
+
+
+class _Attend(torch.autograd.Function):
+    """Attention of all windows. It keeps the probabilities for the backward pass, in the precision of qkv."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+        """qkv (windows, n, heads, 3, d) and bias (heads, n, n) to (windows, n, heads, d)."""
+        out = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
+        kept = []
+        for part in _parts(qkv):
+            q, k, v = _heads_first(qkv[part])
+            scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
+            probs = scores.softmax(dim=-1).to(qkv.dtype)
+            out[part] = (probs @ v).transpose(1, 2)
+            if any(ctx.needs_input_grad):
+                kept.append(probs)
+        ctx.save_for_backward(qkv, *kept)
+        ctx.bias_dtype = bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of `qkv` and `bias`."""
+        qkv, *kept = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        grad_bias = torch.zeros_like(kept[0][0], dtype=ctx.bias_dtype)
+        scale = qkv.shape[-1] ** -0.5
+        for part, probs in zip(_parts(qkv), kept, strict=True):
+            q, k, v = _heads_first(qkv[part])
+            grad_q, grad_k, grad_v = _heads_first(grad_qkv[part])
+            grad_out = grad[part].transpose(1, 2)
+            grad_v.copy_(probs.transpose(-2, -1) @ grad_out)
+            grad_probs = grad_out @ v.transpose(-2, -1)
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_bias += grad_scores.sum(dim=0, dtype=grad_bias.dtype)
+            grad_q.copy_(grad_scores @ k).mul_(scale)
+            grad_k.copy_(grad_scores.transpose(-2, -1) @ q).mul_(scale)
+        return grad_qkv, grad_bias if ctx.needs_input_grad[1] else None
+
+
+def _parts(qkv: Tensor) -> list[slice]:
+    """Slices of windows; each has at most `MAX_SCORES` scores, but at least one window."""
+    n_windows, n, heads = qkv.shape[:3]
+    step = max(1, MAX_SCORES // (heads * n * n))
+    return [slice(start, start + step) for start in range(0, n_windows, step)]
+
+
+def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Views of q, k and v (windows, heads, n, d) on qkv (windows, n, heads, 3, d)."""
+    return qkv.permute(3, 0, 2, 1, 4).unbind(0)
+
+
+# --- Convolution and norm -----------------------------------------------------------------------
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """A depthwise 3x3 convolution with padding 1, in the precision of `x`.
+
+    Args:
+        x: (B, C, h, w) float, channels last; h and w are multiples of the stride.
+        weight: (C, 1, 3, 3) float.
+        bias: (C,) float.
+        stride: 1 or 2.
+
+    Returns:
+        (B, C, h / stride, w / stride).
+    """
+    # The conversion is here because autograd does not see inside of an `autograd.Function`.
+    return _DepthwiseConv.apply(x, weight.to(x.dtype), bias.to(x.dtype), stride)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """A depthwise 3x3 convolution with padding 1, whose backward pass is fast on a CPU.
+
+    PyTorch's gradient of the input takes three times as long as the forward pass. But it is such a
+    convolution itself: of the output's gradient, with the kernel turned by 180 degrees.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, bias, stride, padding=1, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        groups, stride = len(weight), ctx.stride
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [groups],
+            [stride] * 2,
+            [1, 1],
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
+            [False, True, True],
+        )
+        if stride > 1:  # zeros between the pixels of the gradient undo the stride
+            spread = torch.zeros_like(x)
+            spread[:, :, ::stride, ::stride] = grad
+            grad = spread
+        grad_x = F.conv2d(grad, weight.flip(2, 3), padding=1, groups=groups)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class ChannelNorm(nn.Module):
+    """SAM's `LayerNorm2d`, which normalizes the channels of each pixel, as one fused kernel."""
+
+    def __init__(self, norm: Any) -> None:
+        """Take over the parameters of a `LayerNorm2d` under the same names."""
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self.bias: nn.Parameter = norm.bias
+        self.eps: float = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w), channels last, to the same shape and layout."""
+        pixels = x.permute(0, 2, 3, 1)
+        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
