@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Attention scores that are computed at a time: 1 MiB in float32, the size of a core's cache.
-MAX_SCORES = 1 << 18
+# Attention scores that are computed at a time: 2 MiB in float32.
+MAX_SCORES = 1 << 19
 
 
 def accelerate_tiny_vit_on_cpu(encoder: Any) -> None:
