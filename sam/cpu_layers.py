@@ -53,7 +53,13 @@ class WindowAttention(nn.Module):
         # Softmax is faster in float32, and `index_select` faster than an index.
         bias = self.attention_biases.to(torch.promote_types(x.dtype, torch.float32))
         bias = bias.index_select(1, self.attention_bias_idxs.flatten()).view(-1, n, n)
-        return self.proj(_Attend.apply(qkv, bias).flatten(2))
+        if torch.compiler.is_compiling():
+            q, k, v = qkv.permute(3, 0, 2, 1, 4)
+            scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
+            out = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
+        else:
+            out = _Attend.apply(qkv, bias)
+        return self.proj(out.flatten(2))
 
 
 class _Attend(torch.autograd.Function):
@@ -186,3 +192,50 @@ class ChannelNorm(nn.Module):
         """(B, C, h, w), channels last, to the same shape and layout."""
         pixels = x.permute(0, 2, 3, 1)
         return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+# --- GELU of frozen layers ----------------------------------------------------------------------
+
+
+def fuse_gelu(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Fuse each GELU of a frozen TinyViT with the layer before it, in place, if oneDNN computes in `dtype`.
+
+    Gradients cannot pass through the fused layers. Names of parameters change.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    if dtype != torch.float32 and not (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return
+    for block in list(encoder.modules()):
+        for layers, activation in ACTIVATIONS:
+            if isinstance(getattr(block, activation, None), nn.GELU) and hasattr(block, layers[0]):
+                for layer in layers:
+                    setattr(block, layer, LayerWithGelu(getattr(block, layer)))
+                setattr(block, activation, nn.Identity())
+
+
+# The layers and the GELU after them: in TinyViT's MBConv (twice), PatchMerging and Mlp.
+ACTIVATIONS = [(("conv1",), "act1"), (("conv2",), "act2"), (("conv1", "conv2"), "act"), (("fc1",), "act")]
+
+
+class LayerWithGelu(nn.Module):
+    """A frozen convolution or linear layer and the GELU after it, in one kernel of oneDNN.
+
+    Its results do not go to main memory and back before their GELU.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shapes of the layer."""
+        layer, gelu = self.layer, ("gelu", [], "none")  # "none": no approximation
+        if torch.compiler.is_compiling():
+            return F.gelu(layer(x))
+        if isinstance(layer, nn.Conv2d):
+            options = layer.padding, layer.stride, layer.dilation, layer.groups
+            return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *options, *gelu)
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *gelu)

@@ -113,3 +113,33 @@ def test_channel_norm_equals_the_official_one(tiny_vit):
     gradients = [torch.autograd.grad((output * weight).sum(), inputs) for output in outputs]
     assert relative_error(*outputs) < 1e-6
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_frozen_encoder_with_fused_gelu_equals_the_official_one(tiny_vit, dtype):
+    official = copy.deepcopy(tiny_vit).to(dtype).to(memory_format=torch.channels_last)
+    for layer in official.modules():
+        if hasattr(layer, "attention_biases"):
+            layer.eval()  # its copy of the biases gets the dtype
+    ours = copy.deepcopy(official)
+    encoder.accelerate(ours)
+    cpu_layers.fuse_gelu(ours, dtype)
+    fused = [module for module in ours.modules() if isinstance(module, cpu_layers.LayerWithGelu)]
+    assert len(fused) == 2 * 2 + 3 * 2 + 10  # MBConv, PatchMerging, Mlp
+    x = torch.rand(1, 3, 256, 256, dtype=dtype).to(memory_format=torch.channels_last)
+    assert relative_error(ours(x), official(x)) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize(("train", "n_fused"), [("decoder", 20), ("lora", 0), ("encoder", 0)])
+def test_gelu_is_fused_only_if_no_gradient_passes(train, n_fused):
+    sam = variants.VARIANTS["lite_medsam"].build().eval()
+    encoder.move_to_device(sam, torch.device("cpu"), None, train=train)
+    fused = [m for m in sam.image_encoder.modules() if isinstance(m, cpu_layers.LayerWithGelu)]
+    assert len(fused) == n_fused
+
+
+def test_gelu_is_not_fused_in_a_precision_that_the_processor_lacks(tiny_vit):
+    net = copy.deepcopy(tiny_vit)
+    cpu_layers.fuse_gelu(net, torch.float16)
+    assert not any(isinstance(module, cpu_layers.LayerWithGelu) for module in net.modules())
