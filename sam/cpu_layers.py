@@ -44,6 +44,7 @@ class WindowAttention(nn.Module):
         self.qkv: nn.Module = attention.qkv
         self.proj: nn.Module = attention.proj
         self.attention_biases: nn.Parameter = attention.attention_biases
+        self.attention_bias_idxs: Tensor
         self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +225,8 @@ class LayerWithGelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shapes of the layer."""
-        layer, gelu = self.layer, ("gelu", [], "none")  # "none": no approximation
+        layer = self.layer
+        gelu: tuple[str, list[float], str] = ("gelu", [], "none")  # "none": no approximation
         if torch.compiler.is_compiling():
             return F.gelu(layer(x))
         if isinstance(layer, nn.Conv2d):
