@@ -33,7 +33,7 @@ class WindowAttention(nn.Module):
 
     The bias of a query and a key is a trained number for each |dy|, |dx| between them. The official module
     makes several copies of the scores of all windows, which go to main memory and back. Here they are made
-    for a few windows at a time, and only the probabilities are kept.
+    for a few windows at a time, and only the probabilities are kept, in the precision of the products.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -75,8 +75,9 @@ class _Attend(torch.autograd.Function):
         for part in _parts(qkv):
             q, k, v = _matrices(qkv[part])
             scores = torch.bmm(q, k.transpose(1, 2)).view(-1, heads, n, n)
-            probs = torch.add(bias, scores, alpha=width**-0.5).softmax(dim=-1).view(-1, n, n)
-            out[part] = torch.bmm(probs.to(qkv.dtype), v).view(-1, heads, n, width).transpose(1, 2)
+            probs = torch.add(bias, scores, alpha=width**-0.5).softmax(dim=-1).to(qkv.dtype)
+            probs = probs.view(-1, n, n)
+            out[part] = torch.bmm(probs, v).view(-1, heads, n, width).transpose(1, 2)
             if any(ctx.needs_input_grad):
                 kept.append(probs)
         ctx.save_for_backward(qkv, *kept)
@@ -95,10 +96,9 @@ class _Attend(torch.autograd.Function):
             q, k, v = _matrices(qkv[part])
             grad_out = grad[part].transpose(1, 2).reshape(-1, n, width)
             grad_probs = torch.bmm(grad_out, v.transpose(1, 2))
-            # In the precision of the probabilities: rounded ones would not have the sum 1.
-            grad_scores = torch._softmax_backward_data(grad_probs.to(probs.dtype), probs, -1, probs.dtype)
-            grad_bias += grad_scores.view(-1, heads, n, n).sum(dim=0)
-            grad_scores, probs = grad_scores.to(qkv.dtype), probs.to(qkv.dtype)
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            for window in grad_scores.view(-1, heads, n, n):
+                grad_bias += window
             grads = (
                 torch.bmm(grad_scores, k).mul_(width**-0.5),
                 torch.bmm(grad_scores.transpose(1, 2), q).mul_(width**-0.5),
