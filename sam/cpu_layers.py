@@ -195,7 +195,11 @@ def fuse_gelu(encoder: nn.Module, dtype: torch.dtype) -> None:
 
     Gradients cannot pass through the fused layers. Names of parameters change.
     """
-    if not torch.backends.mkldnn.is_available():
+    # These operators are not part of PyTorch's public interface.
+    has_fused_layers = all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_linear_pointwise")
+    )
+    if not torch.backends.mkldnn.is_available() or not has_fused_layers:
         return
     if dtype != torch.float32 and not (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -55,9 +55,14 @@ CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
 @pytest.mark.parametrize(
     ("has_cuda", "argv", "expected", "line"),
     [
-        (False, "", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (False, "", "lite_medsam_512 encoder", f"--model_type lite_medsam_512 --train encoder ({CPU})"),
         (True, "", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
-        (True, "--device cpu", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (
+            True,
+            "--device cpu",
+            "lite_medsam_512 encoder",
+            f"--model_type lite_medsam_512 --train encoder ({CPU})",
+        ),
         (False, "--device cuda", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
         (False, "--model_type lite_medsam", "lite_medsam encoder", f"--train encoder ({CPU})"),
         (False, "--model_type lite_medsam_512", "lite_medsam_512 encoder", f"--train encoder ({CPU})"),
@@ -71,10 +76,10 @@ CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
         (
             False,
             "--embedding_reuse 4",
-            "lite_medsam decoder",
-            f"--model_type lite_medsam --train decoder ({CPU}; --embedding_reuse needs a frozen encoder)",
+            "lite_medsam_512 decoder",
+            f"--model_type lite_medsam_512 --train decoder ({CPU}; --embedding_reuse needs a frozen encoder)",
         ),
-        (False, "--train lora", "lite_medsam lora", f"--model_type lite_medsam ({CPU})"),
+        (False, "--train lora", "lite_medsam_512 lora", f"--model_type lite_medsam_512 ({CPU})"),
         (True, "--train encoder", "vit_b encoder", f"--model_type vit_b ({CUDA})"),
         (False, "--model_type vit_b --train decoder", "vit_b decoder", None),
     ],
