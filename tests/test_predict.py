@@ -246,8 +246,7 @@ def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, ca
         image = np.zeros((300, 400, 3), np.uint8)
         image[100 : 100 + width] = 255
         Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
-    flags = ("--tiles", "auto", "--cable_width", 4)
-    assert run(trained, tmp_path / "photos", tmp_path / "out", *flags) == 0
+    assert run(trained, tmp_path / "photos", tmp_path / "out", "--cable_width", 4) == 0
     line = capsys.readouterr().out.splitlines()[-2]
     side = int(line.split()[7])
     assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
@@ -261,6 +260,26 @@ def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, cap
     with pytest.raises(SystemExit):
         run(trained, data / "test/imgs", tmp_path / "out", "--tiles", 64, "--cable_width", 4)
     assert "--cable_width is for --tiles auto" in capsys.readouterr().err
+
+
+def test_frames_and_prompts_are_for_whole_images_by_default(trained, data, tmp_path, capsys):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4), trained)
+    write_video(tmp_path / "clip.avi", [read_image(data / "test/imgs/1.png")])
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n1.png,5,5,60,40\n")
+    photo, box = data / "test/imgs/1.png", ("--prompt", tmp_path / "boxes.csv")
+    for number, (source, flags, has_tiles) in enumerate(
+        [
+            (photo, (), True),
+            (photo, ("--tiles", "off"), False),
+            (photo, box, False),
+            (tmp_path / "clip.avi", (), False),
+            (tmp_path / "clip.avi", ("--tiles", "auto"), True),
+        ]
+    ):
+        assert run(trained, source, tmp_path / f"out{number}", *flags) == 0
+        assert ("tiles auto: " in capsys.readouterr().out) == has_tiles, number
+    with pytest.raises(SystemExit):
+        run(trained, photo, tmp_path / "no", *box, "--tiles", "auto")
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):
