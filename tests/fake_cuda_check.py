@@ -123,10 +123,12 @@ def environment(library: Path, *, sm: int, gib: int = 80, gpus: int = 1) -> dict
 def run_cases(library: Path, cases: list[str], *, sm: int, gib: int = 80, world_size: int = 1) -> list[dict]:
     """Run commands one after the other with the stand-in; returns what `child` prints for each.
 
-    With `world_size`, so many processes run one command together, and the result of the first process that
-    failed counts. A command that a process did not survive has the end of its errors as "error".
+    With `world_size`, so many new processes run each command together, and the result of the first process
+    that failed counts. A command that a process did not survive has the end of its errors as "error".
     """
     fake = environment(library, sm=sm, gib=gib, gpus=world_size)
+    if world_size > 1 and len(cases) > 1:
+        return [run_cases(library, [case], sm=sm, gib=gib, world_size=world_size)[0] for case in cases]
     if world_size > 1:
         fake |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         fake |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
