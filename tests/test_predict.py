@@ -220,8 +220,8 @@ def test_a_tile_is_predicted_like_an_image_of_its_own(trained, data, tmp_path):
     runs = {
         "tiles": (large, "--tiles", 64, "--batch_size", 3),
         "one tile": (large, "--tiles", 320),
-        "whole": (large,),
-        "corner": (corner,),
+        "whole": (large, "--tiles", "off"),
+        "corner": (corner, "--tiles", "off"),
     }
     masks = {}
     for name, (path, *flags) in runs.items():
