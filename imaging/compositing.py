@@ -308,7 +308,7 @@ def recolor_in_place(image_and_mask: np.ndarray, color: Color | None) -> None:
 # --- Transforming ------------------------------------------------------------------------------
 
 # Width of the median cable, drawn log-uniformly, in units of 1/256 of the sample's longest side.
-WIDTH_RANGE = (1.5, 14.0)
+WIDTH_RANGE = (1.5, 18.0)
 SCALE_RANGE = (0.6, 3.5)  # limits of the scale; 1 fits the whole cut-out into the sample
 MAX_MAGNIFICATION = 2.5  # pixels of the sample per pixel of the photo; more looks blurred
 REFLECT_PROBABILITY = 0.4  # of cables that go on, mirrored, beyond their photo instead of ending there
