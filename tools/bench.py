@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -237,7 +237,10 @@ def attempt(measure: Callable[..., Measurement], *args: object) -> Measurement:
     return Measurement(fault=fault)
 
 
-def in_new_process(measure: Callable[..., Measurement], *args: object) -> Measurement:
+Result = TypeVar("Result")
+
+
+def in_new_process(measure: Callable[..., Result], *args: object) -> Result:
     """Return `measure(*args)`, computed in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *args).result()
