@@ -67,8 +67,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     )
     if not is_plain:
         raise UserError(
-            f"{path} is not a plain state_dict (weight names mapped to tensors), and holds none under one of "
-            f"the keys {', '.join(WRAPPERS)}: save model.state_dict() alone with torch.save"
+            f"{path} is not a plain state_dict and holds none under {', '.join(WRAPPERS)}: "
+            "save model.state_dict() alone with torch.save"
         )
     return _without_prefix(state_dict, path)
 
@@ -133,9 +133,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: it is damaged, or it holds more than weights and could run code when loaded "
-            f"({str(error).splitlines()[0]}). If you trust it, save the weights in it alone: "
-            "torch.save(model.state_dict(), PATH)"
+            f"{path} is refused: it is damaged, or could run code when loaded. If you trust it, save its "
+            "weights alone: torch.save(model.state_dict(), PATH)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error
@@ -230,17 +229,31 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_resume_state(path: Path) -> ResumeState:
-    """Read what `save_resume_state` wrote. Raises UserError as `load_weights` does."""
-    state = _load(path)
+def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
+    """Read what `save_resume_state` wrote. Raises UserError, which names `path` and says the `way` on."""
+    try:
+        state = _load(path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read, and may be damaged: {way}") from error
     types = get_type_hints(ResumeState)
     if not (
         isinstance(state, dict)
         and state.keys() == types.keys()
         and all(isinstance(state[key], get_origin(kind) or kind) for key, kind in types.items())
+        and all(isinstance(weight, Tensor) for weight in state["weights"].values())
     ):
-        raise UserError(f"{path} is not a state that this version saved; start the run again")
+        raise UserError(f"{path} is not a state that this version saved: {way}")
     return state  # type: ignore[return-value]  # its keys are checked
+
+
+def require_finite(weights: dict[str, Tensor], path: Path, way: str) -> None:
+    """Raise UserError, which names `path` and the first such weight, if weights are NaN or infinite.
+
+    way: what the user can do.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds weights that are NaN or infinite, such as {name}: {way}")
 
 
 def check_same_settings(

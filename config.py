@@ -42,9 +42,19 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     candidates = list(dict.fromkeys(root / text for text in (value, expand(value)) for root in roots))
     for folder in candidates:
         if os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise ValueError("the folder may not be read; change its permissions")
             return folder.resolve()
     tried = " and ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
     raise ValueError(f"no such folder (tried {tried})")
+
+
+def _require_dataset(folder: Path) -> Path:
+    """Refuse the imgs/ or masks/ of a dataset in place of the dataset."""
+    parts = [folder.parent / name for name in ("imgs", "masks")]
+    if folder in parts and not os.path.isdir(folder / "imgs") and all(map(os.path.isdir, parts)):
+        raise ValueError(f"expected the folder that holds imgs/ and masks/: write {folder.parent}")
+    return folder
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -52,7 +62,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise ValueError("expected a list")
+        raise ValueError("expected a list" + ": begin its items with a dash" * isinstance(value, dict))
     return tuple(value)
 
 
@@ -113,6 +123,7 @@ Folder = Annotated[Path, BeforeValidator(_resolve_folder)]
 MaskValuesKey = Annotated[
     tuple[int | tuple[int, int, int], ...] | Literal["nonzero"] | None, BeforeValidator(_as_mask_values)
 ]
+MAX_PASSES = 10_000  # an epoch is planned as a whole, so a percentage by mistake may not fill the memory
 MANY_PASSES = 10.0  # a percentage above it is probably meant in percent
 
 
@@ -121,7 +132,7 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    data_dir: Folder
+    data_dir: Annotated[Folder, AfterValidator(_require_dataset)]
     bg_paths: Annotated[
         tuple[Annotated[Folder, WrapValidator(_accept_empty)], ...],
         BeforeValidator(_as_tuple),
@@ -129,7 +140,9 @@ class DatasetConfig(BaseModel):
     ] = ()
     w_aug: bool = False
     aug_details: Annotated[tuple[Literal["crop_foreground"], ...], BeforeValidator(_as_tuple)] | None = None
-    percentage: Annotated[float, BeforeValidator(_as_number)] = Field(default=1.0, gt=0, allow_inf_nan=False)
+    percentage: Annotated[float, BeforeValidator(_as_number)] = Field(
+        default=1.0, gt=0, le=MAX_PASSES, allow_inf_nan=False
+    )
     mask_values: MaskValuesKey = None
     allow_large_foreground: bool = False
     allow_empty_masks: bool = False
@@ -158,8 +171,8 @@ class DatasetConfig(BaseModel):
     def _warn_of_many_passes(self) -> "DatasetConfig":
         if self.percentage > MANY_PASSES:
             warnings.warn(
-                f"{self.data_dir}: percentage {self.percentage:g} uses every pair {self.percentage:g} times "
-                f"per epoch; for {self.percentage:g} percent of the pairs, write {self.percentage / 100:g}",
+                f"{self.data_dir}: percentage {self.percentage:g} means as many passes per epoch; "
+                f"for {self.percentage:g} percent, write {self.percentage / 100:g}",
                 stacklevel=2,
             )
         return self
@@ -221,7 +234,7 @@ def load_config(path: str | Path) -> Config:
     value and what was expected.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise UserError(f"config file not found: {path}")
     document = _read_yaml(path)
     if not isinstance(document, dict):

@@ -1,5 +1,6 @@
 """The files of the datasets: found, checked, and compared between training and test."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,19 @@ import numpy as np
 from base.errors import UserError
 from config import DatasetConfig
 from imaging.checking import FileInfo, check_files
-from imaging.files import MAX_PIXELS, NO_IMAGE_FILE, format_list, image_files, unread_files
+from imaging.files import (
+    MAX_PIXELS,
+    NO_IMAGE_FILE,
+    FileError,
+    format_list,
+    image_files,
+    read_image,
+    unread_files,
+)
+from imaging.masks import read_mask
 from imaging.pairing import Pair, find_pairs
 
-MAX_NAMES = 5  # of files or colors in a note
+MAX_NAMES = 3  # of files or colors in a note
 MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
 
 
@@ -63,7 +73,7 @@ class DatasetIndex:
         """What a user should know about the files: lines of text."""
         notes = []
         if self.unread:
-            names = ", ".join(str(path) for path in self.unread[:MAX_NAMES])
+            names = ", ".join(f"{path.parent.name}/{path.name}" for path in self.unread[:MAX_NAMES])
             more = ", ..." if len(self.unread) > MAX_NAMES else ""
             notes.append(
                 f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}{more}"
@@ -78,8 +88,8 @@ class DatasetIndex:
         if len(colors) > 1:
             names = ", ".join(map(str, colors[:MAX_NAMES])) + (", ..." if len(colors) > MAX_NAMES else "")
             notes.append(
-                f"masks have {len(colors)} colors besides the background, and each counts as cable: {names} "
-                "(mask_values in the YAML file selects some)"
+                f"masks have {len(colors)} colors besides the background; each counts as cable: {names} "
+                "(mask_values selects some)"
             )
         return notes
 
@@ -118,8 +128,42 @@ def index_datasets(
             dataset.infos.update(infos.get(item, {}))
         faults += _mask_faults(dataset)
     if faults:
+        faults = _swapped_folders(found) or faults
         raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
     return found
+
+
+N_READ = 5  # files of each folder that show whether imgs/ and masks/ are swapped
+
+
+def _swapped_folders(datasets: Iterable[DatasetIndex]) -> list[str]:
+    """A fault for each dataset whose imgs/ holds only masks and whose masks/ holds only photos."""
+    faults = []
+    for folder in dict.fromkeys(dataset.config.data_dir for dataset in datasets):
+        places = (folder / "imgs", folder / "masks")
+        if not all(map(os.path.isdir, places)):
+            continue
+        in_imgs, in_masks = (image_files(place)[:N_READ] for place in places)
+        if in_imgs and in_masks and all(map(_is_mask, in_imgs)) and all(map(_is_photo, in_masks)):
+            faults.append(f"{folder}: imgs/ and masks/ seem to be swapped: masks/ holds photos, imgs/ masks")
+    return faults
+
+
+def _is_mask(path: Path) -> bool:
+    try:
+        read_mask(path)
+    except FileError:
+        return False
+    return True
+
+
+def _is_photo(path: Path) -> bool:
+    """Whether an image file has more colors than a gray mask can have."""
+    try:
+        colors = read_image(path).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    except FileError:
+        return False
+    return len(np.unique(colors)) > 256
 
 
 MAX_FOREGROUND_OF_MASK = 0.95
@@ -145,13 +189,13 @@ def _mask_faults(dataset: DatasetIndex) -> list[str]:
         if mean <= MAX_FOREGROUND:
             what = f"foreground covers nearly all of {len(full)} mask(s), e.g. {full[0].name}"
         faults.append(
-            f"{folder}: {what}; are the masks inverted (cables must be bright on black), or are imgs/ and "
-            "masks/ swapped? If they are right, set allow_large_foreground: true in the YAML file"
+            f"{folder}: {what}; are they inverted (cables must be bright), or swapped with imgs/? "
+            "If not, set allow_large_foreground: true"
         )
     if mean == 0 and len(shares) == len(dataset.pairs) and not config.allow_empty_masks:
         faults.append(
-            f"{folder}: all {len(shares)} masks are empty, so no cable can be learned or measured. If no "
-            "photo shows a cable, set allow_empty_masks: true in the YAML file"
+            f"{folder}: all {len(shares)} masks are empty. If no photo shows a cable, "
+            "set allow_empty_masks: true"
         )
     return faults + _level_faults(folder, [info.level for info in masks.values() if info and info.level])
 
@@ -163,8 +207,8 @@ def _level_faults(folder: Path, levels: list[int]) -> list[str]:
         return []
     listed = ", ".join(f"{level} in {count}" for level, count in list(counts.items())[:10])
     return [
-        f"{folder}: the foreground has different values ({listed} file(s)), so they may be labels of several "
-        "classes; say which of them are cable, e.g. mask_values: [1], or mask_values: nonzero if all are"
+        f"{folder}: the foreground has different values ({listed} file(s)), as labels of classes have; "
+        "write which are cable: mask_values: [1], or mask_values: nonzero for all"
     ]
 
 

@@ -1,6 +1,8 @@
 """What a run works with: its data, its model and its folder, all checked before anything is written."""
 
 import hashlib
+import os
+import shutil
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,15 +164,13 @@ def prepare(config: TrainConfig) -> Experiment:
     weights_path = find_weights(config)
     config = with_batch_size(config, device, partial(build_trial_net, config, weights_path, device))
     net, initial_state_dict = build_net(config, weights_path, device)
-    train_set = make_train_set(config, train, net)
+    epochs = find_epochs(config, resume_state)
+    train_set = make_train_set(config, train, net, epochs)
     batch_size = config.batch_size * runtime.world_size()
-    schedule = Schedule(
-        train_set.epoch_length, batch_size, config.virtual_batch_size, find_epochs(config, resume_state)
-    )
+    schedule = Schedule(train_set.epoch_length, batch_size, config.virtual_batch_size, epochs)
     if resume_state:
         require_iterations_left(resume_state, schedule, config)
-    images_to_encode = config.epoch_num * train_set.epoch_length // config.embedding_reuse
-    if runtime.should_compile(config.compile, device, images_to_encode):
+    if runtime.should_compile(config.compile, device, images_to_encode(config, train_set.epoch_length)):
         net = with_compiled_decoder(net, config.batch_size)
     return Experiment(
         config=with_test_interval(config, schedule, resume_state),
@@ -231,6 +231,19 @@ def find_epochs(config: TrainConfig, state: ResumeState | None) -> int:
     return measured or UNMEASURED_EPOCHS
 
 
+# Of a fast encoder on CUDA. `runtime.MIN_IMAGES_TO_COMPILE` rests on this speed; a slower encoder encodes
+# fewer images in the same minutes, and a compiled one saves as much of its time.
+IMAGES_PER_SECOND = 150
+
+
+def images_to_encode(config: TrainConfig, epoch_length: int) -> int:
+    """How many images the run encodes, for `runtime.should_compile`; an estimate with --minutes."""
+    images = config.epoch_num * epoch_length
+    if config.minutes:
+        images = round(60 * config.minutes * IMAGES_PER_SECOND)
+    return images // config.embedding_reuse
+
+
 def load_data_config(config: TrainConfig) -> Config:
     """The YAML file that describes the data, checked against the flags of the test. Raises UserError."""
     try:
@@ -279,6 +292,8 @@ def find_resume_state(folder: Path) -> ResumeState | None:
     """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"{folder} may not be read or written; change its permissions to resume it")
     weights = max(folder.glob("checkpoints/*.pth"), key=lambda path: path.stat().st_mtime, default=None)
     if not (folder / RESUME_FILE).exists():
         if weights is None:
@@ -287,7 +302,12 @@ def find_resume_state(folder: Path) -> ResumeState | None:
             f"{folder / RESUME_FILE} is missing, and no run continues without it; start a new run with "
             f"another --exp_name and --checkpoint {weights}"
         )
-    return checkpoint.load_resume_state(folder / RESUME_FILE)
+    best = folder / "checkpoints" / checkpoint.BEST_FILE
+    weights_left = f" and --checkpoint {best}" if best.exists() else ""
+    way = f"start the run again with another --exp_name{weights_left}"
+    state = checkpoint.load_resume_state(folder / RESUME_FILE, way)
+    checkpoint.require_finite(state["weights"], folder / RESUME_FILE, f"{way}; a lower --lr may help")
+    return state
 
 
 def require_unused(folder: Path) -> None:
@@ -308,8 +328,8 @@ def require_iterations_left(state: ResumeState, schedule: Schedule, config: Trai
     done = counters["iteration"]
     if config.patience and counters["is_finished"] and counters["tests_without_gain"] >= config.patience:
         raise UserError(
-            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain; "
-            f"--patience {config.patience} asks for no more: give a larger --patience"
+            f"{config.folder} has ended after {counters['tests_without_gain']} tests without a gain "
+            f"(--patience {config.patience}): give a larger --patience"
         )
     if done > schedule.iterations or (done == schedule.iterations and counters["is_finished"]):
         asked = f"--minutes {config.minutes:g}" if config.minutes else f"--epoch_num {config.epoch_num}"
@@ -333,7 +353,9 @@ def find_weights(config: TrainConfig) -> Path:
 
 def build_net(config: TrainConfig, path: Path, device: torch.device) -> tuple[LoadedSam, dict[str, Tensor]]:
     """The model that the flags name, on the device; and the weights that it starts from."""
-    initial_state_dict = with_finer_input(checkpoint.load_weights(path), config.model_type)
+    weights = checkpoint.load_weights(path)
+    checkpoint.require_finite(weights, path, "give other weights with --checkpoint")
+    initial_state_dict = with_finer_input(weights, config.model_type)
     sam = VARIANTS[config.model_type].build()
     load_state_dict(sam, initial_state_dict, config.model_type, path)
     low_precision = runtime.amp_dtype(config.amp, device)
@@ -355,7 +377,9 @@ def sample_spec(config: TrainConfig, net: LoadedSam) -> InputSpec:
     return replace(net.spec, mask_grid=FINER_LOSS_GRID * net.spec.mask_grid) if is_finer else net.spec
 
 
-def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam) -> TrainSet:
+def make_train_set(
+    config: TrainConfig, datasets: list[DatasetIndex], net: LoadedSam, epochs: int
+) -> TrainSet:
     """The training samples. Photos that never change are kept if the disk has space for their embeddings.
 
     Raises UserError if --embedding_reuse needs more disk space than there is.
@@ -366,18 +390,19 @@ def make_train_set(config: TrainConfig, datasets: list[DatasetIndex], net: Loade
         prompt=config.prompt,
         seed=config.seed,
         reuse=config.embedding_reuse,
-        keep_photos=config.epoch_num > 1 and config.train == "decoder",
+        keep_photos=epochs > 1 and config.train == "decoder",
         cache_bytes=config.cache_mb * MIB,
     )
-    train_set, _ = reserve_or_keep_less(train_set, partial(require_disk_space, config=config, net=net))
+    check = partial(require_disk_space, config=config, net=net, epochs=epochs)
+    train_set, _ = reserve_or_keep_less(train_set, check)
     return train_set
 
 
-def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedSam) -> None:
+def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedSam, epochs: int) -> None:
     """Raise UserError, in all processes, if the disk cannot hold all that a run with embeddings writes."""
     if not train_set.n_cache_slots:
         return
-    pool, rest = pool_spec(train_set.n_cache_slots, net).size, size_of_saves(config, net)
+    pool, rest = pool_spec(train_set.n_cache_slots, net).size, size_of_saves(config, net, epochs)
     purpose = (
         f"--embedding_reuse {config.embedding_reuse}" if config.embedding_reuse > 1 else "keeping photos"
     )
@@ -385,22 +410,34 @@ def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedS
         require_free_space(
             config.folder,
             pool + rest,
-            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--save_interval, "
-            "--keep_last), states and logs",
+            f"{pool / MIB:.0f} MiB of embeddings and {rest / MIB:.0f} MiB of checkpoints (--keep_last)",
         )
 
 
-def size_of_saves(config: TrainConfig, net: LoadedSam) -> int:
+def size_of_saves(config: TrainConfig, net: LoadedSam, epochs: int) -> int:
     """Bytes that a run with --train decoder still writes besides embeddings; an estimate from above.
 
-    A file that is replaced exists twice for a moment.
+    A file that is replaced exists twice for a moment. As long as the number of epochs is UNMEASURED_EPOCHS,
+    their checkpoints are left out; `warn_of_disk_space` counts them later.
     """
     weights = 4 * sum(weight.numel() for weight in net.sam.state_dict().values())  # float32
     trained = 4 * sum(parameter.numel() for parameter in net.sam.mask_decoder.parameters())
     resume_state = 4 * trained  # weights, gradients, and two moments of AdamW
-    epochs = config.epoch_num // config.save_interval
+    saved_epochs = 0 if epochs == UNMEASURED_EPOCHS else epochs // config.save_interval
     if config.keep_last is not None:
-        epochs = min(epochs, config.keep_last + 1)
-    checkpoints = (epochs + 2) * weights  # best.pth and last.pth
+        saved_epochs = min(saved_epochs, config.keep_last + 1)
+    checkpoints = (saved_epochs + 2) * weights  # best.pth and last.pth
     written = sum(path.stat().st_size for path in config.folder.rglob("*.pth"))  # by a run that is resumed
     return max(0, checkpoints + resume_state - written) + max(weights, resume_state) + LOGS
+
+
+def warn_of_disk_space(experiment: Experiment, epochs: int) -> None:
+    """Warn if the disk cannot hold the checkpoints of a run of --minutes, whose epochs are now known."""
+    needed = size_of_saves(experiment.config, experiment.net, epochs)
+    free = shutil.disk_usage(experiment.folder).free
+    if free < needed:
+        warnings.warn(
+            f"{epochs} epochs write up to {needed / MIB:.0f} MiB to {experiment.folder}, but its disk has "
+            f"{free / MIB:.0f} MiB left; make space, or stop and resume with --keep_last or --save_interval",
+            stacklevel=2,
+        )

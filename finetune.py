@@ -29,7 +29,7 @@ from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
 from dataset_index import file_digests
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
 from evaluation import run_test, train_panels, training_cable_width
-from experiment import Experiment, prepare, preview, summary
+from experiment import Experiment, prepare, preview, summary, warn_of_disk_space
 from losses import sum_losses
 from report import write_report
 from run_logger import (
@@ -343,6 +343,8 @@ def fix_epochs(run: Run, epochs: int) -> None:
     iterations = run.schedule.iterations
     run.logger.bar.total = iterations
     run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
+    if runtime.is_main():
+        warn_of_disk_space(run.experiment, epochs)
 
 
 def finish_iteration(run: Run) -> None:
@@ -400,15 +402,18 @@ def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[
     return scalars
 
 
+MAX_NAMES = 3  # of files in a message
+
+
 def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
     """Why a run ends whose losses or gradients are not finite."""
     datasets, best = experiment.train_set.datasets, experiment.checkpoints / "best.pth"
     names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
+    shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
     return (
         f"iteration {state.iteration + 1}: the loss or its gradient was not finite in "
-        f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); "
-        f"the last batch holds {', '.join(names)}; "
-        f"the best weights so far are {f'in {best}' if state.best else 'not saved'}; a lower --lr may help"
+        f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); a lower --lr may help\n"
+        f"the last batch holds {shown}; best weights: {best if state.best else 'none were saved'}"
     )
 
 

@@ -7,6 +7,7 @@ are named like their image. Writes `imgs/` (files as they are), `masks/` (0 and 
 """
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -34,11 +35,12 @@ from imaging.label_files import (
 )
 from imaging.media import write_image
 from imaging.pairing import normalized
-from imaging.visualize import contact_sheet, outline, shrink
+from imaging.visualize import contact_sheet, label, outline, shrink
 
 SHEET = "contact_sheet.jpg"
 N_SHOWN = 24  # images on the contact sheet
 SHOWN_SIDE = 400  # pixels
+NAME_HEIGHT = 16  # pixels below an image, for one line of text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,6 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, 1 if images were left out because of a fault, 2 for an error, 130."""
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may lack letters of a file name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return 1 if run(args) else 0
     except KeyboardInterrupt:
@@ -184,7 +188,7 @@ def _describe_json(document: Any) -> tuple[str | None, str]:
             return "coco", ""
         if {"shapes", "imagePath"} <= document.keys():
             return "labelme", ""
-        return None, f"JSON with the keys {', '.join(sorted(document)[:8])}"
+        return None, f"JSON with the keys {', '.join(sorted(document)[:8]) or '(none)'}"
     if isinstance(document, list) and document and isinstance(document[0], dict):
         if {"data", "annotations"} <= document[0].keys():
             return "labelstudio", ""
@@ -337,8 +341,8 @@ def draw_mask(
         # A rotation by 90 degrees shows in the sizes, if there are any.
         if file.orientation != 1 and (file.orientation < 5 or one.size is None or size[0] == size[1]):
             raise FileError(
-                f"is stored with the EXIF orientation {file.orientation}, and it is not clear whether its "
-                "labels are; rotate the image in an editor and label it again"
+                f"has the EXIF orientation {file.orientation}, and its labels may not have it; "
+                "rotate it in an editor and label it again"
             )
         if one.left_out and not one.instances:
             raise FileError(f"has only shapes that are no regions: {', '.join(sorted(set(one.left_out)))}")
@@ -363,12 +367,14 @@ def copy_image(source: Path, target: Path, *, hard_links: bool) -> None:
 
 
 def write_sheet(path: Path, written: Sequence[tuple[Path, Path]]) -> None:
-    """Write a contact sheet of evenly chosen images with the outlines of their masks."""
+    """Write a contact sheet of evenly chosen images with the outlines of their masks, each above its name."""
     chosen = np.unique(np.linspace(0, len(written) - 1, N_SHOWN).astype(int))
     cells = []
     for image_path, mask_path in (written[index] for index in chosen):
         mask = np.asarray(decode(mask_path).image) > 0
-        cells.append(outline(shrink(to_rgb(decode(image_path)), SHOWN_SIDE), shrink(mask, SHOWN_SIDE)))
+        image = outline(shrink(to_rgb(decode(image_path)), SHOWN_SIDE), shrink(mask, SHOWN_SIDE))
+        name = label(np.zeros((NAME_HEIGHT, SHOWN_SIDE, 3), np.uint8), image_path.name)
+        cells.append(np.vstack([contact_sheet([image], columns=1, width=SHOWN_SIDE), name]))
     write_image(path, contact_sheet(cells, width=SHOWN_SIDE))
 
 

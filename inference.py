@@ -309,7 +309,7 @@ def load(
     device: str | torch.device = "auto",
     threshold: float | None = None,
     *,
-    tiles: int | Literal["auto", "off"] | None = None,
+    tiles: Tiles | Literal["off"] = None,
     cable_width: float | None = None,
     batch_size: int = 4,
     amp: str = "auto",
@@ -343,21 +343,22 @@ def load(
         threshold = sidecar.threshold if sidecar else 0.0
     if cable_width is None and sidecar:
         cable_width = sidecar.cable_width
-    if tiles is None:
-        tiles = "auto" if cable_width else "off"
-    elif tiles == "auto" and not cable_width:
-        raise _unknown_cable_width(path)
     net = LoadedSam(sam, model_type, low_precision)
     if device.type != "cpu":
         list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
-    return Segmenter(net, threshold, None if tiles == "off" else tiles, cable_width, batch_size, sidecar)
+    return Segmenter(net, threshold, _tiles(tiles, cable_width, path), cable_width, batch_size, sidecar)
 
 
-def _unknown_cable_width(path: Path) -> UserError:
-    return UserError(
-        f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not say it: "
-        "give --cable_width PIXELS, in pixels of the model's input"
-    )
+def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path) -> Tiles:
+    """The tiles of a `Segmenter` for the argument of `load`; raises UserError."""
+    if chosen is None and cable_width:
+        return "auto"
+    if chosen == "auto" and not cable_width:
+        raise UserError(
+            f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not say "
+            "it: give --cable_width PIXELS, in pixels of the model's input"
+        )
+    return None if chosen == "off" else chosen
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:

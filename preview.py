@@ -22,7 +22,7 @@ from imaging.visualize import contact_sheet, darkened, draw_points, outline
 MIN_SHOWN_SIDE = 400  # pixels to which a sample is enlarged at least, as on the contact sheet
 N_SAMPLES = 12  # samples on a contact sheet
 N_MEASURED = 60  # masks of a dataset that are measured: each takes a tenth of a second
-MIN_WIDTH = 2.0  # cells of the mask grid; a thinner cable has no interior on the grid
+MIN_WIDTH = 2.0  # pixels of the model's mask; a thinner cable has no interior there
 MAX_THIN_SHARE = 0.05  # of the length of the cables, above which a warning is printed
 
 # Two images are near duplicates if their thumbnails correlate by more than this.
@@ -85,7 +85,7 @@ def preview_dataset(
     print(f"{role}  {index.config.data_dir}")
     print(f"  {len(index.pairs)} pairs of {size_text} (h x w), {len(index.backgrounds)} backgrounds")
     print(f"  foreground {index.foreground:.2%} of the pixels, mean of all masks")
-    print("\n".join(f"  {line}" for line in [*describe(stats), *index.notes()]))
+    print("\n".join(f"  {line}" for line in [*describe(stats, spec.mask_grid), *index.notes()]))
     print(f"  see {sheet_path}")
 
 
@@ -118,7 +118,7 @@ class MaskStats:
     """Statistics of n masks with m centerline pixels.
 
     shares: float (n,), fraction of foreground pixels in each mask.
-    widths: float (m,), width of the cable at each centerline pixel, in cells of the mask grid.
+    widths: float (m,), width of the cable at each centerline pixel, in pixels of the model's mask.
     empty_paths: the masks without foreground.
     """
 
@@ -128,18 +128,18 @@ class MaskStats:
 
 
 def measure_masks(pairs: Sequence[Pair], mask_grid: int) -> MaskStats:
-    """Read and measure at least one mask; `mask_grid` is the side of the model's grid in cells."""
+    """Read and measure at least one mask; `mask_grid` is the side of the model's mask in pixels."""
     shares, widths = [], []
     for pair in pairs:
         mask = read_mask(pair.mask_path, pair.mask_values)
         shares.append(mask.mean())
-        cells_per_pixel = mask_grid / max(mask.shape)
-        widths.append(GroundTruth.from_mask(mask).widths * cells_per_pixel)
+        scale = mask_grid / max(mask.shape)
+        widths.append(GroundTruth.from_mask(mask).widths * scale)
     empty_paths = [pair.mask_path for pair, share in zip(pairs, shares, strict=True) if share == 0]
     return MaskStats(np.array(shares), np.concatenate(widths), empty_paths)
 
 
-def describe(stats: MaskStats) -> list[str]:
+def describe(stats: MaskStats, mask_grid: int) -> list[str]:
     """Describe masks in lines of text: empty masks, cable widths, a warning of thin cables."""
     lines = []
     if stats.empty_paths:
@@ -148,12 +148,15 @@ def describe(stats: MaskStats) -> list[str]:
     if len(stats.widths) == 0:
         return lines
     median, low = np.quantile(stats.widths, [0.5, 0.05])
-    lines.append(f"cables are {median:.1f} cells of the mask grid wide (median; 5th percentile {low:.1f})")
+    lines.append(
+        f"the model draws masks of {mask_grid} x {mask_grid} pixels; cables are {median:.1f} of these pixels "
+        f"wide (median; 5th percentile {low:.1f})"
+    )
     thin_share = np.mean(stats.widths < MIN_WIDTH)
     if thin_share >= MAX_THIN_SHARE:
         lines.append(
-            f"warning: {thin_share:.0%} of their length is thinner than {MIN_WIDTH:g} cells, "
-            "too thin for the model to draw well; crop the images, or choose a model with a larger input"
+            f"warning: {thin_share:.0%} of their length is thinner than {MIN_WIDTH:g} of these pixels, too "
+            "thin to be drawn well; crop the images, or choose a model with a larger input"
         )
     return lines
 

@@ -1,16 +1,16 @@
 """The report of a run: from its folder to one HTML file that needs no server, network or JavaScript."""
 
 import base64
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
 
 import runtime
@@ -29,9 +29,10 @@ from run_logger import (
     METRICS_FILE,
     REPORT_FILE,
     dataset_table,
+    printable,
     tool_command,
 )
-from sidecar import Sidecar, sidecar_path
+from sidecar import Sidecar, read_sidecar
 from train_config import parse_args
 
 N_SAMPLES = 6  # training samples that are shown
@@ -65,32 +66,71 @@ td, th { border: 1px solid #ccc; padding: .15rem .6rem; text-align: left; overfl
 """
 
 
+class TestScores(BaseModel):
+    """What the report takes of a line of METRICS_FILE."""
+
+    iteration: int
+    iou: float
+    cldice: float
+
+
+class ShownTest(BaseModel):
+    """An image of the last test: JPEG files in base 64 of it and of what was found in it."""
+
+    name: str
+    iou: float
+    role: str
+    images: tuple[str, str]
+
+
+class LastTest(BaseModel):
+    """The content of LAST_TEST_FILE; see `run_logger`. `iou_by_threshold` is at THRESHOLDS."""
+
+    iteration: int
+    count: int
+    threshold: float
+    iou_by_threshold: Annotated[list[float], Field(min_length=len(THRESHOLDS), max_length=len(THRESHOLDS))]
+    images: list[ShownTest]
+
+
 @dataclass(frozen=True)
 class Records:
     """What the folder of a run holds.
 
-    tests: the lines of METRICS_FILE.
-    last_test: LAST_TEST_FILE, or None without a test.
+    last_test: None without a test.
     losses: (iteration, training loss).
     best: the sidecar of the best checkpoint, or None without one.
     """
 
-    tests: list[dict[str, float]]
-    last_test: dict[str, Any] | None
+    tests: list[TestScores]
+    last_test: LastTest | None
     losses: list[tuple[float, float]]
     best: Sidecar | None
 
 
-def read_records(folder: Path) -> Records:
-    """Raises OSError or ValueError for a file that cannot be read."""
-    tests, last_test, best = [], None, None
-    if (folder / METRICS_FILE).exists():
-        tests = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    if (folder / LAST_TEST_FILE).exists():
-        last_test = json.loads((folder / LAST_TEST_FILE).read_text())
-    best_path = sidecar_path(folder / "checkpoints" / BEST_FILE)
-    if best_path.exists():
-        best = Sidecar.model_validate_json(best_path.read_bytes())
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def parse(model: type[Parsed], text: bytes, where: str) -> Parsed | None:
+    """A text of JSON; None, with a warning that names `where`, if it does not fit the model."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        fault = f"{key}: {first['msg']}" if key else first["msg"]
+        warnings.warn(f"the report leaves out {where}: {fault}", stacklevel=2)
+        return None
+
+
+def read_records(folder: Path, model_type: str) -> Records:
+    """What is damaged is left out with a warning. Raises OSError for a file that cannot be read."""
+    tests_path, last_path = folder / METRICS_FILE, folder / LAST_TEST_FILE
+    lines = tests_path.read_bytes().splitlines() if tests_path.exists() else []
+    parsed = [parse(TestScores, line, f"line {n} of {tests_path}") for n, line in enumerate(lines, 1)]
+    tests = [scores for scores in parsed if scores is not None]
+    last_test = parse(LastTest, last_path.read_bytes(), str(last_path)) if last_path.exists() else None
+    best = read_sidecar(folder / "checkpoints" / BEST_FILE, model_type)
     kept = {SCALARS: 0, IMAGES: 1, TENSORS: 1}  # 0: all
     events = EventAccumulator(str(folder), size_guidance=kept).Reload()
     has_losses = "train/loss" in events.Tags()[SCALARS]
@@ -111,7 +151,8 @@ def write_report(experiment: Experiment, iteration: int, is_done: bool, with_sam
         return
     path = experiment.folder / REPORT_FILE
     try:
-        page = render(experiment, read_records(experiment.folder), iteration, is_done, with_samples)
+        records = read_records(experiment.folder, experiment.config.model_type)
+        page = render(experiment, records, iteration, is_done, with_samples)
         write_atomically(path, lambda file: file.write(page.encode()))
     except (UserError, OSError, ValueError) as error:
         warnings.warn(f"the report {path} was not written: {error}", stacklevel=2)
@@ -133,7 +174,7 @@ def render(
         "<h2>Curves</h2>",
         curves(records),
         "<h2>Test images</h2>",
-        test_images(records.last_test),
+        test_images(records),
         f"<h2>Data</h2><pre>{escape(printable(table))}</pre>",
         training_samples(experiment) if with_samples else "",
         "<h2>Flags</h2>",
@@ -154,13 +195,13 @@ def render(
 
 def result_line(records: Records, experiment: Experiment) -> str:
     """What came out, in one line."""
-    before = [test["iou"] for test in records.tests if test["iteration"] == 0]
-    weights = experiment.checkpoints / BEST_FILE
-    if records.best is None or not before:
-        return "No result: the run has no test set." if not experiment.test_set else "No result yet."
-    best, count = records.best, records.last_test["count"] if records.last_test else 0
+    before = [test.iou for test in records.tests if test.iteration == 0]
+    best, weights = records.best, experiment.checkpoints / BEST_FILE
+    iou = best.metrics.get("iou") if best else None
+    if best is None or iou is None or not before or not experiment.test_set:
+        return "No result yet." if experiment.test_set else "No result: the run has no test set."
     return (
-        f"Test IoU {before[0]:.3f} → {best.metrics['iou']:.3f} on {count} images, "
+        f"Test IoU {before[0]:.3f} → {iou:.3f} on {len(experiment.test_set)} images, "
         f"with {weights} of iteration {best.iteration}"
     )
 
@@ -183,16 +224,16 @@ def curves(records: Records) -> str:
         chart(
             "Test by iteration",
             {
-                "IoU": [(test["iteration"], test["iou"]) for test in records.tests],
-                "clDice": [(test["iteration"], test["cldice"]) for test in records.tests],
+                "IoU": [(test.iteration, test.iou) for test in records.tests],
+                "clDice": [(test.iteration, test.cldice) for test in records.tests],
             },
             top=1.0,
             mark=records.best.iteration if records.best else None,
         ),
     ]
     if records.last_test:
-        sweep = list(zip(THRESHOLDS.tolist(), records.last_test["iou_by_threshold"], strict=True))
-        threshold = records.last_test["threshold"]
+        sweep = list(zip(THRESHOLDS.tolist(), records.last_test.iou_by_threshold, strict=True))
+        threshold = records.last_test.threshold
         title = f"IoU by threshold (logit) in the last test; {threshold:g} is stored with the weights"
         charts.append(chart(title, {"IoU": sweep}, top=1.0, mark=threshold))
     return f'<div class="grid">{"".join(charts)}</div>'
@@ -252,16 +293,23 @@ def image_element(jpeg_base64: str, description: str) -> str:
     return f'<img src="data:image/jpeg;base64,{jpeg_base64}" alt="{escape(description)}">'
 
 
-def test_images(last_test: dict[str, Any] | None) -> str:
+def test_images(records: Records) -> str:
     """The worst, median and best images of the last test, with found, missed and wrong pixels in color."""
+    last_test = records.last_test
     if last_test is None:
-        return '<p class="note">Nothing was tested.</p>'
+        return '<p class="note">There are no images of a test.</p>'
+    best = records.best.iteration if records.best else None
+    whose = f"with the weights of the last test, at iteration {last_test.iteration}"
+    if best == last_test.iteration:
+        whose += f", which are those of {BEST_FILE}"
+    elif best is not None:
+        whose += f"; {BEST_FILE} is of iteration {best}, and its masks differ"
     box = '<span class="key" style="background:rgb{}"></span> {}'
     keys = " &nbsp; ".join(box.format(color, meaning) for meaning, color in LEGEND)
-    parts = [f'<p class="note">The last test, at iteration {last_test["iteration"]}. {keys}</p>']
-    for shown in last_test["images"]:
-        text = f"{shown['role']}, IoU {shown['iou']:.3f}: {printable(shown['name'])}"
-        image, compared = shown["images"]
+    parts = [f'<p class="note">Predicted {whose}.</p><p class="note">{keys}</p>']
+    for shown in last_test.images:
+        text = f"{shown.role}, IoU {shown.iou:.3f}: {printable(shown.name)}"
+        image, compared = shown.images
         parts.append(
             f'<figure class="test"><figcaption>{escape(text)}</figcaption><div class="pair">'
             f"{image_element(image, 'image')}{image_element(compared, 'found, missed and wrong pixels')}"
@@ -333,8 +381,3 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         more = ("--epoch_num", str(2 * config.epoch_num))
         commands["Train longer"] = tool_command("finetune.py", *resume, *more, processes=processes)
     return commands
-
-
-def printable(text: str) -> str:
-    """The text without what UTF-8 cannot hold, which file names on Linux may contain."""
-    return text.encode(errors="replace").decode()

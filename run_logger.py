@@ -144,8 +144,8 @@ class RunLogger:
         if enabled:
             with self._writing():
                 self.events = EventFile(folder, purge_step=done + 1 if resumed else None)
-            if resumed:
-                _drop_later_lines(folder / METRICS_FILE, done)
+                if resumed:
+                    _drop_later_lines(folder / METRICS_FILE, done)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -273,7 +273,7 @@ def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int
         "iou_by_threshold": iou_by_threshold(stats).tolist(),
         "images": [
             {
-                "name": shown.name,
+                "name": printable(shown.name),
                 "iou": shown.iou,
                 "role": shown.role,
                 "images": [
@@ -286,10 +286,21 @@ def _last_test(stats: list[ImageStats], ranked: list[ShownImage], iteration: int
     }
 
 
+def printable(text: str) -> str:
+    """The text without what UTF-8 cannot hold, which file names on Linux may contain."""
+    return text.encode(errors="replace").decode()
+
+
 def remove_logs(folder: Path) -> None:
-    """Remove the logs in the folder of a run."""
+    """Remove the logs in the folder of a run. Raises UserError if another program keeps one of them."""
     for path in [*folder.glob("events.out.tfevents.*"), folder / METRICS_FILE, folder / LAST_TEST_FILE]:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}, a log of the run that died, cannot be removed ({error.strerror}): end the programs "
+                "that have it open, such as TensorBoard, or choose another --exp_name"
+            ) from error
 
 
 def _drop_later_lines(path: Path, iteration: int) -> None:
@@ -425,8 +436,8 @@ def _shorten(text: str, length: int) -> str:
 
 EMPTY_IOU = 5e-5  # a test IoU that shows as 0.0000
 EMPTY_HINT = (
-    "warning: the predictions are empty or contain no cable (test IoU 0.0000); train for more epochs "
-    "(--epoch_num) or with --train encoder, and check the data with --preview"
+    "warning: the predictions are empty or contain no cable (test IoU 0.0000); train longer (--epoch_num) "
+    "or with --train encoder, and check the data with --preview"
 )
 
 

@@ -6,6 +6,7 @@ sum over all processes is the gradient of the whole batch, also if the share of 
 """
 
 import ctypes
+import io
 import os
 import shutil
 import signal
@@ -33,6 +34,8 @@ Result = TypeVar("Result")
 def init() -> None:
     """Set what is global to the process; every command calls this first."""
     warnings.formatwarning = lambda message, *rest, **options: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may lack letters of a file name
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; they name no file
     Image.MAX_IMAGE_PIXELS = None  # imaging.files checks sizes itself, against --max_pixels
     keep_freed_memory()

@@ -18,6 +18,7 @@ from base.flag_types import (
     decay,
     fraction,
     not_negative,
+    number,
     path,
     percentage,
     positive,
@@ -40,6 +41,8 @@ def default_workers() -> int:
     return max(1, min(16, cores // processes - 1))
 
 
+seed_number = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+rate = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
 AUTO = 0  # `batch_size` for "auto", until `experiment.prepare` has found a number
 
 
@@ -54,7 +57,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
 TRAIN_HELP = (
     "decoder: the mask decoder; lora: also adapters in the encoder; encoder: also the whole encoder "
-    "(default: decoder; for lite_medsam without CUDA encoder)"
+    "(default: decoder; for lite_medsam* without CUDA encoder)"
 )
 # The keys of sam.variants.VARIANTS.
 MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "lite_medsam_512", "mobile_sam"]
@@ -80,6 +83,7 @@ MAY_CHANGE_ON_RESUME = (
     "log_interval",
 )
 RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
+CONFIG_HELP = "YAML file that describes the data; required, but not with --resume"
 # The flags and the data of a run, in exp/NAME.
 ARGS_FILE, CONFIG_FILE = "args.yaml", "config.yaml"
 
@@ -99,10 +103,10 @@ class TrainConfig:
 
     # fmt: off
     # run
-    config: Path = flag(MISSING, path, "YAML file that describes the data", short="-c")
+    config: Path = flag(MISSING, path, CONFIG_HELP, short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
     preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
-    seed: int = flag(0, count, "seed of every random choice")
+    seed: int = flag(0, seed_number, "seed of every random choice")
     max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels an image may have; larger ones are refused")
     test_interval: int = flag(None, positive_int, "iterations between tests (default: 1/8 of the run)")
     patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
@@ -121,7 +125,7 @@ class TrainConfig:
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
-    model_type: str = flag(None, MODEL_TYPES, "SAM variant (default: vit_b; without CUDA lite_medsam)")
+    model_type: str = flag(None, MODEL_TYPES, "SAM variant (default: vit_b; without CUDA lite_medsam_512)")
     checkpoint: Path | None = flag(None, path, "weights to start from (default: the published weights)")
     train: str = flag(None, TRAIN, TRAIN_HELP)
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
@@ -133,8 +137,8 @@ class TrainConfig:
     minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
     batch_size: int = flag(None, size_or_auto, "samples per batch, or auto (default: 4, or 1)", short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
-    lr: float = flag(None, positive, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
-    encoder_lr: float = flag(None, positive, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
+    lr: float = flag(None, rate, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
+    encoder_lr: float = flag(None, rate, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
     layer_decay: float = flag(0.9, decay, "--train encoder: each block has this times the next one's rate")
     warmup_steps: int = flag(10, count, "optimizer steps of linear warm-up")
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
@@ -186,7 +190,10 @@ def default_batch_size(train: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Fine-tune SAM to segment cables.")
+    usage = (
+        "%(prog)s --config FILE [--exp_name NAME] [flags]\n       %(prog)s --exp_name NAME --resume [flags]"
+    )
+    parser = argparse.ArgumentParser(usage=usage, description="Fine-tune SAM to segment cables.")
     group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:
@@ -202,7 +209,7 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
     if parse is bool:
         return {"action": "store_true", "help": text}
     if f.default is MISSING:
-        return {"type": parse, "required": True, "help": text}
+        return {"type": parse, "help": text}  # `parse_args` requires it, unless a resumed run has it
     if f.default is not None:
         text += " (default: %(default)s)"
     values = {"type": parse} if callable(parse) else {"choices": list(parse)}
@@ -219,6 +226,9 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
     argv = sys.argv[1:] if argv is None else argv
     stored = _flags_of_resumed_run(parser, argv)
     flags = vars(parser.parse_args([*stored, *argv]))
+    if flags["config"] is None:
+        run = f"; exp/{flags['exp_name']} holds no {ARGS_FILE}" if flags["resume"] else ""
+        parser.error(f"the following arguments are required: --config/-c{run}")
     if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
         names = ("batch_size", "virtual_batch_size")
         flags |= {name: getattr(parser.parse_args(stored), name) for name in names}
@@ -240,8 +250,9 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
 def choose_by_machine(flags: dict[str, Any]) -> str:
     """Set `model_type` and `train` where they are None; returns a line that says what was chosen and why.
 
-    With CUDA, they are vit_b and decoder. Without, they are lite_medsam and encoder, which train in minutes
-    on a CPU; the decoder is chosen for other models, and if embeddings are reused. "" if both were given.
+    With CUDA, they are vit_b and decoder. Without, they are lite_medsam_512 and encoder, which train in
+    minutes on a CPU; the decoder is chosen for other models, and if embeddings are reused. The line is "" if
+    both were given.
     """
     names = [name for name in ("model_type", "train") if flags[name] is None]
     if not names:
@@ -251,7 +262,7 @@ def choose_by_machine(flags: dict[str, Any]) -> str:
     has_cuda = flags["device"] == "cuda" or (flags["device"] == "auto" and torch.cuda.is_available())
     reasons = ["it runs on CUDA" if has_cuda else "it does not run on CUDA"]
     if flags["model_type"] is None:
-        flags["model_type"] = "vit_b" if has_cuda else "lite_medsam"
+        flags["model_type"] = "vit_b" if has_cuda else "lite_medsam_512"
     if flags["train"] is None:
         if flags["embedding_reuse"] > 1:
             reasons.append("--embedding_reuse needs a frozen encoder")
@@ -276,10 +287,10 @@ def _flags_of_resumed_run(parser: argparse.ArgumentParser, argv: list[str]) -> l
     if flags.exp_name is None:
         parser.error("--resume needs the --exp_name of the run that it continues")
     folder = Path("exp") / flags.exp_name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         parser.error(f"{folder}: there is no such run to resume (--exp_name, --resume)")
     path = folder / ARGS_FILE
-    if not path.exists():  # the run died early: it starts again with the flags that are given
+    if not os.path.exists(path):  # the run died early: it starts again with the flags that are given
         return []
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
+from sam.cpu_layers import accelerate_tiny_vit_on_cpu, depthwise_conv, fuse_gelu
 from sam.variants import VARIANTS
 
 
@@ -22,6 +23,10 @@ def move_to_device(
     """
     accelerate(sam.image_encoder, fold=train != "encoder")
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
+    if device.type == "cpu":
+        accelerate_tiny_vit_on_cpu(sam.image_encoder)
+        if train == "decoder":  # no gradient passes through the encoder
+            fuse_gelu(sam.image_encoder, dtype)
     sam.image_encoder.to(dtype).to(memory_format=torch.channels_last)
     sam.to(device)  # last, so that the device never holds float32 weights of a frozen encoder
 
@@ -102,8 +107,8 @@ def accelerate(encoder: nn.Module, *, fold: bool = True) -> None:
       `fold` this is a plain `nn.Conv2d` with the scaled weights: its parameter names differ, and it is
       frozen. Without `fold` it is a `FrozenStatisticsConv`, which can train.
 
-    A replacement takes over the parameters, their names (except with `fold`), device and dtype. TinyViT's
-    attention stays as it is: over its windows of 49 or 196 pixels a fused kernel is slower on a CPU.
+    A replacement takes over the parameters, their names (except with `fold`), device and dtype. For more of
+    TinyViT on a CPU, see `cpu_layers`.
     """
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
@@ -146,6 +151,8 @@ class FrozenStatisticsConv(nn.Module):
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight = (conv.weight * scale[:, None, None, None]).to(memory_format=torch.channels_last)
         bias = norm.bias - norm.running_mean * scale
+        if conv.groups > 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return depthwise_conv(x, weight, bias, conv.stride[0])
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -1,7 +1,9 @@
+import os
 import re
 import time
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
@@ -72,6 +74,12 @@ def test_relative_paths_start_at_the_current_directory_then_at_the_yaml(folders,
     assert load(folders, text).dataset.train[0].data_dir == elsewhere / "cables"
 
 
+def test_a_folder_without_permission_is_named(folders, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder).name != "cables")
+    with pytest.raises(UserError, match=r"train\[0\].data_dir: the folder may not be read; change its perm"):
+        load(folders, "dataset: {train: [{data_dir: cables}, {data_dir: more}]}")
+
+
 def test_home_and_variables_in_paths_are_expanded_unless_the_folder_exists(folders, monkeypatch):
     monkeypatch.setenv("HOME", str(folders))
     monkeypatch.setenv("USERPROFILE", str(folders))
@@ -136,10 +144,15 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: {train: []}", "dataset.train: needs at least one dataset"),
         ("dataset: {train: null}", "dataset.train: needs at least one dataset"),
         ("dataset: {}", "dataset.train: required key is missing"),
+        ("dataset: {train: {data_dir: cables}}", "expected a list: begin its items with a dash (got {"),
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
         ("dataset: {train: [{data_dir: cables, w_aug: true, w_aug: false}]}", "the key 'w_aug' occurs twice"),
         ("dataset: {train: [{data_dir: cables, percentage: .nan}]}", "finite number"),
+        (
+            "dataset: {train: [{data_dir: cables, percentage: 1.0e+9}]}",
+            "less than or equal to 10000",
+        ),
         ("dataset: {train: [{data_dir: cables, percentage: true}]}", "dataset.train[0].percentage"),
         ("dataset: {train: [{data_dir: cables, bg_paths: [bg_1, 7]}]}", "dataset.train[0].bg_paths[1]"),
         ("dataset: {train: [{data_dir: cables, aug_details: [blur]}]}", "'crop_foreground'"),
@@ -189,9 +202,23 @@ def test_numbers_that_yaml_reads_as_strings_are_numbers(folders, text, expected)
     assert config.dataset.train[0].percentage == expected
 
 
+@pytest.mark.parametrize("part", ["imgs", "masks"])
+def test_a_part_of_a_dataset_in_its_place_is_named_with_what_to_write(folders, part):
+    for name in ("imgs", "masks"):
+        (folders / "cables" / name).mkdir()
+    with pytest.raises(UserError) as error:
+        load(folders, f"dataset: {{train: [{{data_dir: cables/{part}}}]}}")
+    expected = "dataset.train[0].data_dir: expected the folder that holds imgs/ and masks/: write "
+    assert f"{expected}{folders / 'cables'} " in str(error.value)
+    (folders / "cables" / part / "imgs").mkdir()  # a dataset whose own name is that
+    load(folders, f"dataset: {{train: [{{data_dir: cables/{part}}}]}}")
+
+
 def test_a_percentage_that_is_meant_in_percent_gives_a_warning(folders):
     text = "dataset: {train: [{data_dir: cables, percentage: 50}]}"
-    with pytest.warns(UserWarning, match=r"uses every pair 50 times per epoch; for 50 percent .* write 0\.5"):
+    with pytest.warns(
+        UserWarning, match=r"percentage 50 means as many passes .*; for 50 percent, write 0\.5"
+    ):
         assert load(folders, text).dataset.train[0].percentage == 50
 
 

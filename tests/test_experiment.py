@@ -22,6 +22,7 @@ from PIL import Image
 
 import checkpoint
 import experiment
+import finetune
 import runtime
 from base.errors import UserError
 from config import Config, load_config
@@ -179,7 +180,7 @@ def test_the_check_of_disk_space_counts_all_that_the_run_writes(
     written = sum(path.stat().st_size for path in Path("exp/run").rglob("*.pth"))
     pool = pool_spec(6, net).size
     assert written < needed[0] - pool - experiment.LOGS < 2 * written
-    still_needed = experiment.size_of_saves(config, net)  # if the run is resumed
+    still_needed = experiment.size_of_saves(config, net, 6)  # if the run is resumed
     assert still_needed < needed[0] - pool - 0.9 * written
 
 
@@ -189,7 +190,8 @@ def test_photos_are_encoded_again_where_checkpoints_leave_no_space_to_keep_them(
     photos = config_file(bg_paths=None, w_aug=False)
     config = tiny_config(photos, tiny_weights, "-e", 20, "--save_interval", 1)
     net, _ = experiment.build_net(config, tiny_weights, torch.device("cpu"))
-    usage, needed = shutil.disk_usage("."), pool_spec(6, net).size + experiment.size_of_saves(config, net)
+    usage = shutil.disk_usage(".")
+    needed = pool_spec(6, net).size + experiment.size_of_saves(config, net, 20)
     for lacking, n_slots in ((0, 6), (1, 0)):
         free = needed - lacking
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage._replace(free=free))
@@ -197,6 +199,40 @@ def test_photos_are_encoded_again_where_checkpoints_leave_no_space_to_keep_them(
             warnings.simplefilter("always")
             assert experiment.prepare(config).train_set.n_cache_slots == n_slots
         assert len(warned) == lacking
+
+
+def test_the_length_of_a_run_of_minutes_does_not_come_from_the_number_of_epochs(
+    tiny_weights, config_file, monkeypatch
+):
+    needed, images = [], []
+    monkeypatch.setattr(experiment, "require_free_space", lambda folder, size, purpose: needed.append(size))
+    monkeypatch.setattr(runtime, "should_compile", lambda choice, device, count: images.append(count))
+    photos = config_file(bg_paths=None, w_aug=False)
+    for flags in (["-e", 1, "-s", 1], ["-e", 500, "-s", 1], ["--keep_last", 2, "-s", 1]):
+        experiment.prepare(tiny_config(photos, tiny_weights, "--minutes", 2, *flags))
+    weights = 4 * sum(weight.numel() for weight in checkpoint.load_weights(tiny_weights).values())
+    assert needed[0] == needed[1] == needed[2] > 2 * weights  # no checkpoint of an epoch, photos are kept
+    assert images == [2 * 60 * experiment.IMAGES_PER_SECOND] * 3
+
+
+def test_a_run_of_minutes_warns_once_its_epochs_are_too_many_for_the_disk(
+    tiny_weights, config_file, monkeypatch
+):
+    flags = ("-b", 2, "--minutes", 5, "--save_interval", 1)
+    config = tiny_config(config_file(), tiny_weights, *flags)
+    net, _ = experiment.build_net(config, tiny_weights, torch.device("cpu"))
+    free = experiment.size_of_saves(config, net, experiment.UNMEASURED_EPOCHS)  # enough without epochs
+    usage = shutil.disk_usage(".")._replace(free=free)
+    monkeypatch.setattr(finetune.Budget, "epochs", lambda budget, done, iteration, *_: 4 * (iteration == 2))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert run_tiny(config_file(), tiny_weights, *flags) == 0
+        assert not warned
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+        assert run_tiny(config_file(), tiny_weights, *flags, "-n", "full") == 0
+    (text,) = [str(warning.message) for warning in warned]
+    assert text.startswith("4 epochs write up to 1") and "to exp/full, but its disk has 10" in text
+    assert "--keep_last or --save_interval" in text
 
 
 def test_photos_are_encoded_again_if_the_disk_fills_up_after_the_check(

@@ -348,12 +348,27 @@ def test_a_mask_that_may_be_inverted_is_named_in_the_summary(dataset_folder):
     assert not index(dataset_folder, allow_large_foreground=True).notes()
 
 
-def test_swapped_folders_are_refused(dataset_folder):
-    (dataset_folder / "set/imgs").rename(dataset_folder / "set/x")
-    (dataset_folder / "set/masks").rename(dataset_folder / "set/imgs")
-    (dataset_folder / "set/x").rename(dataset_folder / "set/masks")
-    with pytest.raises(UserError, match="not a binary mask"):
+@pytest.mark.parametrize("name", ["{}.png", "{}_mask.png"])
+def test_swapped_folders_are_refused_in_one_sentence(dataset_folder, name):
+    folder = dataset_folder / "set"
+    for path in sorted((folder / "masks").iterdir()):
+        path.rename(path.with_name(name.format(path.stem)))
+    (folder / "imgs").rename(folder / "x")
+    (folder / "masks").rename(folder / "imgs")
+    (folder / "x").rename(folder / "masks")
+    with pytest.raises(UserError) as error:
         index(dataset_folder)
+    (line,) = str(error.value).splitlines()[1:]
+    assert f"{folder}: imgs/ and masks/ seem to be swapped" in line
+
+
+def test_a_photo_among_the_masks_is_not_taken_for_swapped_folders(dataset_folder):
+    folder = dataset_folder / "set"
+    (path, *_) = sorted((folder / "masks").iterdir())
+    path.write_bytes((folder / "imgs" / path.name).read_bytes())
+    with pytest.raises(UserError, match="not a binary mask") as error:
+        index(dataset_folder)
+    assert "swapped" not in str(error.value)
 
 
 def test_a_set_of_empty_masks_is_refused_and_the_key_insists(dataset_folder):

@@ -184,12 +184,15 @@ def test_images_of_one_name_in_two_folders_keep_both(tmp_path):
     )
 
 
-def test_the_contact_sheet_outlines_the_masks(tmp_path):
+def test_the_contact_sheet_outlines_the_masks_and_names_the_images(tmp_path):
     label_samples.write_cvat(tmp_path / "export")
     assert run(tmp_path / "export", tmp_path / "data") == 0
     sheet = np.asarray(Image.open(tmp_path / "data/contact_sheet.jpg")).astype(int)
     is_green = (sheet[..., 1] > 150) & (sheet[..., 0] < 120)
     assert is_green[:, :400].any() and is_green[:, 400:800].any() and not is_green[:, 800:].any()
+    names = sheet[-import_labels.NAME_HEIGHT :, :800].min(axis=2) > 150  # white letters
+    first, second = names[:, :400], names[:, 400:]
+    assert first.sum() > 20 and second.sum() > 20 and (first != second).any()
 
 
 def test_an_existing_output_is_never_changed(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """--preview: the real command on drawn cables, and what it prints about them."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import cv2
@@ -43,8 +45,9 @@ def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, da
     ]
     shown = [float(found) / 100 for found in re.findall(r"foreground (\d+\.\d+)% of the pixels", output)]
     assert shown == pytest.approx(shares, abs=1e-4)
-    # Cables are drawn 5 to 6 pixels wide, in photos of 64 on a grid of 32 cells.
-    medians = [float(found) for found in re.findall(r"cables are (\d\.\d) cells", output)]
+    # Cables are drawn 5 to 6 pixels wide, in photos of 64 where the model's mask has 32.
+    medians = [float(found) for found in re.findall(r"cables are (\d\.\d) of these pixels wide", output)]
+    assert output.count("the model draws masks of 32 x 32 pixels") == 3 and "cells" not in output
     assert medians == pytest.approx([2.8] * 3, abs=0.5)
     photos = read_image(Path("exp/run/preview/train_1.jpg"))
     assert photos.shape[1] == 1600
@@ -79,9 +82,18 @@ def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, c
     assert preview(config_file(data_dir="thin")) == 0
     output = capsys.readouterr().out
     assert "1 of 4 masks checked are empty" in output and str(data / "thin/masks/2.png") in output
-    assert "% of their length is thinner than 2 cells" in output
+    assert "% of their length is thinner than 2 of these pixels" in output
     assert f"{data / 'test/imgs/0.png'} = {data / 'thin/imgs/1.png'}" in output
     assert "test/imgs/1.png" not in output
+
+
+def test_names_that_the_output_cannot_hold_are_written_as_codes(tiny_weights, config_file, data, monkeypatch):
+    (data / "cables").rename(data / "電線")
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, "cp1252"))  # as on Windows
+    assert preview(config_file(data_dir="電線")) == 0
+    sys.stdout.flush()
+    assert rb"\u96fb\u7dda" in bytes_written.getvalue()
 
 
 def test_faults_in_the_data_end_with_a_message(tiny_weights, config_file, data, capsys):

@@ -1,6 +1,7 @@
 """The report of a run: what it shows, and that it never costs the run."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -114,6 +115,13 @@ def test_names_of_files_are_escaped(tiny_weights, config_file, named_like_html):
     assert len(page.all("img")) == 2 * 1 + 6
 
 
+def test_a_name_that_is_no_unicode_is_shown(tiny_weights, config_file, data):
+    for kind in ("imgs", "masks"):
+        (data / "test" / kind / "0.png").rename(data / "test" / kind / os.fsdecode(b"caf\xe9.png"))
+    assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
+    assert any("caf?.png" in text for text in Page().text("figcaption"))
+
+
 def test_its_commands_can_be_pasted(tiny_weights, config_file, monkeypatch):
     assert run_tiny(config_file(), tiny_weights, "-e", 2) == 0
     lines = Page().text("pre")[1:]  # after the data
@@ -147,13 +155,56 @@ def test_a_run_without_a_test_has_a_report(tiny_weights, config_file):
 
 
 def test_a_report_that_cannot_be_written_costs_a_warning(tiny_weights, config_file, monkeypatch):
-    def damage(folder):
+    def damage(folder, model_type):
         raise ValueError("damaged")
 
     monkeypatch.setattr(report, "read_records", damage)
     with pytest.warns(UserWarning, match=r"the report exp/run/report\.html was not written: damaged"):
         assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
     assert not REPORT.exists() and Path("exp/run/checkpoints/last.pth").exists()
+
+
+def test_the_images_say_whose_predictions_they_are(tiny_weights, config_file, monkeypatch):
+    run_test = finetune.run_test
+    for best, said in (
+        (2, "best.pth is of iteration 2, and its masks differ"),
+        (6, "which are those of best"),
+    ):
+
+        def best_at(*args, iteration, best=best, **options):
+            return run_test(*args, iteration=iteration, **options) | {"iou": 0.5 + 0.1 * (iteration == best)}
+
+        monkeypatch.setattr(finetune, "run_test", best_at)
+        flags = ("-e", 2, "-b", 2, "--test_interval", 2, "-n", f"best at {best}")
+        assert run_tiny(config_file(), tiny_weights, *flags) == 0
+        notes = Page(Path(f"exp/best at {best}/report.html")).text("p")
+        (note,) = [note for note in notes if note.startswith("Predicted with the weights of the last test")]
+        assert "at iteration 6" in note and said in note
+
+
+def test_damaged_records_are_left_out_and_named(tiny_weights, config_file):
+    assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
+    folder = Path("exp/run")
+    whole = report.read_records(folder, "tiny")
+    assert whole.tests and whole.last_test and whole.best and whole.losses
+    lines = (folder / "metrics.jsonl").read_text()
+    added = ['{"iteration": 1}', '["iou"]', '{"iteration": 1, "iou": null, "cldice": 0.5}', "{"]
+    (folder / "metrics.jsonl").write_text(lines + "\n".join(added))
+    last_test = json.loads((folder / "last_test.json").read_text())
+    del last_test["images"][0]["iou"]
+    (folder / "last_test.json").write_text(json.dumps(last_test))
+    (folder / "checkpoints/best.json").write_text('{"model_type": "tiny", "input_size": 64, "iteration": 1}')
+    with pytest.warns(UserWarning, match="the report leaves out") as warned:
+        records = report.read_records(folder, "tiny")
+    n = len(lines.splitlines())
+    names = [str(warning.message).split(": ")[0] for warning in warned]
+    bad_lines = [f"the report leaves out line {n + k} of {folder / 'metrics.jsonl'}" for k in (1, 2, 3, 4)]
+    assert names == [*bad_lines, f"the report leaves out {folder / 'last_test.json'}"]
+    assert records.tests == whole.tests and records.last_test is None
+    assert "iou" in str(warned[0].message) and "images.0.iou" in str(warned[4].message)
+    experiment = SimpleNamespace(checkpoints=folder / "checkpoints", test_set=[1])
+    assert report.result_line(records, experiment) == "No result yet."
+    assert f"→ {whole.best.metrics['iou']:.3f} on 1 images" in report.result_line(whole, experiment)
 
 
 def test_long_curves_are_averaged():

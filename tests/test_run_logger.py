@@ -1,5 +1,6 @@
 """Logs of a run: silence when disabled, resumed metrics, and the time that counts."""
 
+import errno
 import json
 import re
 import resource
@@ -67,6 +68,25 @@ def test_a_resumed_logger_drops_later_lines_and_a_partial_one(tmp_path):
     path.write_text(lines[0] + "\n" + lines[1][:-4])  # cut off in the last line that counts
     RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True).close()
     assert path.read_text() == lines[0] + "\n"
+    path.unlink()
+    path.mkdir()  # it cannot be read
+    with pytest.raises(UserError, match=re.escape(f"writing to {tmp_path} failed: ") + ".*metrics.jsonl"):
+        RunLogger(tmp_path, iterations=30, done=10, resumed=True, enabled=True)
+
+
+def test_a_log_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    for name in ("metrics.jsonl", "events.out.tfevents.1"):
+        (tmp_path / name).touch()
+
+    def refuse(path, missing_ok=False):  # as Windows does for an open file
+        raise PermissionError(errno.EACCES, "in use", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"events\.out\.tfevents\.1.* \(in use\): .*TensorBoard.*--exp_name"):
+        run_logger.remove_logs(tmp_path)
+    monkeypatch.undo()
+    run_logger.remove_logs(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

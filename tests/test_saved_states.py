@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FLAGS, assert_same_results, run_tiny
 
 import checkpoint
@@ -144,3 +145,27 @@ def test_checkpoints_that_the_user_copied_are_left_alone(tmp_path):
     checkpoint.remove_kept_best(tmp_path)
     finetune.remove_old_checkpoints(tmp_path, 1)
     assert {path.name for path in tmp_path.iterdir()} == copies | {"best.pth", "epoch_0002.pth"}
+
+
+def test_a_state_that_is_damaged_or_has_weights_that_are_not_finite_is_refused(config, tiny_weights, capsys):
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
+    path = Path("exp/run/resume.pth")
+    state, name = torch.load(path, weights_only=True), "mask_decoder.iou_token.weight"
+    for number in (float("nan"), float("inf")):
+        state["weights"][name][0, 0] = number
+        torch.save(state, path)
+        assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 2
+        error = capsys.readouterr().err
+        assert f"error: {path} holds weights that are NaN or infinite, such as {name}: " in error
+        assert "another --exp_name and --checkpoint exp/run/checkpoints/best.pth" in error
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 2
+    error = capsys.readouterr().err
+    assert (
+        f"error: {path} cannot be read, and may be damaged: start the run again with another --exp_name and "
+        in error
+    )
+    weights = checkpoint.load_weights(tiny_weights) | {name: state["weights"][name]}
+    checkpoint.save_weights(weights, tiny_weights)
+    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "other") == 2
+    assert f"{tiny_weights} holds weights that are NaN" in capsys.readouterr().err

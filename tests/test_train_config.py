@@ -55,9 +55,14 @@ CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
 @pytest.mark.parametrize(
     ("has_cuda", "argv", "expected", "line"),
     [
-        (False, "", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (False, "", "lite_medsam_512 encoder", f"--model_type lite_medsam_512 --train encoder ({CPU})"),
         (True, "", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
-        (True, "--device cpu", "lite_medsam encoder", f"--model_type lite_medsam --train encoder ({CPU})"),
+        (
+            True,
+            "--device cpu",
+            "lite_medsam_512 encoder",
+            f"--model_type lite_medsam_512 --train encoder ({CPU})",
+        ),
         (False, "--device cuda", "vit_b decoder", f"--model_type vit_b --train decoder ({CUDA})"),
         (False, "--model_type lite_medsam", "lite_medsam encoder", f"--train encoder ({CPU})"),
         (False, "--model_type lite_medsam_512", "lite_medsam_512 encoder", f"--train encoder ({CPU})"),
@@ -71,10 +76,10 @@ CPU, CUDA = "it does not run on CUDA", "it runs on CUDA"
         (
             False,
             "--embedding_reuse 4",
-            "lite_medsam decoder",
-            f"--model_type lite_medsam --train decoder ({CPU}; --embedding_reuse needs a frozen encoder)",
+            "lite_medsam_512 decoder",
+            f"--model_type lite_medsam_512 --train decoder ({CPU}; --embedding_reuse needs a frozen encoder)",
         ),
-        (False, "--train lora", "lite_medsam lora", f"--model_type lite_medsam ({CPU})"),
+        (False, "--train lora", "lite_medsam_512 lora", f"--model_type lite_medsam_512 ({CPU})"),
         (True, "--train encoder", "vit_b encoder", f"--model_type vit_b ({CUDA})"),
         (False, "--model_type vit_b --train decoder", "vit_b decoder", None),
     ],
@@ -129,6 +134,21 @@ def test_help_gives_every_default():
     assert "(default: None)" not in text
 
 
+def test_a_config_is_required_without_resume_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(usage) == 2 and "--config FILE" in usage[0] and "--exp_name NAME --resume" in usage[1]
+    (tmp_path / "exp/died").mkdir(parents=True)
+    for argv in ([], ["--resume", "--exp_name", "died"]):
+        with pytest.raises(SystemExit) as code:
+            parse_args(argv)
+        assert code.value.code == 2
+        error = capsys.readouterr().err
+        assert "the following arguments are required: --config" in error
+        assert ("exp/died holds no args.yaml" in error) == bool(argv)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
@@ -138,6 +158,7 @@ def test_help_gives_every_default():
         ("--lr", "0", "above 0"),
         ("--lr", "-1e-4", "above 0"),
         ("--lr", "inf", "above 0"),
+        ("--lr", "1e300", "at most 1000"),
         ("--epoch_num", "0", "at least 1"),
         ("--epoch_num", "1.5", "at least 1"),
         ("--batch_size", "-2", "at least 1"),
@@ -145,6 +166,7 @@ def test_help_gives_every_default():
         ("--save_interval", "0", "at least 1"),
         ("--test_interval", "x", "at least 1"),
         ("--warmup_steps", "-1", "at least 0"),
+        ("--seed", str(2**63), "from 0 to 2^63 - 1"),
         ("--gamma", "-1", "at least 0"),
         ("--grad_clip", "0", "above 0"),
         ("--prompt", "text", "invalid choice"),

@@ -1,10 +1,13 @@
-"""Rerun the comparison of docs/results.md on real photos: training data, number of photos, prompts.
+"""Repeat questions 2 to 5 of "Earlier measurements" in docs/results.md: data, photos, prompts, clDice loss.
 
     python tools/results.py --data data
 
-Trains LiteMedSAM on the 60 photos of cables_plain as each row says, with 300 samples per run. Measures the
-final checkpoint on three other datasets with predict.py. Prints every command and the table. Draws OUT.png
-(bars) and OUT_maps.png (maps of errors on two images per dataset). Results stay in exp/ and are used again.
+It does not repeat question 1 or the recommended training, whose commands are in docs/results.md.
+
+Trains LiteMedSAM on the 60 photos of cables_plain as each row says, with 300 samples per run and the present
+code. Measures the final checkpoint on three other datasets with predict.py. Prints every command and the
+table. Draws OUT.png (bars) and OUT_maps.png (maps of errors on two images per dataset). Results stay in exp/
+and are used again.
 """
 
 import argparse
@@ -29,6 +32,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from plot_curves import plot_fault
 
 LINKS = Path("exp/results_data")
+PHOTOS_FOLDER, BACKGROUNDS = "cables_plain", "backgrounds"
 PHOTOS = 60  # number of photos in cables_plain, and samples per epoch
 RANKING_ROW = "composites"  # its IoU chooses the images of the maps
 TEST_SETS = {
@@ -76,7 +80,7 @@ Table = dict[Row, dict[str, list[Scores]]]  # for each row and test set, one ite
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(
-        description="Rerun the comparison of docs/results.md on real photos.",
+        description='Repeat questions 2 to 5 of "Earlier measurements" in docs/results.md.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -98,8 +102,12 @@ def plot_paths(out: Path) -> tuple[Path, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; a command that fails raises CalledProcessError."""
+    """Run the command line; returns 0, or 2 without the data. CalledProcessError: a command failed."""
     args = parse_args(argv)
+    for name in (PHOTOS_FOLDER, BACKGROUNDS, *TEST_SETS):
+        if not (args.data / name).is_dir():
+            print(f"error: --data: {args.data / name}: no such folder; see docs/results.md", file=sys.stderr)
+            return 2
     data = args.data.resolve()
     table: Table = {}
     for row in ROWS:
@@ -152,7 +160,7 @@ def evaluate(row: Row, seed: int, data: Path, name: str) -> Scores:
         if row.trained:
             checkpoint = run_folder(row, seed) / "checkpoints/last.pth"
         images = link_evenly(data / name, TEST_SETS[name])
-        flags = ["--checkpoint", checkpoint, "--output", output]
+        flags = ["--checkpoint", checkpoint, "--output", output, "--tiles", "off"]
         flags += ["--input", images / "imgs", "--masks", images / "masks"]
         if row.prompt != "none":
             flags += ["--prompt", write_prompts(images, row.prompt)]
@@ -169,8 +177,8 @@ def read_measures(output: Path) -> list[dict[str, str]]:
 
 def write_config(row: Row, data: Path) -> Path:
     """Write the YAML file of a row."""
-    photos = link_evenly(data / "cables_plain", row.photos)
-    backgrounds = {"bg_paths": [str(data / "backgrounds")]}
+    photos = link_evenly(data / PHOTOS_FOLDER, row.photos)
+    backgrounds = {"bg_paths": [str(data / BACKGROUNDS)]}
     train = [
         {"data_dir": str(photos), "w_aug": row.augmented, "percentage": share * PHOTOS / row.photos} | keys
         for share, keys in ((row.composites, backgrounds), (1 - row.composites, {}))
