@@ -232,8 +232,7 @@ def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, ca
     monkeypatch.setattr(inference, "predict_logits", by_brightness)
     (tmp_path / "photos").mkdir()
     for stem, width in (("thin", 8), ("thick", 40), ("none", 0)):
-        image = np.zeros((300, 400, 3), np.uint8)
-        image[100 : 100 + width] = 255
+        image = np.pad(np.full((width, 400, 3), 255, np.uint8), ((100, 200 - width), (0, 0), (0, 0)))
         Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
     assert run(trained, tmp_path / "photos", tmp_path / "out", "--cable_width", 4) == 0
     line = capsys.readouterr().out.splitlines()[-2]
@@ -253,9 +252,9 @@ def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, cap
 
 def test_frames_and_prompts_are_for_whole_images_by_default(trained, data, tmp_path, capsys):
     write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4), trained)
-    write_video(tmp_path / "clip.avi", [read_image(data / "test/imgs/1.png")])
     (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n1.png,5,5,60,40\n")
     photo, clip, box = data / "test/imgs/1.png", tmp_path / "clip.avi", ("--prompt", tmp_path / "boxes.csv")
+    write_video(clip, [read_image(photo)])
     whole = [(photo, ("--tiles", "off")), (photo, box), (clip, ())]
     for number, (source, flags) in enumerate([*whole, (photo, ()), (clip, ("--tiles", "auto"))]):
         assert run(trained, source, tmp_path / f"out{number}", *flags) == 0
