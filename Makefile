@@ -7,8 +7,9 @@ demo: .venv/installed
 	$(BIN)/python finetune.py --config configs/demo.yaml --model_type lite_medsam --train decoder \
 	  --batch_size 2 --epoch_num 14 --test_interval 56 $(DEMO_FLAGS)
 
+# One process per core, each on one thread. A process takes up to 3.5 GB, so at most 4.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

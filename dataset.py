@@ -29,6 +29,7 @@ from dataset_index import DatasetIndex
 from imaging.compositing import (
     bounded_size,
     composite,
+    draw_canvas,
     load_background,
     load_cut_out,
     load_directly,
@@ -248,7 +249,10 @@ class TrainSet(Dataset[TrainSample]):
     def _make(self, key: SampleKey) -> TrainSample:
         dataset = self.datasets[key.dataset]
         rng = make_rng(self.seed, Purpose.TRAIN, key.created_epoch, key.index_in_epoch)
-        canvas = fit_size(dataset.image_size(key.pair), self.spec.finest_side)
+        if dataset.config.composites and dataset.config.w_aug:
+            canvas = draw_canvas(self.spec.finest_side, rng)
+        else:
+            canvas = fit_size(dataset.image_size(key.pair), self.spec.finest_side)
         image, mask = make_sample(dataset, key.pair, canvas, rng, self.read)
         inputs = to_model_input(image, mask, self.spec)
         points, labels = self.draw_prompt(key, inputs["target"], inputs["size"])

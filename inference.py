@@ -23,7 +23,7 @@ from torch import Tensor
 import checkpoint
 import runtime
 from base.errors import UserError
-from imaging.geometry import InputSpec, fit_size, resize_image, to_model_input
+from imaging.geometry import InputSpec, fit_size, resize_area, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
 from sam.encoder import encode, move_to_device
@@ -186,8 +186,12 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
 # --- Segmenter --------------------------------------------------------------------------------
 
 Tiles = int | Literal["auto"] | None
-COARSE_SIDE = 1024  # longest side of the image in which "auto" looks for cables, if the input is no larger
 MAX_ENLARGEMENT = 2
+MEASURED_SIDE = 1024  # longest side of the prediction in which the width of cables is measured
+# "auto" blends the logits of the tiles with those of the whole image, which shows more of the scene. This is
+# the weight of the whole image. It is smaller if a tile is less than half of the image: in the whole image,
+# cables then have too few pixels.
+MAX_SHARE_OF_WHOLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,8 @@ class Segmenter:
     """A loaded checkpoint that segments images. `load` makes it.
 
     threshold: a pixel is cable if its logit is above it.
-    tiles: side in pixels of the tiles that images are cut into; None predicts whole images; "auto" chooses
-        it for each image, see `tile_size`.
+    tiles: side in pixels of the tiles that images are cut into; None predicts whole images; "auto" predicts
+        both, in tiles of the side that `tile_size` gives for each image. With prompts, it is as None.
     cable_width: median width of the cables in training, in pixels of the model's input; "auto" needs it.
     batch_size: how many images, tiles or prompts are computed together.
     sidecar: what is known of the checkpoint, if it has a sidecar.
@@ -233,7 +237,7 @@ class Segmenter:
             return_probs: return probabilities instead, float32 (H, W) in 0..1.
 
         Raises:
-            UserError: an image is no such array, or there are prompts and tiles.
+            UserError: an image is no such array, or there are prompts and tiles of a given side.
         """
         if isinstance(images, np.ndarray):
             prompts = None if prompts is None else [prompts]
@@ -244,16 +248,16 @@ class Segmenter:
         return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
 
     def logits(
-        self,
-        images: Sequence[np.ndarray],
-        prompts: Sequence[Sequence[Prompt]] | None = None,
-        tile_sizes: Sequence[int | None] | None = None,
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[Prompt]] | None = None
     ) -> Iterator[np.ndarray]:
-        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call.
+        """Yield the logits, float32 (H, W), of each image. Arguments and errors are those of a call."""
+        return (logits for logits, _ in self.logits_and_tiles(images, prompts))
 
-        tile_sizes: the `tile_size` of each image, if the caller has it already.
-        """
-        if self.tiles and prompts is not None:
+    def logits_and_tiles(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> Iterator[tuple[np.ndarray, int | None]]:
+        """Yield the logits of each image and the side of its tiles in pixels; None if it stayed whole."""
+        if isinstance(self.tiles, int) and prompts is not None:
             raise UserError(
                 f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
             )
@@ -263,37 +267,41 @@ class Segmenter:
                 f"{len(images)} images but {len(given)} lists of prompts; expected one list for each"
             )
         predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
+        in_tiles = partial(predict_logits_tiled, predict, batch_size=self.batch_size)
         for first in range(0, len(images), self.batch_size):
-            chunk = slice(first, first + self.batch_size)
-            batch = list(images[chunk])
-            sizes = [self.tile_size(image) for image in batch] if tile_sizes is None else tile_sizes[chunk]
-            if not any(sizes):
-                yield from predict(batch, list(given[chunk]))
+            batch = list(images[first : first + self.batch_size])
+            if isinstance(self.tiles, int):
+                for image in batch:
+                    yield in_tiles(image, tile_size=self.tiles), self.tiles
                 continue
-            for image, size in zip(batch, sizes, strict=True):
-                side = size or max(image.shape[:2])
-                yield predict_logits_tiled(predict, image, tile_size=side, batch_size=self.batch_size)
+            wholes = predict(batch, list(given[first : first + self.batch_size]))
+            for image, whole in zip(batch, wholes, strict=True):
+                side = self.tile_size(whole) if self.tiles and prompts is None else None
+                if side is None:
+                    yield whole, None
+                    continue
+                share = min(MAX_SHARE_OF_WHOLE, side / max(whole.shape))
+                yield share * whole + (1 - share) * in_tiles(image, tile_size=side), side
 
-    def tile_size(self, image: np.ndarray) -> int | None:
-        """Side in pixels of the tiles that an image, RGB uint8 (H, W, 3), is cut into; None: it stays whole.
+    def tile_size(self, whole: np.ndarray) -> int | None:
+        """Side in pixels of the tiles that "auto" cuts an image into; None: the image stays whole.
 
-        "auto" predicts the whole image first, and measures the median width of the cables found. In tiles
-        of the side that it chooses, cables are as wide for the model as in training. A tile is enlarged at
-        most by MAX_ENLARGEMENT. An image in which no cable is found stays whole.
+        In tiles of this side, cables are as wide for the model as in training. A tile is enlarged at most by
+        MAX_ENLARGEMENT.
+
+        Args:
+            whole: float32 (H, W), the logits of the whole image. If they show no cable, it stays whole.
         """
-        if self.tiles != "auto":
-            return self.tiles
         assert self.cable_width  # `load` requires it
-        side, longest = self.net.spec.img_size, max(image.shape[:2])
-        coarse_longest = min(longest, max(side, COARSE_SIDE))
-        coarse = resize_image(image, fit_size((image.shape[0], image.shape[1]), coarse_longest))
-        (logits,) = predict_logits(self.net, [coarse], [NO_PROMPT])
-        width = median_cable_width([logits > self.threshold])
+        input_side, longest = self.net.spec.img_size, max(whole.shape)
+        measured_longest = min(longest, MEASURED_SIDE)
+        size = fit_size((whole.shape[0], whole.shape[1]), measured_longest)
+        width = median_cable_width([resize_area(whole, size) > self.threshold])
         if width is None:
             return None
-        size = round(width * longest / coarse_longest * side / self.cable_width)
-        size = max(size, side // MAX_ENLARGEMENT)
-        return size if size < longest else None
+        side = round(width * longest / measured_longest * input_side / self.cable_width)
+        side = max(side, input_side // MAX_ENLARGEMENT)
+        return side if side < longest else None
 
 
 def load(
@@ -301,7 +309,7 @@ def load(
     device: str | torch.device = "auto",
     threshold: float | None = None,
     *,
-    tiles: Tiles = None,
+    tiles: int | Literal["auto", "off"] | None = None,
     cable_width: float | None = None,
     batch_size: int = 4,
     amp: str = "auto",
@@ -314,8 +322,10 @@ def load(
     Args:
         device: "auto" takes the first available of cuda, mps, cpu.
         threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
-        tiles, batch_size: see `Segmenter`.
+        tiles: see `Segmenter`; "off" predicts whole images. None is "auto" if the width of the cables in
+            training is known, else "off".
         cable_width: see `Segmenter`; None takes that of the sidecar.
+        batch_size: see `Segmenter`.
         amp: precision: "auto" (what the hardware computes fast), "bf16", "fp16", or "off" for float32.
 
     Raises:
@@ -333,12 +343,14 @@ def load(
         threshold = sidecar.threshold if sidecar else 0.0
     if cable_width is None and sidecar:
         cable_width = sidecar.cable_width
-    if tiles == "auto" and not cable_width:
+    if tiles is None:
+        tiles = "auto" if cable_width else "off"
+    elif tiles == "auto" and not cable_width:
         raise _unknown_cable_width(path)
     net = LoadedSam(sam, model_type, low_precision)
     if device.type != "cpu":
         list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
-    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
+    return Segmenter(net, threshold, None if tiles == "off" else tiles, cable_width, batch_size, sidecar)
 
 
 def _unknown_cable_width(path: Path) -> UserError:

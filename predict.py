@@ -15,9 +15,9 @@ from pathlib import Path
 from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int, source
 
 tile_size = number(
-    lambda text: text if text == "auto" else int(text),
-    lambda value: value == "auto" or value >= 16,
-    "a whole number of at least 16, or auto",
+    lambda text: text if text in ("auto", "off") else int(text),
+    lambda value: isinstance(value, str) or value >= 16,
+    "a whole number of at least 16, auto or off",
 )
 finite = number(float, math.isfinite, "a finite number")
 
@@ -44,8 +44,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
     prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
     add("--prompt", type=path, help=prompt_help)
-    tiles_help = "cut images into overlapping tiles of this side; auto: cables as wide as in training"
-    add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    tiles_help = (
+        "predict overlapping tiles of this side; auto: tiles in which cables are as wide as in training, and "
+        "the whole image; off: only the whole image (default: auto; off for videos and with --prompt)"
+    )
+    add("--tiles", type=tile_size, metavar="PIXELS", default=argparse.SUPPRESS, help=tiles_help)
     width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
     add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
     add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
@@ -56,10 +59,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_area", type=positive_int, default=1, help=area_help)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
-    args = parser.parse_args(argv, argparse.Namespace(threshold=None))
-    if args.tiles and args.prompt:
-        parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
-    if args.cable_width and args.tiles != "auto":
+    args = parser.parse_args(argv, argparse.Namespace(threshold=None, tiles=None))
+    if isinstance(args.tiles, int) and args.prompt:
+        parser.error(f"--tiles {args.tiles} cannot be combined with --prompt: prompts are for whole images")
+    if args.cable_width and args.tiles not in (None, "auto"):
         parser.error("--cable_width is for --tiles auto")
     return args
 
@@ -150,8 +153,9 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         if images:
             read = media.read_images(images, mask_paths, args.max_pixels, faults)
             names, stats = predict_images(segment, read, prompts, options, len(images))
+        for_frames = segment if args.tiles else replace(segment, tiles=None)
         for video in videos:
-            names |= predict_video(segment, video, options, faults)
+            names |= predict_video(for_frames, video, options, faults)
         if args.polygons:
             write_regions(output, names, "polygons.json", partial(polygons, min_area=args.min_area))
         if args.rle:
@@ -331,7 +335,7 @@ def predict_images(
                 shares.append(write_prediction(image, logits, stats.get(image.stem), options, video))
                 names[image.stem] = image.name
                 progress.update()
-    if segment.tiles == "auto":
+    if segment.tiles == "auto" and not prompts:
         print(describe_tiles(tile_sizes))
     speed = len(names) / progress.format_dict["elapsed"]
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
@@ -353,11 +357,11 @@ def predict_batch(
     prompts: Mapping[str, Sequence[Prompt]],
     tile_sizes: list[int | None],
 ) -> Iterator[np.ndarray]:
-    """The logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
-    images = [image.image for image in batch]
-    sizes = [segment.tile_size(image) for image in images]
-    tile_sizes += sizes
-    return segment.logits(images, [prompts[image.stem] for image in batch] if prompts else None, sizes)
+    """Yield the logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
+    given = [prompts[image.stem] for image in batch] if prompts else None
+    for logits, tile_size in segment.logits_and_tiles([image.image for image in batch], given):
+        tile_sizes.append(tile_size)
+        yield logits
 
 
 def describe_tiles(tile_sizes: Sequence[int | None]) -> str:

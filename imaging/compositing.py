@@ -308,7 +308,7 @@ def recolor_in_place(image_and_mask: np.ndarray, color: Color | None) -> None:
 # --- Transforming ------------------------------------------------------------------------------
 
 # Width of the median cable, drawn log-uniformly, in units of 1/256 of the sample's longest side.
-WIDTH_RANGE = (1.5, 14.0)
+WIDTH_RANGE = (1.5, 18.0)
 SCALE_RANGE = (0.6, 3.5)  # limits of the scale; 1 fits the whole cut-out into the sample
 MAX_MAGNIFICATION = 2.5  # pixels of the sample per pixel of the photo; more looks blurred
 REFLECT_PROBABILITY = 0.4  # of cables that go on, mirrored, beyond their photo instead of ending there
@@ -318,6 +318,8 @@ BUNDLE_GAPS = (0.0, 2.5)  # between them, in units of 1/256 of the longest side
 BEND_PROBABILITY = 0.5
 MAX_BEND = 0.04  # largest typical displacement, as a fraction of the longest side
 BEND_GRID = 4  # random displacements along each side
+
+SHORT_SIDES = (0.56, 1.5)  # of composites, drawn evenly, in units of the longest side; 1 at most
 
 MIN_CROP, MIN_ZOOM = 0.4, 0.6  # smallest side of a random part, as a fraction of the largest
 
@@ -406,6 +408,12 @@ def warp(layer: np.ndarray, placement: Placement, size: tuple[int, int]) -> np.n
     grid = np.stack(np.meshgrid(*map(np.arange, size[::-1])), axis=-1) + placement.bend
     source = (grid @ back[:, :2].T + back[:, 2]).astype(np.float32)
     return cv2.remap(layer, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=placement.border)
+
+
+def draw_canvas(longest: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw the size (h, w) of a composite: square half of the time, else up to 16:9 in either direction."""
+    shortest = round(longest * min(1.0, rng.uniform(*SHORT_SIDES)))
+    return (shortest, longest) if rng.random() < 0.5 else (longest, shortest)
 
 
 def random_crop(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -54,12 +54,17 @@ def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
         cv2.ellipse(shape, box, 255, -1, cv2.LINE_AA)
     alpha = shape.astype(np.float32) / 255
     if rng.random() < 0.5:
-        shadow = cv2.GaussianBlur(alpha, (0, 0), rng.uniform(1, 6) * longest / 256)
-        _blend(image, np.zeros(3, np.float32), rng.uniform(0.2, 0.6) * shadow)
+        _cast_shadow(image, alpha, rng)
     # The part comes from elsewhere in the photo, and its brightness is its own.
     moved = np.roll(other, tuple(rng.integers(0, (height, width))), axis=(0, 1))
     _blend(image, moved * np.float32(rng.uniform(0.5, 1.2)), alpha)
     return alpha
+
+
+def _cast_shadow(image: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> None:
+    """Darken an image, in place, around an object of soft mask `alpha`, float32 (H, W)."""
+    shadow = cv2.GaussianBlur(alpha, (0, 0), rng.uniform(1, 6) * max(alpha.shape) / 256)
+    _blend(image, np.zeros(3, np.float32), rng.uniform(0.2, 0.6) * shadow)
 
 
 def _blend(image: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
@@ -75,6 +80,8 @@ def _fill(layer: np.ndarray, corners: np.ndarray, color: float | list[int] = 255
 
 # --- Drawn objects -----------------------------------------------------------------------------
 
+BAR_WIDTHS = (0.015, 0.12)  # of the longest side of the image
+
 
 def draw_strip(image: np.ndarray, rng: np.random.Generator) -> None:
     """A strip along the border of the image, as of a table's edge, in place."""
@@ -85,20 +92,44 @@ def draw_strip(image: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def draw_bar(image: np.ndarray, rng: np.random.Generator) -> None:
-    """A flat bar across the image, as of a metal profile: 1 to 4 stripes of gray side by side, in place."""
+    """A straight profile in perspective, as of a shelf or a frame, in place; it may cast a shadow.
+
+    Its colors change across it and not along it. Half of the bars lie along the frame of the image.
+    """
     height, width = image.shape[:2]
-    longest, turn = max(height, width), rng.uniform(0, np.pi)
-    if rng.random() < 0.5:  # along the frame, as shelves and door frames are
-        turn = rng.integers(2) * np.pi / 2 + rng.normal(0, 0.03)
-    along = np.array([np.cos(turn), np.sin(turn)])
-    across, tint = np.array([-along[1], along[0]]), rng.normal(0, 6, 3)
-    edge = rng.uniform(0, 1, 2) * (width, height)
-    for _ in range(rng.integers(1, 5)):
-        far = edge + rng.uniform(0.008, 0.05) * longest * across
-        ends = (edge - 2 * longest * along, edge + 2 * longest * along)
-        corners = np.array([*ends, far + 2 * longest * along, far - 2 * longest * along])
-        _fill(image, corners, np.clip(rng.uniform(20, 250) + tint, 0, 255).tolist())
-        edge = far
+    longest, turn = max(height, width), rng.uniform(0, 2 * np.pi)
+    if rng.random() < 0.5:
+        turn = rng.integers(4) * np.pi / 2 + rng.normal(0, 0.06)
+    along = longest * np.array([np.cos(turn), np.sin(turn)])
+    start = rng.uniform(0, 1, 2) * (width, height)
+    if rng.random() < 0.6:  # else it starts inside the image
+        start = start - 2 * along
+    end = start + rng.uniform(0.2, 4) * along
+    across = 0.5 * np.exp(rng.uniform(*np.log(BAR_WIDTHS))) * np.array([-along[1], along[0]])
+    far = np.exp(rng.uniform(-0.4, 0.4)) * across
+    corners = np.array([start - across, start + across, end + far, end - far], np.float32)
+    profile = draw_profile(rng)
+    n = len(profile)
+    matrix = cv2.getPerspectiveTransform(np.array([[0, 0], [0, n], [1, n], [1, 0]], np.float32), corners)
+    bar = cv2.warpPerspective(profile[:, None], matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
+    shape = np.zeros((height, width), np.uint8)
+    _fill(shape, corners)
+    alpha = shape.astype(np.float32) / 255
+    if rng.random() < 0.5:
+        _cast_shadow(image, alpha, rng)
+    _blend(image, bar.astype(np.float32), alpha)
+
+
+def draw_profile(rng: np.random.Generator) -> np.ndarray:
+    """The colors across a bar, uint8 (64, 3): mostly gray, with up to six faces and grooves between them."""
+    x = np.linspace(-1, 1, 64)
+    faces = rng.uniform(-1, 1, rng.integers(1, 7))
+    edges = np.sort(rng.uniform(-1, 1, len(faces) - 1))
+    shade = rng.uniform(0, 0.5) * faces[np.searchsorted(edges, x)] + rng.uniform(-0.4, 0.4) * x
+    for edge in edges[rng.random(len(edges)) < 0.4]:
+        shade -= rng.uniform(0.2, 0.8) * np.exp(-(((x - edge) / 0.04) ** 2))
+    color = rng.uniform(30, 245) + rng.normal(0, 5 if rng.random() < 0.75 else 50, 3)
+    return np.clip(color * (1 + shade[:, None]), 0, 255).astype(np.uint8)
 
 
 def draw_text(image: np.ndarray, rng: np.random.Generator) -> None:
@@ -147,4 +178,4 @@ def _random_color(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, 3).astype(float)
 
 
-DRAWN = (draw_strip, draw_strip, draw_bar, draw_text, draw_keys, draw_grooves)
+DRAWN = (draw_strip, draw_bar, draw_bar, draw_text, draw_keys, draw_grooves)

@@ -6,6 +6,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+# One thread per process, also in NumPy and in the processes that tests start: `make test` runs several
+# processes at once, and tiny tensors are slower on many threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import cv2
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import finetune
+import run_logger
 from config import DatasetConfig
 from dataset_index import DatasetIndex, index_datasets
 from imaging import checking
@@ -34,8 +39,8 @@ from train_config import MODEL_TYPES
 
 MODEL_TYPES.append("tiny")  # `tiny_weights` builds it
 
-# Tiny tensors are slower on many threads, and far slower on a busy machine.
-torch.set_num_threads(1)
+# Images for TensorBoard are 64 instead of 1280 pixels wide: PNG files took half the time of a tiny run.
+run_logger.sheet = partial(run_logger.sheet, width=64)
 
 TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
 
@@ -95,13 +100,16 @@ TINY = variants.Variant(
 )
 
 
+def write_weights(sam: Sam, folder: Path) -> Path:
+    checkpoint.save_weights(sam.state_dict(), folder / "tiny.pth")
+    return folder / "tiny.pth"
+
+
 @pytest.fixture
 def tiny_weights(tmp_path, monkeypatch, tiny_sam) -> Path:
     """A checkpoint of the tiny SAM, which `--model_type tiny` then knows how to build."""
     monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
-    path = tmp_path / "tiny.pth"
-    checkpoint.save_weights(tiny_sam.state_dict(), path)
-    return path
+    return write_weights(tiny_sam, tmp_path)
 
 
 def randomize_batch_norm(net: torch.nn.Module) -> None:
@@ -157,29 +165,34 @@ def write_video(path: Path, frames: list[np.ndarray], rate: float = 5) -> None:
     video.release()
 
 
+def write_data(folder: Path) -> Path:
+    """`cables/` (6 pairs), `test/` (3 other pairs), and `backgrounds/`."""
+    write_dataset(folder / "cables", 6)
+    write_dataset(folder / "test", 3, seed=1)
+    write_backgrounds(folder / "backgrounds")
+    return folder
+
+
+def write_config(data: Path, with_test: bool = True, **train_keys) -> Path:
+    """Write a config beside the data; keyword arguments change keys of its only train dataset."""
+    train = {"data_dir": "cables", "bg_paths": ["backgrounds"], "w_aug": True, **train_keys}
+    document = {"dataset": {"train": [train]}}
+    if with_test:
+        document["dataset"]["test"] = {"data_dir": "test"}
+    path = data / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder with `cables/` (6 pairs), `test/` (3 other pairs), and `backgrounds/`."""
-    write_dataset(tmp_path / "data" / "cables", 6)
-    write_dataset(tmp_path / "data" / "test", 3, seed=1)
-    write_backgrounds(tmp_path / "data" / "backgrounds")
-    return tmp_path / "data"
+    return write_data(tmp_path / "data")
 
 
 @pytest.fixture
 def config_file(data):
-    """Write a config beside the data; keyword arguments change keys of its only train dataset."""
-
-    def write(with_test: bool = True, **train_keys) -> Path:
-        train = {"data_dir": "cables", "bg_paths": ["backgrounds"], "w_aug": True, **train_keys}
-        document = {"dataset": {"train": [train]}}
-        if with_test:
-            document["dataset"]["test"] = {"data_dir": "test"}
-        path = data / "config.yaml"
-        path.write_text(yaml.safe_dump(document))
-        return path
-
-    return write
+    """`write_config` beside the data."""
+    return partial(write_config, data)
 
 
 @pytest.fixture
@@ -207,8 +220,8 @@ def dataset_index(data, *, backgrounds=True, name="cables", **changes) -> Datase
 
 
 def run_process(*command, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, on one thread, with more variables in its environment."""
-    variables = {name: str(value) for name, value in ({"OMP_NUM_THREADS": 1} | environment).items()}
+    """Run a command to its end, with more variables in its environment."""
+    variables = {name: str(value) for name, value in environment.items()}
     return subprocess.run(
         [str(part) for part in command],
         env=os.environ | variables,
@@ -300,3 +313,44 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 NOT_REPEATABLE = {"train/images_per_s", "train/data_wait"}  # curves that depend on the clock
+
+
+# --- a run that others, which are interrupted and resumed, must equal ---
+
+# 9 samples in batches of 2: 5 iterations an epoch, in optimizer steps of 2, 2 and 1 batches.
+FLAGS = (
+    "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
+    "--log_interval", 3, "--lr", 1e-2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(config_file) -> Path:
+    """A config with 9 samples in an epoch, as `FLAGS` need it."""
+    return config_file(percentage=1.5)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of `config` with `FLAGS`, which tests only read."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    weights = write_weights(build_tiny(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(variants.VARIANTS, "tiny", TINY)
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.chdir(folder)
+        config = write_config(write_data(folder / "data"), percentage=1.5)
+        assert run_tiny(config, weights, *FLAGS) == 0
+    return folder / "exp/run"
+
+
+def assert_same_results(ours: str | Path, expected: str | Path) -> None:
+    """The weights and curves in the folders of two runs are equal, bit for bit."""
+    for name in ("best.pth", "last.pth"):
+        weights, other = (checkpoint.load_weights(Path(run, "checkpoints", name)) for run in (ours, expected))
+        assert weights.keys() == other.keys()
+        assert all(torch.equal(weights[key], other[key]) for key in other), name
+    curves, other = scalars(ours), scalars(expected)
+    assert curves.keys() == other.keys()
+    assert all(curves[tag] == other[tag] for tag in other.keys() - NOT_REPEATABLE)

@@ -24,6 +24,19 @@ def test_photos_are_used_as_they_are_without_backgrounds(data):
     assert (mask == masks.read_mask(cables.pairs[1].mask_path)).all()
 
 
+def test_augmented_composites_have_many_proportions_and_others_those_of_the_photo(data):
+    sizes = {}
+    for augment in (True, False):
+        cables = dataset_index(data, w_aug=augment, percentage=10.0)
+        train_set = TrainSet([cables], spec=SPEC, prompt="none", seed=0)
+        sizes[augment] = np.array([train_set[key]["size"].tolist() for key in train_set.epoch(0)])
+    assert (sizes[False] == (48, 64)).all()
+    shortest = sizes[True].min(axis=1) / 64
+    assert (sizes[True].max(axis=1) == 64).all() and 0.56 <= shortest.min() < 0.7
+    assert 0.3 < (shortest == 1).mean() < 0.7
+    assert (sizes[True][:, 0] < 64).any() and (sizes[True][:, 1] < 64).any()
+
+
 # --- epochs ---
 
 

@@ -39,3 +39,10 @@ def test_a_patch_is_of_the_other_photo_and_its_mask_says_where():
         assert (image[alpha == 1] >= 0.5 * 150 - 1).all()
         covered.append((alpha == 1).mean())
     assert 0.02 < np.mean(covered) < 0.4
+
+
+def test_profiles_are_gray_or_colored_and_have_faces():
+    profiles = [distractors.draw_profile(rng(seed)).astype(int) for seed in range(60)]
+    colored = np.array([np.ptp(profile.mean(axis=0)) > 40 for profile in profiles])
+    assert 0.05 < colored.mean() < 0.4
+    assert np.mean([np.abs(np.diff(profile[:, 0])).max() > 8 for profile in profiles]) > 0.5

@@ -1,4 +1,4 @@
-"""Several processes train as one does. The runs are real ones, under torchrun, on gloo."""
+"""Several processes train as one does. The runs are real ones on gloo, one of them under torchrun."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import NOT_REPEATABLE, run_process, run_tiny, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import run_forked
 
 import checkpoint
 import runtime
@@ -19,11 +20,14 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run_together(processes, config, weights, *argv, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "together"]
-    flags = ("--device", "cpu", "--amp", "off", "--num_workers", 0)
-    return run_process(*command, *flags, *argv, **environment)
+def together(config, weights, *argv):
+    given = ("-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "together")
+    return *given, "--device", "cpu", "--amp", "off", "--num_workers", 0, *argv
+
+
+def run_torchrun(*flags, **environment):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    return run_process(*torchrun, TINY_RUN, *flags, **environment)
 
 
 def assert_same(one, other):
@@ -60,9 +64,9 @@ def test_two_processes_compute_what_one_does(tiny_weights, config_file, options)
     config = config_file(percentage=1.5)
     common = ("-e", 3, "--lr", 3e-3, "--test_interval", 4, "--log_interval", 2, *options)
     assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
-    together = run_together(2, config, tiny_weights, "-b", 2, *common)
-    assert together.returncode == 0, together.stderr
-    assert together.stdout.count("baseline -> fine-tuned") == 1  # process 0 alone prints
+    process = run_forked(*together(config, tiny_weights, "-b", 2, *common), processes=2)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("baseline -> fine-tuned") == 1  # process 0 alone prints
     assert len(list(Path("exp/together").glob("events.*"))) == 1
     assert_same("run", "together")
 
@@ -72,8 +76,8 @@ def test_two_processes_share_the_embeddings_of_photos(tiny_weights, config_file)
     config = config_file(percentage=1.5, bg_paths=None, w_aug=False)
     common = ("-e", 3, "--lr", 3e-3, "--test_interval", 4, "--log_interval", 2)
     assert run_tiny(config, tiny_weights, "-b", 4, *common) == 0
-    together = run_together(2, config, tiny_weights, "-b", 2, *common)
-    assert together.returncode == 0, together.stderr
+    process = run_forked(*together(config, tiny_weights, "-b", 2, *common), processes=2)
+    assert process.returncode == 0, process.stderr
     assert_same("run", "together")
     assert not list(Path("exp/together").glob(".*"))
 
@@ -82,8 +86,8 @@ def test_two_processes_share_the_embeddings_of_photos(tiny_weights, config_file)
 def test_fp16_with_a_process_without_samples(tiny_weights, config_file):
     config = config_file(percentage=0.1)
     options = ("-e", 2, "-b", 1, "--amp", "fp16", "--train", "encoder", "--log_interval", 1)
-    together = run_together(2, config, tiny_weights, *options)
-    assert together.returncode == 0, together.stderr
+    process = run_forked(*together(config, tiny_weights, *options), processes=2)
+    assert process.returncode == 0, process.stderr
     curve = scalars("exp/together")["train/bad_steps"]
     assert curve == [(1, 0), (2, 0)]
 
@@ -94,13 +98,12 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
     assert run_tiny(config, tiny_weights, "-b", 4, *options) == 0
     started = time.monotonic()
     # Every iteration saves a state, the last one amid a step.
-    died = run_together(
-        2, config, tiny_weights, "-b", 2, *options, "--resume_interval", 1e-9, KILL_IN=8
-    )  # fmt: skip
+    flags = together(config, tiny_weights, "-b", 2, *options)
+    died = run_torchrun(*flags, "--resume_interval", 1e-9, KILL_IN=8)
     assert died.returncode != 0
     assert time.monotonic() - started < 90
     assert not Path("exp/together/checkpoints/last.pth").exists()
-    resumed = run_together(2, config, tiny_weights, "-b", 2, *options, "--resume")
+    resumed = run_torchrun(*flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed     after iteration 7" in resumed.stdout
     assert_same("run", "together")

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import TINY, build_tiny
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
@@ -38,15 +39,37 @@ def official_logits(sam, image, **prompt):
         return predictor.predict(**prompt, multimask_output=False)[2]
 
 
-@pytest.fixture
-def random_weights(tiny_weights, tiny_sam):
-    """A checkpoint with random values in all weights, so that a weight under a wrong name changes logits."""
+def randomize(sam):
+    """Add random values to all weights, so that a weight under a wrong name changes logits."""
     generator = torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in tiny_sam.parameters():
+        for parameter in sam.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture
+def random_weights(tiny_weights, tiny_sam):
+    """A checkpoint of `tiny_sam` with random weights."""
+    randomize(tiny_sam)
     checkpoint.save_weights(tiny_sam.state_dict(), tiny_weights)
     return tiny_weights
+
+
+@pytest.fixture(scope="module")
+def made_graph():
+    """The graph of `random_weights`, which takes seconds to make."""
+    torch.manual_seed(0)
+    sam = build_tiny()
+    randomize(sam)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(variants.VARIANTS, "tiny", TINY)
+        return export.to_onnx(sam, "tiny")
+
+
+@pytest.fixture
+def graph(made_graph, monkeypatch):
+    """Exports of `random_weights` take the graph that is made already."""
+    monkeypatch.setattr(export, "to_onnx", lambda sam, model_type: made_graph)
 
 
 def check_reads_back(folder, state_dict):
@@ -93,7 +116,7 @@ def test_transformers_computes_the_same_with_a_box(random_weights, tiny_sam, ima
     np.testing.assert_allclose(outputs.pred_masks[0, 0].numpy(), official, atol=1e-4)
 
 
-def test_onnx_computes_the_same_for_any_number_of_images(random_weights, tiny_sam, data, tmp_path):
+def test_onnx_computes_the_same_for_any_number_of_images(random_weights, graph, tiny_sam, data, tmp_path):
     assert run(random_weights, "onnx", tmp_path / "cables.onnx") == 0
     session = onnxruntime.InferenceSession(tmp_path / "cables.onnx", providers=["CPUExecutionProvider"])
     images = np.zeros((3, 64, 64, 3), np.uint8)
@@ -124,7 +147,7 @@ def test_onnx_computes_the_same_for_lite_medsam(tmp_path):
 
 
 def test_the_example_of_the_documents_gives_the_mask_of_predict(
-    random_weights, image_path, tmp_path, monkeypatch
+    random_weights, graph, image_path, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     image = cv2.resize(read_image(image_path), (203, 150), interpolation=cv2.INTER_NEAREST)
@@ -139,7 +162,7 @@ def test_the_example_of_the_documents_gives_the_mask_of_predict(
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnx" in code]
     names = {}
     exec(example, names)
-    expected = inference.load(random_weights, "cpu", amp="off")(image)
+    expected = inference.load(random_weights, "cpu", tiles="off", amp="off")(image)
     assert 0.25 < expected.mean() < 0.35
     assert np.mean(names["mask"] != expected) < 1e-3
     check_description(names["session"], threshold)
@@ -160,7 +183,7 @@ def check_description(session, threshold):
 
 
 def test_weights_that_do_not_fit_in_one_file_go_to_a_second_one(
-    random_weights, tiny_sam, tmp_path, monkeypatch
+    random_weights, graph, tiny_sam, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
     assert run(random_weights, "onnx", tmp_path / "new/cables.onnx") == 0
@@ -243,7 +266,7 @@ def test_a_full_disk_ends_with_a_message_and_leaves_nothing(random_weights, tmp_
 
 @pytest.mark.parametrize("output_format", ["hf", "onnx"])
 def test_a_folder_that_cannot_be_written_to_is_named_as_given(
-    random_weights, monkeypatch, capsys, output_format
+    random_weights, graph, monkeypatch, capsys, output_format
 ):
     monkeypatch.setattr(export.os, "access", lambda folder, mode: True)  # as for root on some systems
     output = Path("/proc/self/cables")  # even root creates nothing there

@@ -108,11 +108,6 @@ def test_prompts_in_chunks_give_the_same_logits(tiny_weights, tiny_sam):
 # --- The size of tiles ------------------------------------------------------------------------
 
 
-def by_brightness(net, images, prompts, **options):
-    """A model that finds every bright pixel, at any scale."""
-    return by_pixel(images, prompts)
-
-
 def cables(size, width):
     """A photo of dark ground with two straight bright cables of `width` pixels."""
     image = np.zeros((*size, 3), np.uint8)
@@ -136,12 +131,10 @@ def cables(size, width):
         ((30, 20), 2, 20, None),  # smaller than the smallest tile
     ],
 )
-def test_tiles_make_cables_as_wide_as_in_training(
-    tiny_weights, monkeypatch, size, width, width_in_training, expected
-):
+def test_tiles_make_cables_as_wide_as_in_training(tiny_weights, size, width, width_in_training, expected):
     segment = load(tiny_weights, "cpu", tiles="auto", cable_width=width_in_training)
-    monkeypatch.setattr(inference, "predict_logits", by_brightness)
-    chosen = segment.tile_size(cables(size, width))
+    (whole,) = by_pixel([cables(size, width)], [NO_PROMPT])
+    chosen = segment.tile_size(whole)
     assert chosen == expected if expected is None else chosen == pytest.approx(expected, rel=0.1)
 
 
@@ -156,12 +149,28 @@ def test_images_of_one_batch_have_tiles_of_their_own(tiny_weights, monkeypatch):
 
     monkeypatch.setattr(inference, "predict_logits", recorded)
     images = [cables((300, 400), width) for width in (12, 0, 24)]
-    masks = segment(images)
-    for image, mask in zip(images, masks, strict=True):
-        np.testing.assert_array_equal(mask, image[..., 0] > 100)
-    sides = [segment.tile_size(image) for image in images]
+    predictions = list(segment.logits_and_tiles(images))
+    for image, (logits, _) in zip(images, predictions, strict=True):
+        np.testing.assert_array_equal(logits > 0, image[..., 0] > 100)
+    sides = [side for _, side in predictions]
     assert sides[0] < sides[2] and sides[1] is None
     assert {(sides[0], sides[0])} in shapes and {(sides[2], sides[2])} in shapes
+
+
+@pytest.mark.parametrize(("in_training", "share"), [(2.4, 0.5), (3.8, 0.5), (8, 0.24)])
+def test_the_whole_image_counts_less_if_its_tiles_are_small(tiny_weights, monkeypatch, in_training, share):
+    segment = load(tiny_weights, "cpu", tiles="auto", cable_width=in_training)
+
+    def sure_of_the_whole(net, images, prompts, **options):
+        for image, logits in zip(images, by_pixel(images, prompts), strict=True):
+            yield 3 * logits if image.shape[:2] == (300, 400) else logits
+
+    monkeypatch.setattr(inference, "predict_logits", sure_of_the_whole)
+    image = cables((300, 400), 12)
+    ((logits, side),) = segment.logits_and_tiles([image])
+    assert side / 400 == pytest.approx(12 * 64 / in_training / 400, rel=0.1)
+    (once,) = by_pixel([image], [NO_PROMPT])
+    np.testing.assert_allclose(logits, (1 + 2 * share) * once, rtol=0.05)
 
 
 def test_the_width_in_training_is_that_of_the_sidecar(tiny_weights):
@@ -173,6 +182,30 @@ def test_the_width_in_training_is_that_of_the_sidecar(tiny_weights):
     write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4.5), tiny_weights)
     assert load(tiny_weights, "cpu", tiles="auto").cable_width == 4.5
     assert load(tiny_weights, "cpu", tiles="auto", cable_width=7).cable_width == 7
+
+
+def test_tiles_are_the_default_where_the_width_is_known(tiny_weights):
+    assert load(tiny_weights, "cpu").tiles is None
+    assert load(tiny_weights, "cpu", cable_width=7).tiles == "auto"
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4.5), tiny_weights)
+    assert load(tiny_weights, "cpu").tiles == "auto"
+    assert load(tiny_weights, "cpu", tiles="off").tiles is None
+    assert load(tiny_weights, "cpu", tiles=80).tiles == 80
+
+
+def test_with_prompts_images_stay_whole(tiny_weights, monkeypatch):
+    segment, shapes = load(tiny_weights, "cpu", cable_width=6), []
+
+    def recorded(net, images, prompts, **options):
+        shapes.extend(image.shape[:2] for image in images)
+        return by_pixel(images, prompts)
+
+    monkeypatch.setattr(inference, "predict_logits", recorded)
+    image = cables((300, 400), 12)
+    segment(image, [box_prompt(10, 20, 60, 40)])
+    assert shapes == [(300, 400)]
+    segment(image)
+    assert len(shapes) > 2
 
 
 # --- The Python API ---------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NOT_REPEATABLE, run_process, run_tiny, scalars
+from conftest import FLAGS, assert_same_results, run_process, run_tiny, scalars
 from PIL import Image
+from tiny_run import run_forked
 
 import checkpoint
 import dataset
@@ -31,11 +32,6 @@ from dataset_index import index_datasets
 from imaging import compositing, files, geometry
 
 TINY_RUN = Path(__file__).parent / "tiny_run.py"
-# 9 samples in batches of 2: 5 iterations an epoch, in optimizer steps of 2, 2 and 1 batches.
-FLAGS = (
-    "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
-    "--log_interval", 3, "--lr", 1e-2,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,54 +40,32 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "RETRY_AFTER", 0.0)
 
 
-@pytest.fixture
-def config(config_file):
-    return config_file(percentage=1.5)
+def apart(config, weights, *argv):
+    """The flags of a run in a process of its own, where `tiny_run.py` says what else happens to it."""
+    given = ("-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", "run")
+    return *given, "--device", "cpu", "--amp", "off", *FLAGS, *argv
 
 
-def results(name="run"):
-    weights = checkpoint.load_weights(Path(f"exp/{name}/checkpoints/last.pth"))
-    curves = scalars(f"exp/{name}")
-    return weights, {tag: curves[tag] for tag in curves.keys() - NOT_REPEATABLE}
-
-
-def assert_same_results(ours, expected):
-    assert all(torch.equal(ours[0][key], expected[0][key]) for key in expected[0])
-    assert ours[1] == expected[1]
-
-
-@pytest.fixture
-def uninterrupted(config, tiny_weights):
-    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
-    return results("whole")
-
-
-def run_apart(config, weights, *argv, **environment):
-    """The command in a process of its own, where `tiny_run.py` says what else happens to it."""
-    command = (sys.executable, TINY_RUN, "-c", config, "--model_type", "tiny", "--checkpoint", weights)
-    flags = ("-n", "run", "--device", "cpu", "--amp", "off", *FLAGS, *argv)
-    return run_process(*command, *flags, **environment)
-
-
-def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weights, uninterrupted):
-    options = ["--num_workers", 1, "--resume_interval", 1e-9]  # a state at every iteration
+def test_a_run_killed_again_and_again_ends_as_if_it_were_not(config, tiny_weights, whole_run):
+    # A state is saved at every iteration.
+    flags = apart(config, tiny_weights, "--num_workers", 1, "--resume_interval", 1e-9)
     left, rng = 20, random.Random(0)
     while left > 5:
         kill_in = rng.randint(2, 8)
-        process = run_apart(config, tiny_weights, *options, KILL_IN=kill_in)
+        process = run_forked(*flags, KILL_IN=kill_in)
         assert process.returncode == -signal.SIGKILL, process.stderr
         left -= kill_in - 1
-        options += ["--resume"] * ("--resume" not in options)
-    process = run_apart(config, tiny_weights, *options)
+        flags += ("--resume",) * ("--resume" not in flags)
+    process = run_forked(*flags)
     assert process.returncode == 0, process.stderr
     assert f"resumed     after iteration {20 - left}" in process.stdout
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
     assert not list(Path("exp/run").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_iteration(
-    config, tiny_weights, uninterrupted, at_iteration, capsys, number
+    config, tiny_weights, whole_run, at_iteration, capsys, number
 ):
     handler = signal.getsignal(number)  # which a shell may have set to "ignore"
     at_iteration(8, lambda batch, net: os.kill(os.getpid(), number))  # amid an optimizer step
@@ -100,17 +74,18 @@ def test_a_signal_ends_the_run_after_its_iteration(
     assert not Path("exp/run/checkpoints/last.pth").exists()
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
     assert signal.getsignal(number) is handler
 
 
-def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, uninterrupted, capsys):
-    process = run_apart(config, tiny_weights, "--num_workers", 2, GROUP_IN=8)
+def test_a_signal_to_the_process_group_keeps_the_state(config, tiny_weights, whole_run, capsys):
+    flags = apart(config, tiny_weights, "--num_workers", 2)
+    process = run_process(sys.executable, TINY_RUN, *flags, GROUP_IN=8)
     assert process.returncode == 143, process.stderr
     assert "--exp_name run --resume" in process.stderr and "Traceback" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 def test_only_the_last_epochs_are_kept(config, tiny_weights):
@@ -120,15 +95,15 @@ def test_only_the_last_epochs_are_kept(config, tiny_weights):
     assert files == {f"{name}{suffix}" for name in names for suffix in (".pth", ".json")}
 
 
-def test_a_full_disk_leaves_the_last_state(config, tiny_weights, uninterrupted):
-    process = run_apart(config, tiny_weights, FULL_IN=8)
+def test_a_full_disk_leaves_the_last_state(config, tiny_weights, whole_run):
+    process = run_process(sys.executable, TINY_RUN, *apart(config, tiny_weights), FULL_IN=8)
     assert process.returncode == 1, process.stderr
     assert process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr, process.stderr
     assert "--exp_name run --resume" in process.stderr
     assert not list(Path("exp/run").rglob("*.tmp"))
     checkpoint.load_weights(Path("exp/run/checkpoints/best.pth"))  # of iteration 6, intact
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 # --- whatever ends a run, the state of the last iteration is kept ---
@@ -160,7 +135,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["CUDA", "numpy", "CPU"])
 def test_out_of_memory_names_the_flags_that_help(
-    config, tiny_weights, uninterrupted, at_iteration, capsys, error
+    config, tiny_weights, whole_run, at_iteration, capsys, error
 ):
     at_iteration(9, fail_in_forward(error))
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
@@ -169,24 +144,24 @@ def test_out_of_memory_names_the_flags_that_help(
     assert all(flag in message for flag in ("--batch_size", "--grad_checkpointing", "--amp", "--resume"))
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume", "--grad_checkpointing") == 0
     assert "resumed     after iteration 8" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 # Steps end after the iterations 2 4 5 7 9 10 12: a failure in the backward pass of iteration 7 spoils the
 # gradients of iteration 6, so the state of the test after iteration 6 stays the last one.
 @pytest.mark.parametrize(("failing", "kept"), [(8, 7), (7, 6)])
 def test_a_failing_backward_pass_leaves_an_exact_state(
-    config, tiny_weights, uninterrupted, at_iteration, capsys, failing, kept
+    config, tiny_weights, whole_run, at_iteration, capsys, failing, kept
 ):
     at_iteration(failing, fail_in_backward(OUT_OF_MEMORY[0]))
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert f"resumed     after iteration {kept}" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 def test_a_bug_shows_its_traceback_and_the_state_is_kept(
-    config, tiny_weights, uninterrupted, at_iteration, capsys
+    config, tiny_weights, whole_run, at_iteration, capsys
 ):
     at_iteration(8, fail_in_forward(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
@@ -194,7 +169,7 @@ def test_a_bug_shows_its_traceback_and_the_state_is_kept(
     assert "--exp_name run --resume" in capsys.readouterr().err
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     after iteration 7" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 # --- numerical faults ---
@@ -207,7 +182,7 @@ def spoil(batch, net):
 def test_a_step_that_is_not_finite_is_left_out(config, tiny_weights, at_iteration):
     at_iteration(7, spoil)
     assert run_tiny(config, tiny_weights, *FLAGS) == 0
-    weights, curves = results()
+    weights, curves = checkpoint.load_weights(Path("exp/run/checkpoints/last.pth")), scalars("exp/run")
     assert all(weight.isfinite().all() for weight in weights.values())
     assert curves["train/bad_steps"][-1][1] == 1
     assert np.isfinite([loss for _, loss in curves["train/loss"][-2:]]).all()
@@ -238,7 +213,7 @@ def test_weights_that_are_not_finite_are_never_the_best(config, tiny_weights, at
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_ends_the_run_with_its_state(
-    config, tiny_weights, data, uninterrupted, at_iteration, capsys, workers
+    config, tiny_weights, data, whole_run, at_iteration, capsys, workers
 ):
     options = (*FLAGS, "--cache_mb", 0, "--num_workers", workers)
     background = next((data / "backgrounds").iterdir())
@@ -250,7 +225,7 @@ def test_a_file_that_vanishes_ends_the_run_with_its_state(
     background.write_bytes(content)
     assert run_tiny(config, tiny_weights, *options, "--resume") == 0
     assert int(re.search(r"after iteration (\d+)", capsys.readouterr().out)[1]) >= 8
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 def test_a_photo_that_is_replaced_by_one_of_another_size_is_named(
@@ -299,7 +274,7 @@ def test_a_file_that_is_back_at_once_is_read_again(data, config, monkeypatch):
     assert torch.equal(train_set[key]["image"], expected["image"])
 
 
-def test_a_data_worker_that_dies_is_reported(config, tiny_weights, at_iteration, uninterrupted, capsys):
+def test_a_data_worker_that_dies_is_reported(config, tiny_weights, at_iteration, whole_run, capsys):
     def kill_worker(batch, net):
         process = multiprocessing.active_children()[0]
         os.kill(process.pid, signal.SIGKILL)
@@ -310,7 +285,7 @@ def test_a_data_worker_that_dies_is_reported(config, tiny_weights, at_iteration,
     error = capsys.readouterr().err
     assert "a process that prepares data died" in error and "Traceback" not in error
     assert run_tiny(config, tiny_weights, *FLAGS, "--num_workers", 1, "--resume") == 0
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 # --- find_leaks ---
@@ -487,14 +462,14 @@ def test_another_precision_of_auto_is_refused(config, tiny_weights, monkeypatch,
     assert "add --amp bf16" in capsys.readouterr().err
 
 
-def test_a_run_that_died_before_its_first_state_starts_again(config, tiny_weights, uninterrupted, capsys):
-    process = run_apart(config, tiny_weights, KILL_IN=3)
+def test_a_run_that_died_before_its_first_state_starts_again(config, tiny_weights, whole_run, capsys):
+    process = run_forked(*apart(config, tiny_weights), KILL_IN=3)
     assert process.returncode == -signal.SIGKILL and not Path("exp/run/resume.pth").exists()
     assert run_tiny(config, tiny_weights, *FLAGS) == 2
     assert "add --resume" in capsys.readouterr().err
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert "resumed     from the start" in capsys.readouterr().out
-    assert_same_results(results(), uninterrupted)
+    assert_same_results("exp/run", whole_run)
 
 
 def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weights, capsys):
@@ -508,7 +483,7 @@ def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weig
 def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys):
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
     with checkpoint.locked(Path("exp/run")):
-        process = run_apart(config, tiny_weights, "-e", 2, "--resume")
+        process = run_forked(*apart(config, tiny_weights, "-e", 2, "--resume"))
     assert process.returncode == 1
     assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 0

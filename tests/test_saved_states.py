@@ -6,38 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import NOT_REPEATABLE, run_tiny, scalars
+from conftest import FLAGS, assert_same_results, run_tiny
 
 import checkpoint
 import evaluation
 import finetune
 
-# 9 samples in batches of 2: 5 iterations an epoch, in optimizer steps of 2, 2 and 1 batches.
-FLAGS = (
-    "-e", 4, "-b", 2, "--virtual_batch_size", 2, "--prompt", "mixed", "--test_interval", 6,
-    "--log_interval", 3, "--lr", 1e-2,
-)  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def config(config_file):
-    return config_file(percentage=1.5)
-
-
-def assert_same_results(one, other):
-    for name in ("best.pth", "last.pth"):
-        paths = [Path(f"exp/{run}/checkpoints/{name}") for run in (one, other)]
-        ours, expected = map(checkpoint.load_weights, paths)
-        assert all(torch.equal(ours[key], expected[key]) for key in expected)
-    curves = [scalars(f"exp/{run}") for run in (one, other)]
-    assert curves[0].keys() == curves[1].keys()
-    assert all(curves[0][tag] == curves[1][tag] for tag in curves[0].keys() - NOT_REPEATABLE)
 
 
 def iterations_of_tests():
@@ -51,9 +29,8 @@ def kill(batch, net):
 
 
 def test_a_signal_during_a_test_ends_the_run_within_an_image(
-    config, tiny_weights, at_iteration, monkeypatch, capsys
+    config, tiny_weights, whole_run, at_iteration, monkeypatch, capsys
 ):
-    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
     compute_stats, calls = evaluation.compute_stats, []
 
     def signal_in_second_test(logits, ground_truth):
@@ -72,7 +49,7 @@ def test_a_signal_during_a_test_ends_the_run_within_an_image(
     assert iterations_of_tests() == [0, 6]
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
     assert capsys.readouterr().out.count("resumed     after iteration 6") == 2
-    assert_same_results("run", "whole")
+    assert_same_results("exp/run", whole_run)
     assert iterations_of_tests() == [0, 6, 12, 18, 20]
 
 
@@ -122,23 +99,24 @@ def test_best_weights_that_are_newer_than_the_state_are_trained_again(
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"best.pth", "best.json", "last.pth", "last.json"}
     assert iterations_of_tests() == [0, 6, 12, 18, 20]
-    assert_same_results("run", "whole")
+    assert_same_results("exp/run", "exp/whole")
 
 
-def test_a_run_killed_beside_its_first_weights_can_be_resumed(config, tiny_weights, monkeypatch, capsys):
+def test_a_run_killed_beside_its_first_weights_can_be_resumed(
+    config, tiny_weights, whole_run, monkeypatch, capsys
+):
     save_weights = checkpoint.save_weights
 
     def kill_after(state_dict, path):
         save_weights(state_dict, path)
         raise KeyboardInterrupt  # ends the run as SIGKILL does
 
-    assert run_tiny(config, tiny_weights, *FLAGS, "-n", "whole") == 0
     monkeypatch.setattr(checkpoint, "save_weights", kill_after)
     assert run_tiny(config, tiny_weights, *FLAGS) == 130
     assert Path("exp/run/checkpoints/best.pth").exists()
     monkeypatch.setattr(checkpoint, "save_weights", save_weights)
     assert run_tiny(config, tiny_weights, *FLAGS, "--resume") == 0
-    assert_same_results("run", "whole")
+    assert_same_results("exp/run", whole_run)
     assert iterations_of_tests() == [0, 6, 12, 18, 20]
     # A state that the user has removed is named, with the way on.
     Path("exp/run/resume.pth").unlink()

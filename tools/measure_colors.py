@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         pairs, faults = find_pairs(args.data)
         if faults:
             raise UserError(faults[0])
-        measure(pairs[:: args.every], inference.load(args.checkpoint, "cpu", args.threshold))
+        measure(pairs[:: args.every], inference.load(args.checkpoint, "cpu", args.threshold, tiles="off"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
