@@ -1,5 +1,6 @@
 """Saved weights, and what a resumed run takes from the files of the run."""
 
+import errno
 import os
 import pickle
 import shlex
@@ -104,6 +105,20 @@ def test_a_state_to_resume_names_the_weights_to_give(tmp_path):
     torch.save(state, tmp_path / "run/resume.pth")
     with pytest.raises(UserError, match=r"state for --resume, .* give .*run/checkpoints/last\.pth"):
         checkpoint.load_weights(tmp_path / "run/resume.pth")
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "bad disk")])
+@pytest.mark.parametrize("load", [checkpoint.load_resume_state, checkpoint.load_weights])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, load, error):
+    def fail(*_, **__):
+        raise error
+
+    path = tmp_path / "resume.pth"
+    path.touch()
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert str(raised.value) == f"{path} cannot be read: {error}"
 
 
 @pytest.mark.parametrize(
