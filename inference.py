@@ -23,7 +23,7 @@ from torch import Tensor
 import checkpoint
 import runtime
 from base.errors import UserError
-from imaging.geometry import InputSpec, fit_size, resize_area, to_model_input
+from imaging.geometry import InputSpec, fit_size, resize_mask, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
 from sam.encoder import encode, move_to_device
@@ -188,12 +188,14 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
 # --- Segmenter --------------------------------------------------------------------------------
 
 Tiles = int | Literal["auto"] | None
+MIN_TILE = 16  # pixels
 MAX_ENLARGEMENT = 2
+MAX_TILES = 64  # of an image that "auto" cuts
 MEASURED_SIDE = 1024  # longest side of the prediction in which the width of cables is measured
 # "auto" blends the logits of the tiles with those of the whole image, which shows more of the scene. This is
-# the weight of the whole image. It is smaller if a tile is less than half of the image: in the whole image,
-# cables then have too few pixels.
-MAX_SHARE_OF_WHOLE = 0.5
+# the largest weight of the whole image. It falls with the size of the tiles, because cables then have too few
+# pixels in the whole image.
+MAX_WEIGHT_OF_WHOLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class Segmenter:
     def logits_and_tiles(
         self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[Prompt]] | None = None
     ) -> Iterator[tuple[np.ndarray, int | None]]:
-        """Yield the logits of each image and the side of its tiles in pixels; None if it stayed whole."""
+        """Yield the logits of each image, and the side of its tiles in pixels or None, without tiles."""
         if isinstance(self.tiles, int) and prompts is not None:
             raise UserError(
                 f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
@@ -282,14 +284,14 @@ class Segmenter:
                 if side is None:
                     yield whole, None
                     continue
-                share = min(MAX_SHARE_OF_WHOLE, side / max(whole.shape))
-                yield share * whole + (1 - share) * in_tiles(image, tile_size=side), side
+                weight = min(MAX_WEIGHT_OF_WHOLE, side / max(whole.shape))
+                yield weight * whole + (1 - weight) * in_tiles(image, tile_size=side), side
 
     def tile_size(self, whole: np.ndarray) -> int | None:
         """Side in pixels of the tiles that "auto" cuts an image into; None: the image stays whole.
 
-        In tiles of this side, cables are as wide for the model as in training. A tile is enlarged at most by
-        MAX_ENLARGEMENT.
+        In tiles of this side, cables are as wide for the model as in training, or thinner: a tile is enlarged
+        at most by MAX_ENLARGEMENT, and an image has at most MAX_TILES.
 
         Args:
             whole: float32 (H, W), the logits of the whole image. If they show no cable, it stays whole.
@@ -298,11 +300,13 @@ class Segmenter:
         input_side, longest = self.net.spec.img_size, max(whole.shape)
         measured_longest = min(longest, MEASURED_SIDE)
         size = fit_size((whole.shape[0], whole.shape[1]), measured_longest)
-        width = median_cable_width([resize_area(whole, size) > self.threshold])
+        width = median_cable_width([resize_mask(whole, size) > self.threshold])
         if width is None:
             return None
         side = round(width * longest / measured_longest * input_side / self.cable_width)
         side = max(side, input_side // MAX_ENLARGEMENT)
+        while math.prod(len(_tile_starts(length, side)) for length in whole.shape) > MAX_TILES:
+            side = math.ceil(1.05 * side)
         return side if side < longest else None
 
 
@@ -345,22 +349,27 @@ def load(
         threshold = sidecar.threshold if sidecar else 0.0
     if cable_width is None and sidecar:
         cable_width = sidecar.cable_width
+    tiles = _tiles(tiles, cable_width, path)
     net = LoadedSam(sam, model_type, low_precision)
     if device.type != "cpu":
         list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
-    return Segmenter(net, threshold, _tiles(tiles, cable_width, path), cable_width, batch_size, sidecar)
+    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
 
 
 def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path) -> Tiles:
     """The tiles of a `Segmenter` for the argument of `load`; raises UserError."""
-    if chosen is None and cable_width:
+    if chosen is None or chosen == "off":
+        return "auto" if chosen is None and cable_width else None
+    if chosen == "auto":
+        if not cable_width:
+            raise UserError(
+                f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not "
+                "say it: give --cable_width PIXELS, in pixels of the model's input"
+            )
         return "auto"
-    if chosen == "auto" and not cable_width:
-        raise UserError(
-            f"--tiles auto needs the width of the cables in training, and {sidecar_path(path)} does not say "
-            "it: give --cable_width PIXELS, in pixels of the model's input"
-        )
-    return None if chosen == "off" else chosen
+    if isinstance(chosen, str) or chosen < MIN_TILE:
+        raise UserError(f"tiles={chosen!r}: expected a whole number of at least {MIN_TILE}, 'auto' or 'off'")
+    return int(chosen)
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:

@@ -46,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=path, help=prompt_help)
     tiles_help = (
         "predict overlapping tiles of this side; auto: tiles in which cables are as wide as in training, and "
-        "the whole image; off: only the whole image (default: auto; off for videos and with --prompt)"
+        "the whole image; off: only the whole image (default: auto if the width of cables in training is "
+        "known; off for videos and with --prompt)"
     )
     add("--tiles", type=tile_size, metavar="PIXELS", default=argparse.SUPPRESS, help=tiles_help)
     width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
@@ -60,9 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     args = parser.parse_args(argv, argparse.Namespace(threshold=None, tiles=None))
-    if isinstance(args.tiles, int) and args.prompt:
-        parser.error(f"--tiles {args.tiles} cannot be combined with --prompt: prompts are for whole images")
-    if args.cable_width and args.tiles not in (None, "auto"):
+    if args.tiles not in (None, "off") and args.prompt:
+        parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
+    if args.cable_width and (args.tiles not in (None, "auto") or args.prompt):
         parser.error("--cable_width is for --tiles auto")
     return args
 
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         if images:
             read = media.read_images(images, mask_paths, args.max_pixels, faults)
             names, stats = predict_images(segment, read, prompts, options, len(images))
-        for_frames = segment if args.tiles else replace(segment, tiles=None)
+        for_frames = segment if args.tiles or args.cable_width else replace(segment, tiles=None)
         for video in videos:
             names |= predict_video(for_frames, video, options, faults)
         if args.polygons:

@@ -86,7 +86,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradients of `qkv` and `bias`, by the rules for products and for softmax."""
         qkv, *kept = ctx.saved_tensors
         _, n, heads, _, width = qkv.shape
@@ -97,8 +97,9 @@ class _Attend(torch.autograd.Function):
             grad_out = grad[part].transpose(1, 2).reshape(-1, n, width)
             grad_probs = torch.bmm(grad_out, v.transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            for window in grad_scores.view(-1, heads, n, n):
-                grad_bias += window
+            if ctx.needs_input_grad[1]:  # not with LoRA
+                for window in grad_scores.view(-1, heads, n, n):
+                    grad_bias += window
             grads = (
                 torch.bmm(grad_scores, k).mul_(width**-0.5),
                 torch.bmm(grad_scores.transpose(1, 2), q).mul_(width**-0.5),
@@ -106,7 +107,7 @@ class _Attend(torch.autograd.Function):
             )
             for i, matrices in enumerate(grads):
                 grad_qkv[part, :, :, i] = matrices.view(-1, heads, n, width).transpose(1, 2)
-        return grad_qkv, grad_bias
+        return grad_qkv, grad_bias if ctx.needs_input_grad[1] else None
 
 
 def _parts(qkv: Tensor) -> list[slice]:
@@ -152,7 +153,8 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return F.conv2d(x, weight, bias, stride, padding=1, groups=len(weight))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight, bias, stride, padding=1, groups=len(weight))
 
     @staticmethod
     @once_differentiable

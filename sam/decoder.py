@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam.point_labels import (
     ABSENT,
@@ -17,10 +17,6 @@ from sam.point_labels import (
 
 # The labels of points that have a position, in the order of `PromptEncoder.point_embeddings`.
 POSITION_LABELS = BACKGROUND_POINT, FOREGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2
-
-
-# By device: the columns of the matrix product that computes logits. On other devices, there are 8.
-LOGIT_COLUMNS = {"cpu": 1}
 
 
 def mask_grid(sam: Sam) -> int:
@@ -54,27 +50,48 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor) -> tupl
     present = torch.cat([labels.new_ones(output_tokens.shape[:2]), labels != ABSENT], dim=1).bool()
 
     src = embeddings + sam.prompt_encoder.no_mask_embed.weight.view(1, channels, 1, 1)
+    if torch.is_autocast_enabled(src.device.type):  # or every operation would cast the image again
+        src = src.to(torch.get_autocast_dtype(src.device.type))
     # One memory layout for all embeddings: the last bits of a matrix product depend on the layout.
     src = src.flatten(2).transpose(1, 2).contiguous()  # (B, e * e, C)
-    tokens, src = _two_way_transformer(decoder.transformer, src, src_pe, tokens, present)
+    tokens, src = _two_way_transformer(decoder.transformer, src, src_pe.to(src.dtype), tokens, present)
 
-    src = src.transpose(1, 2).unflatten(2, (height, width))  # channels last, like all that follows
-    upscaled = decoder.output_upscaling(src).permute(0, 2, 3, 1)  # (B, 4e, 4e, C / 8)
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # (B, C / 8)
-    logits = _dot_products(upscaled.flatten(1, 2), weights).view(batch, 1, *upscaled.shape[1:3])
+    logits = _upscaled_logits(decoder, src, weights).view(batch, height, width, 2, 2, 2, 2)
+    logits = logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, 1, 4 * height, 4 * width)
     iou_pred = decoder.iou_prediction_head(tokens[:, 0])[:, :1]
     return logits, iou_pred
 
 
-def _dot_products(pixels: Tensor, weights: Tensor) -> Tensor:
-    """The product of each pixel (B, P, C) with the weights (B, C) of its image: (B, P).
+def _upscaled_logits(decoder: MaskDecoder, src: Tensor, weights: Tensor) -> Tensor:
+    """The product of each upscaled pixel with the weights of its image, with the channels last throughout.
 
-    The gradient of a batched matrix-vector product is a batched outer product. For this, PyTorch 2.14
-    compiles a kernel at run time on CUDA, which fails without a C compiler. On devices other than a CPU,
-    columns of zeros turn it into a matrix product; tensor cores take a multiple of 8 columns.
+    Args:
+        src: (B, e * e, C) float, the updated image embedding.
+        weights: (B, C / 8) float, from the hypernetwork.
+
+    Returns:
+        Logits (B, 4 * e * e, 4). Each pixel of `src` becomes 2 x 2, and each of those 2 x 2 again.
     """
-    n_zeros = LOGIT_COLUMNS.get(pixels.device.type, 8) - 1
-    return (pixels @ F.pad(weights[:, :, None], (0, n_zeros)))[..., 0].contiguous()
+    first, norm, activation, second, _ = decoder.output_upscaling
+    x = _double(first, src)  # (B, e * e, 4, C / 4)
+    x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    x = activation(_double(second, x.flatten(1, 2)))  # (B, 4 * e * e, 4, C / 8)
+    # Four columns, one for each of the last 2 x 2 pixels: matrix products are faster than with vectors. On
+    # CUDA, the gradient of a batched matrix-vector product would be a kernel that PyTorch 2.14 compiles at
+    # run time, which fails without a C compiler.
+    columns = weights[:, None, :, None] * torch.eye(4, device=weights.device)[:, None]  # (B, 4, C / 8, 4)
+    return x.flatten(2) @ columns.flatten(1, 2)
+
+
+def _double(convolution: nn.ConvTranspose2d, pixels: Tensor) -> Tensor:
+    """A transposed convolution with kernel and stride 2: pixels (B, P, C) become (B, P, 4, C').
+
+    Its outputs do not overlap, so it is one matrix product. The 2 x 2 new pixels are in row-major order.
+    """
+    weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 * C', C)
+    assert convolution.bias is not None
+    return F.linear(pixels, weight, convolution.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def embed_prompts(sam: Sam, points: Tensor, labels: Tensor) -> Tensor:
@@ -105,46 +122,83 @@ def _two_way_transformer(
     Returns:
         The updated tokens (B, T, C) and the updated image embedding (B, e * e, C).
     """
-    mask = present[:, None, None, :]  # (B, heads, queries, T)
     tokens = point_tokens
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
-            tokens = _attend(layer.self_attn, tokens, tokens, tokens, mask)
+            tokens = _attend(layer.self_attn, tokens, tokens, present)
         else:
-            query = tokens + point_tokens
-            tokens = tokens + _attend(layer.self_attn, query, query, tokens, mask)
+            tokens = tokens + _attend(layer.self_attn, tokens + point_tokens, tokens, present)
         tokens = layer.norm1(tokens)
-        query, key = tokens + point_tokens, src + src_pe
-        tokens = layer.norm2(tokens + _attend(layer.cross_attn_token_to_image, query, key, src))
+        key = src + src_pe
+        tokens = tokens + _attend_to_image(layer.cross_attn_token_to_image, tokens + point_tokens, key, src)
+        tokens = layer.norm2(tokens)
         tokens = layer.norm3(tokens + layer.mlp(tokens))
-        query = tokens + point_tokens
-        src = layer.norm4(src + _attend(layer.cross_attn_image_to_token, key, query, tokens, mask))
-    query, key = tokens + point_tokens, src + src_pe
-    tokens = tokens + _attend(transformer.final_attn_token_to_image, query, key, src)
+        src = src + _attend_from_image(
+            layer.cross_attn_image_to_token, key, tokens + point_tokens, tokens, present
+        )
+        src = layer.norm4(src).to(src.dtype)
+    attention = transformer.final_attn_token_to_image
+    tokens = tokens + _attend_to_image(attention, tokens + point_tokens, src + src_pe, src)
     return transformer.norm_final_attn(tokens), src
 
 
-def _attend(
-    attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    """The official attention layer with a bool mask (B, 1, 1, keys) of the keys that may be attended to.
+def _attend(attention: Attention, query: Tensor, value: Tensor, present: Tensor) -> Tensor:
+    """The official attention layer from tokens (B, T, C) to those of them that are `present` (B, T).
 
-    There are few scores, because one side has about five tokens. Plain matrix products are then faster
-    than the fused kernel: they save a tenth of a training step on a CPU.
+    There are about five tokens. Plain matrix products are then faster than the fused kernel.
     """
-    q, k, v = (
-        projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projection, x in (
-            (attention.q_proj, query),
-            (attention.k_proj, key),
-            (attention.v_proj, value),
-        )
+    q, k = _split_heads(attention, attention.q_proj(query)), _split_heads(attention, attention.k_proj(query))
+    v = _split_heads(attention, attention.v_proj(value))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, heads, T, T)
+    probs = scores.masked_fill(~present[:, None, None, :], -torch.inf).softmax(dim=-1)
+    return attention.out_proj((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+# The attention layers between T tokens and P pixels do not project the pixels, as the official layer does,
+# but the tokens: q (W k) = (q W) k. T is about 5 and P is 4096, so this takes a third of the arithmetic, and
+# no tensor of all pixels is split into heads.
+
+
+def _attend_to_image(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The official attention layer from tokens `query` (B, T, C) to pixels `key`, `value` (B, P, C)."""
+    heads, values = attention.num_heads, attention.v_proj
+    q = _split_heads(attention, attention.q_proj(query))
+    probs = _scores(q, attention.k_proj, key).softmax(dim=-1)
+    means = (probs.flatten(1, 2) @ value).unflatten(1, (heads, -1))  # (B, heads, T, C)
+    out = means @ values.weight.unflatten(0, (heads, -1)).transpose(1, 2)  # (B, heads, T, d)
+    return attention.out_proj(out.transpose(1, 2).flatten(2) + values.bias)  # probabilities add up to 1
+
+
+def _attend_from_image(
+    attention: Attention, query: Tensor, key: Tensor, value: Tensor, present: Tensor
+) -> Tensor:
+    """The official attention layer from pixels (B, P, C) to tokens (B, T, C) that are `present` (B, T)."""
+    heads, output = attention.num_heads, attention.out_proj
+    k, v = (
+        _split_heads(attention, projection(x))
+        for projection, x in ((attention.k_proj, key), (attention.v_proj, value))
     )
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, queries, keys)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    out = scores.softmax(dim=-1).to(v.dtype) @ v  # (B, heads, queries, head_dim)
-    return attention.out_proj(out.transpose(1, 2).flatten(2))
+    scores = _scores(k, attention.q_proj, query)
+    probs = scores.masked_fill(~present[:, None, :, None], -torch.inf).softmax(dim=2)
+    # The probabilities of each head add up to 1, so a part of the bias in each value gives all of it.
+    values = v @ output.weight.T.unflatten(0, (heads, -1)) + output.bias / heads  # (B, heads, T, C)
+    return probs.flatten(1, 2).transpose(1, 2) @ values.flatten(1, 2)
+
+
+def _scores(vectors: Tensor, projection: nn.Linear, pixels: Tensor) -> Tensor:
+    """Scaled products (B, heads, T, P) of vectors (B, heads, T, d) with the projected pixels (B, P, C)."""
+    heads, n_tokens, head_dim = vectors.shape[1:]
+    vectors = vectors * head_dim**-0.5
+    weight, bias = (x.unflatten(0, (heads, head_dim)) for x in (projection.weight, projection.bias))
+    offset = (vectors * bias[:, None]).sum(dim=-1)[..., None]  # (B, heads, T, 1)
+    # With the pixels as rows, their gradient has their memory layout: other gradients are added to it.
+    scores = pixels @ (vectors @ weight).flatten(1, 2).transpose(1, 2)  # (B, P, heads * T)
+    return scores.transpose(1, 2).unflatten(1, (heads, n_tokens)) + offset
+
+
+def _split_heads(attention: Attention, x: Tensor) -> Tensor:
+    """(B, T, heads * d) to (B, heads, T, d)."""
+    return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
 def upscale(

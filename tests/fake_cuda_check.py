@@ -8,7 +8,8 @@ copies are only counted, and kernels do nothing, so no computed number has a mea
 runs: its checks of devices and dtypes, its choice of the attention kernel for the compute capability, its
 memory allocator (peak memory and out of memory are real), and its warning each time the program waits for the
 device. Code that is compiled at run time fails, as on a machine without a C compiler. `--compile on` traces
-the model and runs it uncompiled. Convolutions do not use cuDNN.
+the model and its backward pass, and runs them uncompiled: Inductor and CUDA graphs need kernels that compute.
+Convolutions do not use cuDNN.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
@@ -55,6 +57,28 @@ CASES = (
     "predict.py --checkpoint tiny.pth --input cables/imgs --output found --device cuda",
     "predict.py --checkpoint tiny.pth --input cables/imgs --output found --device cuda --tiles 40",
     f"tools/bench.py {LITE} --parts encoder step --seconds 0 --device cuda",
+)
+VIT_B = "--model_type vit_b --checkpoint vit_b.pth"
+# Slower, or close to a case above: the command runs them, and the test suite does not.
+MORE_CASES = (
+    f"finetune.py {LITE} --train lora --prompt mixed --virtual_batch_size 2",
+    f"finetune.py {LITE} --train encoder --compile on",
+    "finetune.py --model_type lite_medsam_512",
+    "finetune.py --model_type lite_medsam_512 --train encoder --grad_checkpointing",
+    "finetune.py --model_type mobile_sam --checkpoint mobile_sam.pth --train lora",
+    f"finetune.py {TINY} --config photos.yaml --epoch_num 2",  # photos are encoded once
+    f"finetune.py {TINY} --train lora --prompt mixed --compile on",
+    f"finetune.py {TINY} --train encoder --batch_size auto --virtual_batch_size 2",
+    f"finetune.py {VIT_B} --embedding_reuse 2 --epoch_num 2 --prompt mixed",
+    f"finetune.py {VIT_B} --train lora",
+    f"finetune.py {VIT_B} --train encoder --grad_checkpointing",
+    "predict.py --checkpoint vit_b.pth --input cables/imgs --output found_vit_b --device cuda",
+    f"tools/bench.py {LITE} --seconds 0 --reuse 2 --device cuda",
+)
+TWO_PROCESSES = (  # two processes run each of these together
+    f"finetune.py {TINY} --epoch_num 2 --prompt mixed --embedding_reuse 2",
+    # There is 1 sample, so the second process never has one.
+    f"finetune.py {TINY} --epoch_num 2 --config one.yaml --amp fp16 --train encoder",
 )
 
 TIMEOUT = 900  # seconds
@@ -99,10 +123,12 @@ def environment(library: Path, *, sm: int, gib: int = 80, gpus: int = 1) -> dict
 def run_cases(library: Path, cases: list[str], *, sm: int, gib: int = 80, world_size: int = 1) -> list[dict]:
     """Run commands one after the other with the stand-in; returns what `child` prints for each.
 
-    With `world_size`, so many processes run one command together, and the result of the first process that
-    failed counts. A command that a process did not survive has the end of its errors as "error".
+    With `world_size`, so many new processes run each command together, and the result of the first process
+    that failed counts. A command that a process did not survive has the end of its errors as "error".
     """
     fake = environment(library, sm=sm, gib=gib, gpus=world_size)
+    if world_size > 1 and len(cases) > 1:
+        return [run_cases(library, [case], sm=sm, gib=gib, world_size=world_size)[0] for case in cases]
     if world_size > 1:
         fake |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         fake |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -158,11 +184,7 @@ def child(cases: list[str]) -> None:
     import torch
 
     conftest.variants.VARIANTS["tiny"] = conftest.TINY
-    torch.backends.cudnn.enabled = False
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # Triton needs a C compiler
-    replace_nccl()
+    avoid_what_the_stand_in_lacks()
     if os.environ.get("RANK", "0") == "0":
         arrange_data(cases)
     while not Path("ready").exists():
@@ -184,6 +206,26 @@ def child(cases: list[str]) -> None:
     os._exit(0)  # the threads of the runtime would not end
 
 
+def finetune_of_a_benchmark(flags: list[str]) -> int:
+    """Run finetune.py in a process that tools/bench.py starts."""
+    sys.path.insert(0, str(ROOT))
+    import finetune
+
+    avoid_what_the_stand_in_lacks()
+    return finetune.main(flags)
+
+
+def avoid_what_the_stand_in_lacks() -> None:
+    """Turn off cuDNN and nccl; attention without a fused kernel is an error; nothing is compiled."""
+    import torch
+
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # Triton needs a C compiler
+    replace_nccl()
+
+
 def replace_nccl() -> None:
     """Let collectives on the device do nothing; those on the CPU are real."""
     import torch.distributed as dist
@@ -198,9 +240,16 @@ def arrange_data(cases: list[str]) -> None:
     import conftest
 
     conftest.write_backgrounds(conftest.write_dataset(Path("cables"), 8) / "backgrounds")
-    for name, percentage in (("c.yaml", 1), ("long.yaml", 4), ("one.yaml", 0.1)):
-        train = f"{{data_dir: cables, bg_paths: [cables/backgrounds], w_aug: true, percentage: {percentage}}}"
-        Path(name).write_text(f"dataset: {{train: [{train}], test: {{data_dir: cables}}}}")
+    composites = "bg_paths: [cables/backgrounds], w_aug: true, percentage: "
+    for name, keys in (
+        ("c.yaml", composites + "1"),
+        ("long.yaml", composites + "4"),
+        ("one.yaml", composites + "0.1"),
+        ("photos.yaml", "w_aug: false"),
+    ):
+        Path(name).write_text(
+            f"dataset: {{train: [{{data_dir: cables, {keys}}}], test: {{data_dir: cables}}}}"
+        )
     for model_type, variant in conftest.variants.VARIANTS.items():
         if any(f"{model_type}.pth" in case for case in cases):
             conftest.checkpoint.save_weights(variant.build().state_dict(), Path(f"{model_type}.pth"))
@@ -213,8 +262,8 @@ def run_case(case: str, number: int) -> dict:
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if script == "finetune.py":
         flags = [*COMMON.split(), "--exp_name", f"run{number}", *flags]
-    if script == "tools/bench.py":  # its own processes would not turn cuDNN off
-        module.in_new_process = lambda measure, *args: measure(*args)
+    if script == "tools/bench.py":
+        adapt_benchmark(module)
     result: dict = {"code": 1}
     with count_waits() as waits:
         try:
@@ -227,6 +276,13 @@ def run_case(case: str, number: int) -> dict:
     flags_of_run = yaml.safe_load(flags_file.read_text()) if flags_file.exists() else {}
     batch = [flags_of_run.get(name) for name in ("batch_size", "virtual_batch_size")]
     return result | {"waits": waits, "batch": batch}
+
+
+def adapt_benchmark(bench: ModuleType) -> None:
+    """Let tools/bench.py measure in this process, and start finetune.py by way of this file."""
+    command = vars(bench).setdefault("command_without_stand_in", bench.finetune_command)
+    bench.in_new_process = lambda measure, *args: measure(*args)
+    bench.finetune_command = lambda *args: [sys.executable, __file__, "--finetune", *command(*args)[2:]]
 
 
 @contextlib.contextmanager
@@ -267,25 +323,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sm", type=int, default=80, help="compute capability, such as 75 for 7.5")
     parser.add_argument("--gib", type=int, default=80, help="memory of the device")
     parser.add_argument("--max_waits", type=float, default=2, help="waits for the device per iteration")
-    parser.add_argument("--processes", type=int, default=1, help="processes that train together")
     parser.add_argument("--case", action="append", help="command to run instead of the built-in cases")
+    parser.add_argument("--processes", type=int, default=1, help="processes that run each --case together")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and print a line for each; returns 1 if one of them fails."""
     args = parse_args(argv)
-    cases = args.case or [*CASES]
+    groups = [(1, [*CASES, *MORE_CASES]), (2, [*TWO_PROCESSES])]
+    if args.case:
+        groups = [(args.processes, args.case)]
+    all_good = True
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
         build_library(library)
-        results = run_cases(library, cases, sm=args.sm, gib=args.gib, world_size=args.processes)
-    for case, result in zip(cases, results, strict=True):
-        if result["code"] == 0:
-            del result["stdout"], result["stderr"]
-        print("ok  " if is_good(result, args.max_waits) else "FAIL", case, json.dumps(result))
-    return int(not all(is_good(result, args.max_waits) for result in results))
+        for processes, cases in groups:
+            results = run_cases(library, cases, sm=args.sm, gib=args.gib, world_size=processes)
+            for case, result in zip(cases, results, strict=True):
+                if result["code"] == 0:
+                    del result["stdout"], result["stderr"]
+                good = is_good(result, args.max_waits)
+                all_good &= good
+                print("ok  " if good else "FAIL", f"{case} ({processes} processes)", json.dumps(result))
+    return int(not all_good)
 
 
 if __name__ == "__main__":
-    child(sys.argv[2:]) if sys.argv[1:2] == ["--child"] else sys.exit(main())
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+    sys.exit(finetune_of_a_benchmark(sys.argv[2:]) if sys.argv[1:2] == ["--finetune"] else main())

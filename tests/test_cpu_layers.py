@@ -75,7 +75,7 @@ def test_bfloat16_is_as_exact_as_the_official_layer(official):
     assert all(ours < 1.2 * official < 0.05 for ours, official in zip(*errors, strict=True)), errors
 
 
-def test_frozen_biases_get_no_gradient(official):
+def test_the_gradient_of_the_input_is_right_with_frozen_biases(official):
     official.requires_grad_(False)
     x = torch.randn(5, 49, 128, requires_grad=True)
     expected = torch.autograd.grad(official(x).square().sum(), x)[0]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from fake_cuda_check import CASES, LITE, TINY, build_library, run_cases
+from fake_cuda_check import CASES, LITE, TINY, TWO_PROCESSES, build_library, run_cases
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or not (torch.version.cuda or "").startswith("13."),
@@ -68,13 +68,5 @@ def test_a_benchmark_goes_on_after_a_row_that_needs_too_much_memory(library):
     assert float(rows["| encoder"][1]) > 0 and float(rows["| loader, one core"][1]) > 0
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--config one.yaml --amp fp16 --train encoder",  # 1 sample: the second process never has one
-        "--prompt mixed --embedding_reuse 2",
-    ],
-)
-def test_two_processes_run_on_cuda(library, flags):
-    cases = [f"finetune.py {TINY} --epoch_num 2 {flags}"]
-    assert_good(run_cases(library, cases, sm=80, world_size=2), cases)
+def test_two_processes_run_on_cuda(library):
+    assert_good(run_cases(library, [*TWO_PROCESSES], sm=80, world_size=2), TWO_PROCESSES)

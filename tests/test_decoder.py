@@ -16,6 +16,7 @@ from sam.point_labels import (
     FOREGROUND_POINT,
     NOT_A_POINT,
 )
+from sam.trainable import freeze
 
 NONE: list[int] = []
 POINT = [FOREGROUND_POINT, NOT_A_POINT]
@@ -37,7 +38,6 @@ def pad_prompts(prompts, length):
     return points, labels
 
 
-@torch.no_grad()
 def decode_officially(sam, embedding, points, labels):
     """Logits (1, 1, h, w) and predicted IoU (1, 1) of one image (1, C, e, e) by SAM's own modules."""
     clicks = (labels == FOREGROUND_POINT) | (labels == BACKGROUND_POINT)
@@ -60,31 +60,41 @@ def record_input(module, inputs):
     module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
 
 
+def record_output(module, outputs):
+    module.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+
 @torch.no_grad()
 def test_positions_stay_in_float32_under_autocast(tiny_sam):
     points, labels = pad_prompts([TWO_POINTS, BOX], 3)
-    layer, tokens, keys = tiny_sam.mask_decoder.transformer.layers[0], [], []
-    record_input(layer.self_attn.q_proj, tokens)
-    record_input(layer.cross_attn_token_to_image.k_proj, keys)
-    tiny_sam.prompt_encoder.no_mask_embed.weight.zero_()
+    tokens, encodings = [], []
+    record_input(tiny_sam.mask_decoder.transformer.layers[0].self_attn.q_proj, tokens)
+    record_output(tiny_sam.prompt_encoder.pe_layer, encodings)
     with torch.autocast("cpu", torch.bfloat16):
-        decoder.decode(tiny_sam, torch.zeros_like(random_embeddings(2)), points, labels)
-    exact = decoder.embed_prompts(tiny_sam, points, labels)
-    assert torch.equal(tokens[0][:, -3:], exact)
-    assert torch.equal(keys[0][0], tiny_sam.prompt_encoder.get_dense_pe()[0].flatten(1).T)  # of a zero image
+        decoder.decode(tiny_sam, random_embeddings(2), points, labels)
+    assert torch.equal(tokens[0][:, -3:], decoder.embed_prompts(tiny_sam, points, labels))
+    tiny_sam.prompt_encoder.get_dense_pe()
+    in_low_precision, exact = encodings
+    assert torch.equal(in_low_precision, exact)
 
 
-def test_columns_of_zeros_change_neither_logits_nor_gradients(tiny_sam, monkeypatch):
-    results = []
-    for columns in (1, 8):  # of a CPU, and of other devices
-        monkeypatch.setitem(decoder.LOGIT_COLUMNS, "cpu", columns)
-        logits, _ = decoder.decode(tiny_sam, random_embeddings(2), *pad_prompts([POINT] * 2, 2))
-        gradients = torch.autograd.grad(
-            logits.square().sum(), tiny_sam.mask_decoder.output_upscaling.parameters()
-        )
-        results.append((logits, *gradients))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected)
+def test_gradients_of_a_batch_are_those_of_the_official_decoder(tiny_sam):
+    batch = [NONE, POINT, TWO_POINTS, BOX, POINT_AND_BOX]
+    embeddings = random_embeddings(len(batch)).requires_grad_()
+    points, labels = pad_prompts(batch, 3)
+    inputs = [embeddings, *freeze(tiny_sam)]
+    # Every pixel has a weight of its own, so that a gradient at a wrong place shows.
+    weights = torch.randn(len(batch), 1, 32, 32, generator=torch.manual_seed(2))
+    logits, iou = decoder.decode(tiny_sam, embeddings, points, labels)
+    ours = torch.autograd.grad((logits * weights).sum() + iou.square().sum(), inputs)
+    images = zip(embeddings.split(1), points, labels, strict=True)
+    official = [decode_officially(tiny_sam, *image) for image in images]
+    logits, iou = (torch.cat(outputs) for outputs in zip(*official, strict=True))
+    expected = torch.autograd.grad((logits * weights).sum() + iou.square().sum(), inputs)
+    for gradient, expected_gradient in zip(ours, expected, strict=True):
+        scale = expected_gradient.abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5 * max(scale, 1))
+    assert all(gradient.any() for gradient in expected)
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=["none", "point", "box", "mixed"])

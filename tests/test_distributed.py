@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NOT_REPEATABLE, run_process, run_tiny, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import run_forked
@@ -116,3 +117,22 @@ def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert runtime.is_main() and runtime.world_size() == 1
     assert runtime.all_reduce_max([3, 1]) == [3, 1]
+
+
+def test_one_message_carries_all_gradients(monkeypatch):
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    messages = []
+
+    def all_reduce(flat):  # the other process has the same gradients
+        messages.append(len(flat))
+        flat.mul_(2)
+
+    monkeypatch.setattr(runtime.dist, "all_reduce", all_reduce)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in [(3, 2), (4,), (1, 5)]]
+    gradients = [torch.randn(3, 2), None, torch.randn(1, 5)]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    runtime.all_reduce_gradients(parameters)
+    assert messages == [15]
+    sums = [2 * gradients[0], torch.zeros(4), 2 * gradients[2]]
+    assert all(torch.equal(p.grad, expected) for p, expected in zip(parameters, sums, strict=True))

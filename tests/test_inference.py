@@ -127,7 +127,8 @@ def cables(size, width):
         ((1200, 900), 24, 6, 256),
         ((900, 1200), 33, 1.6, None),  # at least as wide in the whole photo
         ((900, 1200), 60, 1.6, None),
-        ((900, 1200), 3, 20, 32),  # an input of 64 px is enlarged at most twice
+        ((60, 80), 3, 20, 32),  # an input of 64 px is enlarged at most twice
+        ((900, 1200), 3, 20, 180),  # 9 x 7 tiles: there are at most 64
         ((900, 1200), 0, 6, None),  # nothing is found
         ((30, 20), 2, 20, None),  # smaller than the smallest tile
     ],
@@ -191,7 +192,10 @@ def test_tiles_are_the_default_where_the_width_is_known(tiny_weights):
     write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4.5), tiny_weights)
     assert load(tiny_weights, "cpu").tiles == "auto"
     assert load(tiny_weights, "cpu", tiles="off").tiles is None
-    assert load(tiny_weights, "cpu", tiles=80).tiles == 80
+    assert load(tiny_weights, "cpu", tiles=np.int64(80)).tiles == 80
+    for tiles in (0, 15, "of"):
+        with pytest.raises(UserError, match=f"tiles={tiles!r}: expected a whole number of at least 16"):
+            load(tiny_weights, "cpu", tiles=tiles)
 
 
 def test_with_prompts_images_stay_whole(tiny_weights, monkeypatch):

@@ -41,19 +41,8 @@ def trained(tiny_weights, tiny_sam):
 
 
 def run(weights, source, output, *argv):
-    flags = (
-        "--checkpoint",
-        weights,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
-    )
-    return predict.main([str(part) for part in (*flags, *argv)])
+    flags = ("--checkpoint", weights, "--input", source, "--output", output)
+    return predict.main([str(part) for part in (*flags, "--device", "cpu", "--amp", "off", *argv)])
 
 
 def written_files(output):
@@ -243,11 +232,9 @@ def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, ca
     monkeypatch.setattr(inference, "predict_logits", by_brightness)
     (tmp_path / "photos").mkdir()
     for stem, width in (("thin", 8), ("thick", 40), ("none", 0)):
-        image = np.zeros((300, 400, 3), np.uint8)
-        image[100 : 100 + width] = 255
+        image = np.pad(np.full((width, 400, 3), 255, np.uint8), ((100, 200 - width), (0, 0), (0, 0)))
         Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
-    flags = ("--tiles", "auto", "--cable_width", 4)
-    assert run(trained, tmp_path / "photos", tmp_path / "out", *flags) == 0
+    assert run(trained, tmp_path / "photos", tmp_path / "out", "--cable_width", 4) == 0
     line = capsys.readouterr().out.splitlines()[-2]
     side = int(line.split()[7])
     assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
@@ -261,6 +248,19 @@ def test_tiles_need_a_width_and_a_width_needs_tiles(trained, data, tmp_path, cap
     with pytest.raises(SystemExit):
         run(trained, data / "test/imgs", tmp_path / "out", "--tiles", 64, "--cable_width", 4)
     assert "--cable_width is for --tiles auto" in capsys.readouterr().err
+
+
+def test_frames_and_prompts_are_for_whole_images_by_default(trained, data, tmp_path, capsys):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=4), trained)
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\n1.png,5,5,60,40\n")
+    photo, clip, box = data / "test/imgs/1.png", tmp_path / "clip.avi", ("--prompt", tmp_path / "boxes.csv")
+    write_video(clip, [read_image(photo)])
+    whole = [(photo, ("--tiles", "off")), (photo, box), (clip, ())]
+    for number, (source, flags) in enumerate([*whole, (photo, ()), (clip, ("--tiles", "auto"))]):
+        assert run(trained, source, tmp_path / f"out{number}", *flags) == 0
+        assert ("tiles auto: " in capsys.readouterr().out) == (number >= len(whole)), number
+    with pytest.raises(SystemExit):
+        run(trained, photo, tmp_path / "no", *box, "--tiles", "auto")
 
 
 def test_a_video_gives_a_mask_a_frame_and_a_video(trained, data, tmp_path):

@@ -8,6 +8,7 @@ the whole training: the baseline loop of this file, and the real finetune.py.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import math
@@ -22,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -112,7 +113,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     args = parser.parse_args(argv)
     if args.peer and not importlib.util.find_spec(args.peer):
-        parser.error(f"argument --peer: {args.peer} is not installed")
+        parser.error(
+            f"argument --peer: {args.peer} is not installed; install it with pip install {args.peer}"
+        )
     if args.peer and (args.model_type not in PEER_MODELS or args.train == "lora"):
         parser.error(
             f"argument --peer: runs for --model_type {', '.join(PEER_MODELS)} with --train decoder or encoder"
@@ -131,15 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     runtime.init()
     settings = parse_args(argv)
-    print(
-        f"{settings.model_type}, {settings.train}, batch size {settings.batch_size}, "
-        f"{settings.device}, {os.cpu_count()} cores\n"
-    )
-    print("| | baseline loop, images/s | this tool, images/s | ratio | baseline loop, GB | this tool, GB |")
-    print("|---|---|---|---|---|---|")
     rates: list[float] = []  # of this tool
     try:
         load_config(settings.config)
+        if settings.peer:
+            in_new_process(require_micro_sam)
+        print_head(settings)
         if "encoder" in settings.parts:
             rates += [compare("encoder", settings, measure_encoder)]
         if "step" in settings.parts:
@@ -188,6 +188,15 @@ def measure_baseline(measure: Callable[[Settings, bool], Measurement], settings:
     return Measurement() if settings.without_baseline else attempt(measure, settings, True)
 
 
+def print_head(settings: Settings) -> None:
+    print(
+        f"{settings.model_type}, {settings.train}, batch size {settings.batch_size}, "
+        f"{settings.device}, {os.cpu_count()} cores\n"
+    )
+    print("| | baseline loop, images/s | this tool, images/s | ratio | baseline loop, GB | this tool, GB |")
+    print("|---|---|---|---|---|---|", flush=True)
+
+
 def print_row(name: str, baseline: Measurement, ours: Measurement) -> None:
     rates = [measured.fault or f"{measured.rate:.2f}" for measured in (baseline, ours)]
     speeds = f"{rates[0]} | {rates[1]} | {ours.rate / baseline.rate:.1f}"
@@ -228,7 +237,10 @@ def attempt(measure: Callable[..., Measurement], *args: object) -> Measurement:
     return Measurement(fault=fault)
 
 
-def in_new_process(measure: Callable[..., Measurement], *args: object) -> Measurement:
+Result = TypeVar("Result")
+
+
+def in_new_process(measure: Callable[..., Result], *args: object) -> Result:
     """Return `measure(*args)`, computed in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *args).result()
@@ -463,13 +475,24 @@ class TimedLoader(DataLoader[Any]):
             yield batch
 
 
+def require_micro_sam() -> None:
+    """Raise UserError if micro-sam cannot be imported."""
+    try:
+        import micro_sam.training  # type: ignore[import-not-found]  # not a requirement  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"argument --peer: micro_sam is installed but cannot be imported: {error}. "
+            "pip install micro_sam also installs the packages that it needs"
+        ) from None
+
+
 def measure_micro_sam(settings: Settings) -> Measurement:
     """Measure the training loop of micro-sam, with its defaults, on the composites of this tool.
 
     An iteration of micro-sam decodes each image with eight prompts, one after the other. The class of all
     cables is its only object. Source: Archit et al., Segment Anything for Microscopy, Nature Methods 2025.
     """
-    from micro_sam.training import train_sam  # type: ignore[import-not-found]  # not a requirement
+    from micro_sam.training import train_sam
 
     variant = variants.VARIANTS[settings.model_type]
     train_set = make_train_set(settings, mask_grid=variant.img_size)
@@ -484,7 +507,7 @@ def measure_micro_sam(settings: Settings) -> Measurement:
         "num_workers": settings.num_workers,
     }
     train_loader = TimedLoader(train_set, batch_sampler=batches, seconds=settings.seconds, **options)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         checkpoint.save_weights(variant.build().state_dict(), Path(folder) / "weights.pth")
         train_sam(
             "peer",
