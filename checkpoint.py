@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def _load(path: Path) -> Any:
         ) from error
     except OSError as error:  # of the disk or the permissions: the file itself may be intact
         raise UserError(f"{path} cannot be read: {error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, struct.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error
 
 

@@ -51,6 +51,14 @@ def test_a_truncated_checkpoint_is_named(tmp_path, keep):
         checkpoint.load_weights(tmp_path / "cut.pth")
 
 
+@pytest.mark.parametrize("keep", [1, 18])  # PyTorch raises IndexError and struct.error
+def test_a_truncated_checkpoint_of_the_old_format_is_named(tmp_path, keep):
+    torch.save({"a": torch.zeros(100)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"w\.pth cannot be read as a checkpoint; is it truncated"):
+        checkpoint.load_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize(
     "content", [[1, 2], {"model": {"a": 1}}, {"epoch": 3}, {"weights": {"a": torch.zeros(1)}}, torch.zeros(3)]
 )
