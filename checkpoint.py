@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,7 +137,9 @@ def _load(path: Path) -> Any:
             f"{path} is refused: it is damaged, or could run code when loaded. If you trust it, save its "
             "weights alone: torch.save(model.state_dict(), PATH)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:  # of the disk or the permissions: the file itself may be intact
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, struct.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; is it truncated? ({error})") from error
 
 
@@ -230,10 +233,16 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
 
 
 def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
-    """Read what `save_resume_state` wrote. Raises UserError, which names `path` and says the `way` on."""
+    """Read what `save_resume_state` wrote.
+
+    Raises UserError, which names `path`. It says the `way` on if the file is damaged or of another version,
+    and the reason if the file cannot be read.
+    """
     try:
         state = _load(path)
     except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         raise UserError(f"{path} cannot be read, and may be damaged: {way}") from error
     types = get_type_hints(ResumeState)
     if not (

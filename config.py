@@ -123,7 +123,8 @@ Folder = Annotated[Path, BeforeValidator(_resolve_folder)]
 MaskValuesKey = Annotated[
     tuple[int | tuple[int, int, int], ...] | Literal["nonzero"] | None, BeforeValidator(_as_mask_values)
 ]
-MAX_PASSES = 10_000  # an epoch is planned as a whole, so a percentage by mistake may not fill the memory
+# An epoch is planned as a whole; a larger percentage, given by mistake, would fill the memory.
+MAX_PASSES = 10_000
 MANY_PASSES = 10.0  # a percentage above it is probably meant in percent
 
 
@@ -171,8 +172,8 @@ class DatasetConfig(BaseModel):
     def _warn_of_many_passes(self) -> "DatasetConfig":
         if self.percentage > MANY_PASSES:
             warnings.warn(
-                f"{self.data_dir}: percentage {self.percentage:g} means as many passes per epoch; "
-                f"for {self.percentage:g} percent, write {self.percentage / 100:g}",
+                f"{self.data_dir}: percentage {self.percentage:g} means {self.percentage:g} passes per "
+                f"epoch; for {self.percentage:g} percent, write {self.percentage / 100:g}",
                 stacklevel=2,
             )
         return self

@@ -15,12 +15,13 @@ from imaging.files import (
     MAX_PIXELS,
     NO_IMAGE_FILE,
     FileError,
+    check_size,
     format_list,
     image_files,
     read_image,
     unread_files,
 )
-from imaging.masks import read_mask
+from imaging.masks import MaskValues, read_mask
 from imaging.pairing import Pair, find_pairs
 
 MAX_NAMES = 3  # of files or colors in a note
@@ -101,8 +102,26 @@ def index_datasets(
 
     Raises one UserError that lists what is wrong in all datasets (the first 10 faults and their number):
     empty folders, unmatched or duplicate stems, undecodable or huge files, size mismatches, masks that are
-    not binary, and sets of masks that cannot be right (see `_mask_faults`).
+    not binary, and sets of masks that cannot be right (see `_mask_faults`). If imgs/ and masks/ of a dataset
+    are swapped, one sentence says so in place of its other faults.
     """
+    configs = list(configs)
+    found, faults = _find_files(configs, max_pixels, show_progress)
+    if faults:
+        swapped = [config for config in configs if _is_swapped(config, max_pixels)]
+        if swapped:  # the files of the others are checked again, for their faults alone
+            rest = [config for config in configs if config not in swapped]
+            sentence = "imgs/ and masks/ seem to be swapped: masks/ holds photos, imgs/ masks"
+            faults = [f"{folder}: {sentence}" for folder in dict.fromkeys(c.data_dir for c in swapped)]
+            faults += _find_files(rest, max_pixels, show_progress)[1]
+        raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
+    return found
+
+
+def _find_files(
+    configs: list[DatasetConfig], max_pixels: int, show_progress: bool
+) -> tuple[list[DatasetIndex], list[str]]:
+    """The files of every dataset, and what is wrong with them; see `index_datasets`."""
     faults: list[str] = []
     found: list[DatasetIndex] = []
     for config in configs:
@@ -127,42 +146,45 @@ def index_datasets(
         for item in files:
             dataset.infos.update(infos.get(item, {}))
         faults += _mask_faults(dataset)
-    if faults:
-        faults = _swapped_folders(found) or faults
-        raise UserError(f"{len(faults)} problem(s) in the data:\n  {format_list(faults)}")
-    return found
+    return found, faults
 
 
 N_READ = 5  # files of each folder that show whether imgs/ and masks/ are swapped
+LONGEST_READ = 1024  # side in pixels to which a file is reduced before its colors are counted
 
 
-def _swapped_folders(datasets: Iterable[DatasetIndex]) -> list[str]:
-    """A fault for each dataset whose imgs/ holds only masks and whose masks/ holds only photos."""
-    faults = []
-    for folder in dict.fromkeys(dataset.config.data_dir for dataset in datasets):
-        places = (folder / "imgs", folder / "masks")
-        if not all(map(os.path.isdir, places)):
-            continue
-        in_imgs, in_masks = (image_files(place)[:N_READ] for place in places)
-        if in_imgs and in_masks and all(map(_is_mask, in_imgs)) and all(map(_is_photo, in_masks)):
-            faults.append(f"{folder}: imgs/ and masks/ seem to be swapped: masks/ holds photos, imgs/ masks")
-    return faults
+def _is_swapped(config: DatasetConfig, max_pixels: int) -> bool:
+    """Whether the first files of imgs/ are masks and those of masks/ are photos."""
+    places = (config.data_dir / "imgs", config.data_dir / "masks")
+    if not all(map(os.path.isdir, places)):
+        return False
+    in_imgs, in_masks = (image_files(place)[:N_READ] for place in places)
+    return (
+        bool(in_imgs and in_masks)
+        and all(_is_photo(path, max_pixels) for path in in_masks)  # first: a true mask ends this early
+        and all(_is_mask(path, config.mask_values, max_pixels) for path in in_imgs)
+    )
 
 
-def _is_mask(path: Path) -> bool:
+def _is_mask(path: Path, mask_values: MaskValues, max_pixels: int) -> bool:
+    """Whether a file can be read as a mask. With `mask_values`, a photo can be read too, but is none."""
     try:
-        read_mask(path)
+        check_size(path, max_pixels)
+        read_mask(path, mask_values)
     except FileError:
         return False
-    return True
+    return mask_values is None or not _is_photo(path, max_pixels)
 
 
-def _is_photo(path: Path) -> bool:
+def _is_photo(path: Path, max_pixels: int) -> bool:
     """Whether an image file has more colors than a gray mask can have."""
     try:
-        colors = read_image(path).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        check_size(path, max_pixels)
+        image = read_image(path, LONGEST_READ)
     except FileError:
         return False
+    step = -(-max(image.shape) // LONGEST_READ)  # only JPEG files are reduced when they are read
+    colors = image[::step, ::step].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     return len(np.unique(colors)) > 256
 
 

@@ -231,8 +231,8 @@ def find_epochs(config: TrainConfig, state: ResumeState | None) -> int:
     return measured or UNMEASURED_EPOCHS
 
 
-# Of a fast encoder on CUDA. `runtime.MIN_IMAGES_TO_COMPILE` rests on this speed; a slower encoder encodes
-# fewer images in the same minutes, and a compiled one saves as much of its time.
+# Images that a fast encoder encodes per second on CUDA, as in `runtime.MIN_IMAGES_TO_COMPILE`. With a slower
+# encoder, the count is too high, but the share of time that compiling saves is the same.
 IMAGES_PER_SECOND = 150
 
 
@@ -415,13 +415,16 @@ def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedS
 
 
 def size_of_saves(config: TrainConfig, net: LoadedSam, epochs: int) -> int:
-    """Bytes that a run with --train decoder still writes besides embeddings; an estimate from above.
+    """Bytes that a run still writes besides embeddings; an estimate from above.
 
     A file that is replaced exists twice for a moment. As long as the number of epochs is UNMEASURED_EPOCHS,
-    their checkpoints are left out; `warn_of_disk_space` counts them later.
+    their checkpoints are left out; `warn_of_disk_space` counts them later. What trains is counted by
+    `requires_grad`. Before `finetune.start` has set it, that is the decoder or, where the encoder trains too,
+    the whole model.
     """
     weights = 4 * sum(weight.numel() for weight in net.sam.state_dict().values())  # float32
-    trained = 4 * sum(parameter.numel() for parameter in net.sam.mask_decoder.parameters())
+    part = net.sam.mask_decoder if config.train == "decoder" else net.sam
+    trained = 4 * sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
     resume_state = 4 * trained  # weights, gradients, and two moments of AdamW
     saved_epochs = 0 if epochs == UNMEASURED_EPOCHS else epochs // config.save_interval
     if config.keep_last is not None:

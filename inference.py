@@ -89,9 +89,11 @@ class LoadedSam:
 def load_any(path: Path) -> tuple[Sam, str]:
     """The SAM of a checkpoint, on the CPU, and its model type, detected from the weights.
 
-    Raises UserError, which names the file, if it cannot be read or fits no model type.
+    Raises UserError, which names the file, if it cannot be read, fits no model type, or holds weights that
+    are NaN or infinite.
     """
     weights = checkpoint.load_weights(Path(path))
+    checkpoint.require_finite(weights, path, "give another checkpoint")
     model_type = detect_model_type(weights)
     if model_type is None:
         raise UserError(f"{path} holds weights of none of {', '.join(VARIANTS)}")

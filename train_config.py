@@ -57,7 +57,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "off")
 TRAIN = ("decoder", "lora", "encoder")
 TRAIN_HELP = (
     "decoder: the mask decoder; lora: also adapters in the encoder; encoder: also the whole encoder "
-    "(default: decoder; for lite_medsam* without CUDA encoder)"
+    "(default: decoder; without CUDA, encoder for lite_medsam and lite_medsam_512)"
 )
 # The keys of sam.variants.VARIANTS.
 MODEL_TYPES = ["vit_b", "vit_l", "vit_h", "lite_medsam", "lite_medsam_512", "mobile_sam"]
@@ -125,7 +125,7 @@ class TrainConfig:
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
-    model_type: str = flag(None, MODEL_TYPES, "SAM variant (default: vit_b; without CUDA lite_medsam_512)")
+    model_type: str = flag(None, MODEL_TYPES, "SAM variant (default: vit_b; without CUDA: lite_medsam_512)")
     checkpoint: Path | None = flag(None, path, "weights to start from (default: the published weights)")
     train: str = flag(None, TRAIN, TRAIN_HELP)
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
@@ -250,8 +250,8 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
 def choose_by_machine(flags: dict[str, Any]) -> str:
     """Set `model_type` and `train` where they are None; returns a line that says what was chosen and why.
 
-    With CUDA, they are vit_b and decoder. Without, they are lite_medsam_512 and encoder, which train in
-    minutes on a CPU; the decoder is chosen for other models, and if embeddings are reused. The line is "" if
+    With CUDA, they are vit_b and decoder. Without, they are lite_medsam_512 and encoder, which train in about
+    an hour on a CPU; the decoder is chosen for other models, and if embeddings are reused. The line is "" if
     both were given.
     """
     names = [name for name in ("model_type", "train") if flags[name] is None]

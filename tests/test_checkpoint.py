@@ -1,5 +1,6 @@
 """Saved weights, and what a resumed run takes from the files of the run."""
 
+import errno
 import os
 import pickle
 import shlex
@@ -48,6 +49,14 @@ def test_a_truncated_checkpoint_is_named(tmp_path, keep):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:keep])
     with pytest.raises(UserError, match=r"cut\.pth"):
         checkpoint.load_weights(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("keep", [1, 18])  # PyTorch raises IndexError and struct.error
+def test_a_truncated_checkpoint_of_the_old_format_is_named(tmp_path, keep):
+    torch.save({"a": torch.zeros(100)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"w\.pth cannot be read as a checkpoint; is it truncated"):
+        checkpoint.load_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,20 @@ def test_a_state_to_resume_names_the_weights_to_give(tmp_path):
     torch.save(state, tmp_path / "run/resume.pth")
     with pytest.raises(UserError, match=r"state for --resume, .* give .*run/checkpoints/last\.pth"):
         checkpoint.load_weights(tmp_path / "run/resume.pth")
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "bad disk")])
+@pytest.mark.parametrize("load", [checkpoint.load_resume_state, checkpoint.load_weights])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, load, error):
+    def fail(*_, **__):
+        raise error
+
+    path = tmp_path / "resume.pth"
+    path.touch()
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert str(raised.value) == f"{path} cannot be read: {error}"
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_part_of_a_dataset_in_its_place_is_named_with_what_to_write(folders, p
 def test_a_percentage_that_is_meant_in_percent_gives_a_warning(folders):
     text = "dataset: {train: [{data_dir: cables, percentage: 50}]}"
     with pytest.warns(
-        UserWarning, match=r"percentage 50 means as many passes .*; for 50 percent, write 0\.5"
+        UserWarning, match=r"percentage 50 means 50 passes per epoch; for 50 percent, write 0\.5"
     ):
         assert load(folders, text).dataset.train[0].percentage == 50
 

@@ -184,6 +184,19 @@ def test_the_check_of_disk_space_counts_all_that_the_run_writes(
     assert still_needed < needed[0] - pool - 0.9 * written
 
 
+@pytest.mark.parametrize("train", ["encoder", "lora"])
+def test_the_size_of_saves_counts_an_encoder_that_trains(tiny_weights, config_file, train):
+    options = ("-e", 1, "--train", train)
+    config = tiny_config(config_file(), tiny_weights, *options)
+    net, _ = experiment.build_net(config, tiny_weights, torch.device("cpu"))
+    at_start = experiment.size_of_saves(config, net, 1) - experiment.LOGS
+    finetune.prepare_optimizer(net.sam, config)
+    in_training = experiment.size_of_saves(config, net, 1) - experiment.LOGS
+    assert run_tiny(config_file(), tiny_weights, *options) == 0
+    sizes = [path.stat().st_size for path in Path("exp/run").rglob("*.pth")]
+    assert sum(sizes) + max(sizes) < in_training <= at_start  # the largest one exists twice for a moment
+
+
 def test_photos_are_encoded_again_where_checkpoints_leave_no_space_to_keep_them(
     tiny_weights, config_file, monkeypatch
 ):

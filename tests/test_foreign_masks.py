@@ -11,10 +11,11 @@ import yaml
 from conftest import draw_cable, rng, write_dataset
 from PIL import Image
 
+import dataset_index
 from base.errors import UserError
 from config import load_config
 from dataset_index import index_datasets
-from imaging.files import FileError
+from imaging.files import MAX_PIXELS, FileError
 from imaging.masks import read_mask
 from run_logger import dataset_table
 
@@ -306,11 +307,11 @@ def test_mask_values_choose_colors_and_indices(tmp_path):
 # --- whole sets ---
 
 
-def index(folder, **keys):
+def index(folder, max_pixels=MAX_PIXELS, **keys):
     """Check `folder/set` as the YAML file asks."""
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump({"dataset": {"train": [{"data_dir": str(folder / "set"), **keys}]}}))
-    return index_datasets(load_config(path).dataset.train)[0]
+    return index_datasets(load_config(path).dataset.train, max_pixels=max_pixels)[0]
 
 
 def rewrite_masks(folder, change):
@@ -348,18 +349,80 @@ def test_a_mask_that_may_be_inverted_is_named_in_the_summary(dataset_folder):
     assert not index(dataset_folder, allow_large_foreground=True).notes()
 
 
+def swap(folder):
+    (folder / "imgs").rename(folder / "x")
+    (folder / "masks").rename(folder / "imgs")
+    (folder / "x").rename(folder / "masks")
+
+
 @pytest.mark.parametrize("name", ["{}.png", "{}_mask.png"])
 def test_swapped_folders_are_refused_in_one_sentence(dataset_folder, name):
     folder = dataset_folder / "set"
     for path in sorted((folder / "masks").iterdir()):
         path.rename(path.with_name(name.format(path.stem)))
-    (folder / "imgs").rename(folder / "x")
-    (folder / "masks").rename(folder / "imgs")
-    (folder / "x").rename(folder / "masks")
+    swap(folder)
     with pytest.raises(UserError) as error:
         index(dataset_folder)
     (line,) = str(error.value).splitlines()[1:]
     assert f"{folder}: imgs/ and masks/ seem to be swapped" in line
+
+
+def test_swapped_folders_do_not_hide_the_faults_of_other_datasets(dataset_folder):
+    swap(dataset_folder / "set")
+    good, bad = (write_dataset(dataset_folder / name, 2) for name in ("good", "bad"))
+    (bad / "masks/1.png").unlink()
+    path = dataset_folder / "c.yaml"
+    names = [str(folder) for folder in (bad, good, dataset_folder / "set")]
+    path.write_text(yaml.safe_dump({"dataset": {"train": [{"data_dir": name} for name in names]}}))
+    with pytest.raises(UserError) as error:
+        index_datasets(load_config(path).dataset.train)
+    title, first, second = str(error.value).splitlines()
+    assert title == "2 problem(s) in the data:"
+    assert f"{dataset_folder / 'set'}: imgs/ and masks/ seem to be swapped" in first
+    assert f"{bad / 'imgs/1.png'}: has no mask" in second
+
+
+@pytest.mark.parametrize("mask_values", [[1], "nonzero"])
+def test_swapped_folders_with_masks_of_classes_are_recognized(dataset_folder, mask_values):
+    classes = np.repeat(np.arange(4, dtype=np.uint8), 16)
+    rewrite_masks(dataset_folder, lambda mask: (mask > 0) * classes)
+    assert index(dataset_folder, mask_values=mask_values).foreground > 0
+    swap(dataset_folder / "set")
+    with pytest.raises(UserError, match="seem to be swapped"):
+        index(dataset_folder, mask_values=mask_values)
+
+
+def test_photos_in_both_folders_are_not_taken_for_swapped_ones(dataset_folder):
+    for path in (dataset_folder / "set/imgs").iterdir():
+        (dataset_folder / "set/masks" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="foreground covers") as error:
+        index(dataset_folder, mask_values="nonzero")
+    assert "seem to be swapped" not in str(error.value)
+
+
+def test_large_photos_are_reduced_before_their_colors_are_counted(tmp_path, monkeypatch):
+    """100 megapixels took 1.2 GB; this also holds for PNG files, which Pillow cannot read reduced."""
+    folder = write_dataset(tmp_path / "set", 1, size=(1500, 2100))
+    swap(folder)
+    counted, unique = [], np.unique
+
+    def recorded(values, **options):
+        counted.append(values.shape)
+        return unique(values, **options)
+
+    monkeypatch.setattr(np, "unique", recorded)
+    with pytest.raises(UserError, match="seem to be swapped"):
+        index(tmp_path)
+    assert counted[-1] == (500, 700)
+
+
+def test_a_huge_file_is_not_decoded_to_see_whether_folders_are_swapped(dataset_folder, monkeypatch):
+    swap(dataset_folder / "set")
+    read = []
+    monkeypatch.setattr(dataset_index, "read_image", lambda path, longest: read.append(path))
+    with pytest.raises(UserError, match="more than --max_pixels 1000"):
+        index(dataset_folder, max_pixels=1000)
+    assert not read
 
 
 def test_a_photo_among_the_masks_is_not_taken_for_swapped_folders(dataset_folder):

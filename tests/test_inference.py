@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from segment_anything import SamPredictor
 
+import checkpoint
 import inference
 from base.errors import UserError
 from imaging.files import read_image
@@ -283,6 +284,19 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
 def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
     with pytest.raises(UserError, match=f"image 0: expected a NumPy array, RGB uint8 .*{found}"):
         load(tiny_weights, "cpu")(image)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny_weights, tiny_sam, number):
+    name = "mask_decoder.iou_token.weight"
+    state_dict = tiny_sam.state_dict()
+    state_dict[name][0, 0] = number
+    checkpoint.save_weights(state_dict, tiny_weights)
+    message = (
+        f"{tiny_weights} holds weights that are NaN or infinite, such as {name}: give another checkpoint"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        inference.load_any(tiny_weights)
 
 
 def test_a_flipped_view_is_an_image(tiny_weights, photos):
