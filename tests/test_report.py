@@ -225,5 +225,5 @@ def test_defaults_are_those_of_the_machine_and_are_not_announced_again(flags, tr
     config = finetune.parse_args(["--config=c.yaml", "--device=cpu", *flags])
     capsys.readouterr()
     defaults = report.default_flags(SimpleNamespace(config=config, schedule=Schedule(6, 1, 1, 1)))
-    assert (defaults["model_type"], defaults["train"], config.train) == ("lite_medsam", train, train)
+    assert (defaults["model_type"], defaults["train"], config.train) == ("lite_medsam_512", train, train)
     assert capsys.readouterr().out == ""
