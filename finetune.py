@@ -356,9 +356,11 @@ def finish_iteration(run: Run) -> None:
     if run.is_test and experiment.test_set and state.last_test != state.iteration:
         metrics = test_model(run)
         state.last_test, state.last_metrics = state.iteration, metrics
-        is_best = state.best is None or metrics["iou"] > state.best["iou"]
-        state.tests_without_gain = 0 if is_best else state.tests_without_gain + 1
-        if is_best and state.has_finite_weights():
+        is_gain = state.best is None or metrics["iou"] > state.best["iou"]
+        state.tests_without_gain = 0 if is_gain else state.tests_without_gain + 1
+        # As long as nothing is found, the later weights are better: they have learned more.
+        finds_nothing_yet = state.best is not None and state.best["iou"] == metrics["iou"] == 0
+        if (is_gain or finds_nothing_yet) and state.has_finite_weights():
             if state.best and runtime.is_main():
                 checkpoint.keep_best(experiment.checkpoints, int(state.best["iteration"]))
             state.best = metrics

@@ -191,6 +191,7 @@ Tiles = int | Literal["auto"] | None
 MIN_TILE = 16  # pixels
 MAX_ENLARGEMENT = 2
 MAX_TILES = 64  # of an image that "auto" cuts
+MAX_TILE_SHARE = 0.8  # of the longest side of the image; larger tiles would show little more than the whole
 MEASURED_SIDE = 1024  # longest side of the prediction in which the width of cables is measured
 # "auto" blends the logits of the tiles with those of the whole image, which shows more of the scene. This is
 # the largest weight of the whole image. It falls with the size of the tiles, because cables then have too few
@@ -243,6 +244,8 @@ class Segmenter:
         Raises:
             UserError: an image is no such array, or there are prompts and tiles of a given side.
         """
+        if images is None:
+            raise UserError("no image: None; does the file exist that it was read from?")
         if isinstance(images, np.ndarray):
             prompts = None if prompts is None else [prompts]
             return self([images], prompts, return_probs=return_probs)[0]
@@ -307,7 +310,7 @@ class Segmenter:
         side = max(side, input_side // MAX_ENLARGEMENT)
         while math.prod(len(_tile_starts(length, side)) for length in whole.shape) > MAX_TILES:
             side = math.ceil(1.05 * side)
-        return side if side < longest else None
+        return side if side < MAX_TILE_SHARE * longest else None
 
 
 def load(

@@ -368,8 +368,11 @@ def predict_batch(
 def describe_tiles(tile_sizes: Sequence[int | None]) -> str:
     """A line about the tiles that --tiles auto chose."""
     sides = [side for side in tile_sizes if side]
-    tiled = f"{len(sides)} images in tiles of {min(sides)} to {max(sides)} px, " if sides else ""
-    return f"tiles auto: {tiled}{len(tile_sizes) - len(sides)} images whole"
+    tiled = ""
+    if sides:
+        extremes = dict.fromkeys([min(sides), max(sides)])
+        tiled = f"{len(sides)} in tiles of {' to '.join(map(str, extremes))} px, "
+    return f"tiles auto, of {len(tile_sizes)} images: {tiled}{len(tile_sizes) - len(sides)} whole"
 
 
 def write_prediction(

@@ -580,3 +580,16 @@ def test_the_script_itself_ends_without_a_traceback(data):
     assert result.returncode == 2
     assert result.stderr.startswith("error: data/bad.yaml: 1 error(s)\n  dataset.train[0].data_dir")
     assert "Traceback" not in result.stderr and not (data.parent / "exp").exists()
+
+
+def test_the_best_weights_are_the_latest_as_long_as_nothing_is_found(config_file, tiny_weights, monkeypatch):
+    run_test, ious = finetune.run_test, [0.0, 0.0, 0.0, 0.4, 0.4, 0.0]
+    monkeypatch.setattr(
+        finetune, "run_test", lambda *args, **flags: run_test(*args, **flags) | {"iou": ious.pop(0)}
+    )
+    saved = []
+    monkeypatch.setattr(
+        finetune, "save_checkpoint", lambda run, name: saved.append((name, run.state.iteration))
+    )
+    assert run_tiny(config_file(), tiny_weights, "-e", 5, "-b", 6, "--test_interval", 1) == 0
+    assert [iteration for name, iteration in saved if name == "best.pth"] == [1, 2, 3]

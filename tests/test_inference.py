@@ -126,6 +126,7 @@ def cables(size, width):
         ((2400, 3200), 60, 5, 768),
         ((1200, 900), 24, 6, 256),
         ((900, 1200), 33, 1.6, None),  # at least as wide in the whole photo
+        ((900, 1200), 24, 1.5, None),  # tiles of 1024 px would be nearly the whole photo
         ((900, 1200), 60, 1.6, None),
         ((60, 80), 3, 20, 32),  # an input of 64 px is enlarged at most twice
         ((900, 1200), 3, 20, 180),  # 9 x 7 tiles: there are at most 64
@@ -279,6 +280,7 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
         (np.zeros((4, 5, 4), np.uint8), r"got uint8 \(4, 5, 4\)"),
         (np.zeros((0, 5, 3), np.uint8), r"got uint8 \(0, 5, 3\)"),
         (["photo.jpg"], "got str"),
+        (None, "no image: None"),
     ],
 )
 def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):

@@ -236,8 +236,8 @@ def test_tiles_of_the_right_size_are_chosen_for_each_image(trained, tmp_path, ca
         Image.fromarray(image).save(tmp_path / f"photos/{stem}.png")
     assert run(trained, tmp_path / "photos", tmp_path / "out", "--cable_width", 4) == 0
     line = capsys.readouterr().out.splitlines()[-2]
-    side = int(line.split()[7])
-    assert line == f"tiles auto: 1 images in tiles of {side} to {side} px, 2 images whole"
+    side = int(line.split()[9])
+    assert line == f"tiles auto, of 3 images: 1 in tiles of {side} px, 2 whole"
     assert side == pytest.approx(8 * 64 / 4, rel=0.15)
     assert read_mask(tmp_path / "out/masks/thin.png").sum() == 8 * 400
 
@@ -258,7 +258,7 @@ def test_frames_and_prompts_are_for_whole_images_by_default(trained, data, tmp_p
     whole = [(photo, ("--tiles", "off")), (photo, box), (clip, ())]
     for number, (source, flags) in enumerate([*whole, (photo, ()), (clip, ("--tiles", "auto"))]):
         assert run(trained, source, tmp_path / f"out{number}", *flags) == 0
-        assert ("tiles auto: " in capsys.readouterr().out) == (number >= len(whole)), number
+        assert ("tiles auto, of " in capsys.readouterr().out) == (number >= len(whole)), number
     with pytest.raises(SystemExit):
         run(trained, photo, tmp_path / "no", *box, "--tiles", "auto")
 
