@@ -199,6 +199,11 @@ def test_tiles_are_the_default_where_the_width_is_known(tiny_weights):
             load(tiny_weights, "cpu", tiles=tiles)
 
 
+def test_a_missing_image_is_named(tiny_weights):
+    with pytest.raises(UserError, match="no image: None"):  # what cv2.imread returns for a missing file
+        load(tiny_weights, "cpu")(None)
+
+
 def test_with_prompts_images_stay_whole(tiny_weights, monkeypatch):
     segment, shapes = load(tiny_weights, "cpu", cable_width=6), []
 
@@ -280,7 +285,6 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
         (np.zeros((4, 5, 4), np.uint8), r"got uint8 \(4, 5, 4\)"),
         (np.zeros((0, 5, 3), np.uint8), r"got uint8 \(0, 5, 3\)"),
         (["photo.jpg"], "got str"),
-        (None, "no image: None"),
     ],
 )
 def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
