@@ -72,10 +72,6 @@ RUN_ELSEWHERE = {
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',
     ),
-    "python tools/draw_cables.py --out data/drawn --n 300": (
-        "tests/test_draw_cables.py",
-        'draw_cables.main(["--out"',
-    ),
     "python tools/results.py --data data": (".ci/run", "tools/results.py --data data"),
     "python tools/soak.py --iterations 3000": (".ci/run", "tools/soak.py --iterations 60"),
 }
