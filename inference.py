@@ -23,6 +23,7 @@ from torch import Tensor
 import checkpoint
 import runtime
 from base.errors import UserError
+from base.flag_types import MIN_TILE
 from imaging.geometry import InputSpec, fit_size, resize_mask, to_model_input
 from imaging.prompts import NO_PROMPT, Prompt
 from sam.decoder import decode, mask_grid, upscale
@@ -188,7 +189,6 @@ def _batch_prompts(prompts: list[tuple[Prompt, Tensor]]) -> tuple[Tensor, Tensor
 # --- Segmenter --------------------------------------------------------------------------------
 
 Tiles = int | Literal["auto"] | None
-MIN_TILE = 16  # pixels
 MAX_ENLARGEMENT = 2
 MAX_TILES = 64  # of an image that "auto" cuts
 MAX_TILE_SHARE = 0.8  # of the longest side of the image; larger tiles would show little more than the whole

@@ -12,12 +12,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from base.flag_types import MAX_PIXELS, answer_first, number, path, positive, positive_int, source
+from base.flag_types import MAX_PIXELS, MIN_TILE, answer_first, number, path, positive, positive_int, source
 
 tile_size = number(
     lambda text: text if text in ("auto", "off") else int(text),
-    lambda value: isinstance(value, str) or value >= 16,
-    "a whole number of at least 16, auto or off",
+    lambda value: isinstance(value, str) or value >= MIN_TILE,
+    f"a whole number of at least {MIN_TILE}, auto or off",
 )
 finite = number(float, math.isfinite, "a finite number")
 

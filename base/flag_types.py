@@ -9,6 +9,7 @@ from typing import Any
 
 # Larger images are refused before they are decoded: a file of a few kilobytes can claim gigabytes.
 MAX_PIXELS = 100_000_000
+MIN_TILE = 16  # smallest side of a tile, in pixels
 
 
 def answer_first(parse_args: Callable[[], object]) -> None:

@@ -319,7 +319,7 @@ BEND_PROBABILITY = 0.5
 MAX_BEND = 0.04  # largest typical displacement, as a fraction of the longest side
 BEND_GRID = 4  # random displacements along each side
 
-SHORT_SIDES = (0.56, 1.5)  # of composites, drawn evenly, in units of the longest side; 1 at most
+SHORT_SIDES = (0.56, 1.5)  # range of a composite's short side over its long side; above 1 counts as 1
 
 MIN_CROP, MIN_ZOOM = 0.4, 0.6  # smallest side of a random part, as a fraction of the largest
 
