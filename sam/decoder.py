@@ -6,6 +6,7 @@ from segment_anything.modeling import MaskDecoder, Sam
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 
+from sam.cpu_layers import layer_norm
 from sam.point_labels import (
     ABSENT,
     BACKGROUND_POINT,
@@ -75,7 +76,7 @@ def _upscaled_logits(decoder: MaskDecoder, src: Tensor, weights: Tensor) -> Tens
     """
     first, norm, activation, second, _ = decoder.output_upscaling
     x = _double(first, src)  # (B, e * e, 4, C / 4)
-    x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    x = activation(layer_norm(norm, x))
     x = activation(_double(second, x.flatten(1, 2)))  # (B, 4 * e * e, 4, C / 8)
     # Four columns, one for each of the last 2 x 2 pixels: matrix products are faster than with vectors. On
     # CUDA, the gradient of a batched matrix-vector product would be a kernel that PyTorch 2.14 compiles at
@@ -136,7 +137,7 @@ def _two_way_transformer(
         src = src + _attend_from_image(
             layer.cross_attn_image_to_token, key, tokens + point_tokens, tokens, present
         )
-        src = layer.norm4(src).to(src.dtype)
+        src = layer_norm(layer.norm4, src).to(src.dtype)
     attention = transformer.final_attn_token_to_image
     tokens = tokens + _attend_to_image(attention, tokens + point_tokens, src + src_pe, src)
     return transformer.norm_final_attn(tokens), src

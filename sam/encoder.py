@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
-from sam.cpu_layers import accelerate_tiny_vit_on_cpu, depthwise_conv, fuse_gelu
+from sam.cpu_layers import accelerate_tiny_vit_on_cpu, depthwise_conv, fuse_gelu, replace_norms
 from sam.variants import VARIANTS
 
 
@@ -24,6 +24,7 @@ def move_to_device(
     accelerate(sam.image_encoder, fold=train != "encoder")
     dtype = torch.float32 if train == "encoder" else low_precision or torch.float32
     if device.type == "cpu":
+        replace_norms(sam.image_encoder)
         accelerate_tiny_vit_on_cpu(sam.image_encoder)
         if train == "decoder":  # no gradient passes through the encoder
             fuse_gelu(sam.image_encoder, dtype)

@@ -140,3 +140,24 @@ def test_gelu_is_not_fused_in_a_precision_that_the_processor_lacks(tiny_vit):
     net = copy.deepcopy(tiny_vit)
     cpu_layers.fuse_gelu(net, torch.float16)
     assert not any(isinstance(module, cpu_layers.LayerWithGelu) for module in net.modules())
+
+
+def test_norms_add_up_their_gradients_in_float32_under_autocast():
+    norm = torch.nn.LayerNorm(64)
+    pixels = torch.randn(1, 16384, 64, generator=torch.manual_seed(0)).bfloat16()
+    weights = torch.rand(pixels.shape, generator=torch.manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = cpu_layers.TokenNorm(norm)(pixels)
+    ours = torch.autograd.grad((output * weights).sum(), norm.parameters())
+    exact = torch.autograd.grad((norm(pixels.float()) * weights).sum(), norm.parameters())
+    for gradient, expected in zip(ours, exact, strict=True):
+        assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("train", ["decoder", "encoder"])
+def test_no_norm_of_an_encoder_keeps_the_gradients_of_low_precision(train):
+    sam = variants.VARIANTS["lite_medsam"].build()
+    names = list(sam.state_dict())
+    encoder.move_to_device(sam, torch.device("cpu"), torch.bfloat16, train=train)
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in sam.image_encoder.modules())
+    assert train == "decoder" or list(sam.state_dict()) == names
