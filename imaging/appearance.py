@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from imaging.geometry import touched_box
+
 # --- Color ------------------------------------------------------------------------------------
 
 # Lightness ranges (L of CIE Lab, 0..100) of cables without color, and how often each is drawn.
@@ -112,10 +114,13 @@ def cast_shadow(alpha: np.ndarray, image: np.ndarray, light: Light) -> None:
         return
     height, width = image.shape[:2]
     unit = max(height, width) / 256
+    sigma = unit * light.shadow_blur
     shift = np.column_stack([np.eye(2), unit * light.shadow_shift * light.direction])
     shadow = cv2.warpAffine(alpha, shift, (width, height))
-    shadow = cv2.GaussianBlur(shadow, (0, 0), unit * light.shadow_blur).astype(np.float32)
-    np.rint(image * (1 - light.shadow / 255 * shadow[..., None]), out=image, casting="unsafe")
+    box = touched_box(shadow, margin=int(3 * sigma) + 2)  # OpenCV's kernels for uint8 end at 3 sigma
+    shadow = cv2.GaussianBlur(shadow[box], (0, 0), sigma)
+    factor = cv2.LUT(shadow, 1 - light.shadow / 255 * np.arange(256, dtype=np.float32))
+    image[box] = cv2.multiply(image[box], cv2.merge([factor] * 3), dtype=cv2.CV_8U)
 
 
 # --- Shading ----------------------------------------------------------------------------------

@@ -76,6 +76,23 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA)
 
 
+COLUMNS = 32  # a multiple of the float32 values in any vector register
+
+
+def touched_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """The rows and columns of a box around all pixels above 0 of a mask uint8 (H, W).
+
+    The box has at least `margin` more pixels on each side, as far as the mask goes. That of an empty mask is at
+    its first pixel.
+    """
+    left, top, width, height = cv2.boundingRect(mask)
+    left, right = max(left - margin, 0), left + width + margin
+    # OpenCV filters the last columns that do not fill a vector register one by one, with another rounding.
+    # A box of whole registers gives the same values as the whole image.
+    left, right = left - left % COLUMNS, right + COLUMNS - right % COLUMNS
+    return slice(max(top - margin, 0), max(top + height, 1) + margin), slice(left, right)
+
+
 def to_u8(mask: np.ndarray) -> np.ndarray:
     """Convert a soft mask in 0..1 to uint8 in 0..255."""
     return np.rint(mask * 255).astype(np.uint8)
