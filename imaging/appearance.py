@@ -96,7 +96,7 @@ class Light:
 def draw_light(image: np.ndarray, rng: np.random.Generator) -> Light:
     """Draw the light of a scene; its color follows the mean color of the image to a random degree."""
     angle = rng.uniform(0, 2 * np.pi)
-    mean = image[::4, ::4].reshape(-1, 3).mean(axis=0) + 10
+    mean = np.array(cv2.mean(image[::4, ::4])[:3]) + 10
     brightness = np.clip((mean.mean() / 120) ** rng.uniform(0, 0.5), 0.55, 1.3)
     return Light(
         direction=np.array([np.cos(angle), np.sin(angle)]),
@@ -114,13 +114,22 @@ def cast_shadow(alpha: np.ndarray, image: np.ndarray, light: Light) -> None:
         return
     height, width = image.shape[:2]
     unit = max(height, width) / 256
-    sigma = unit * light.shadow_blur
+    kernel = _uint8_kernel(unit * light.shadow_blur)
     shift = np.column_stack([np.eye(2), unit * light.shadow_shift * light.direction])
     shadow = cv2.warpAffine(alpha, shift, (width, height))
-    box = touched_box(shadow, margin=int(3 * sigma) + 2)  # OpenCV's kernels for uint8 end at 3 sigma
-    shadow = cv2.GaussianBlur(shadow[box], (0, 0), sigma)
+    box = touched_box(shadow, margin=len(kernel) // 2 + 1)
+    # The same as cv2.GaussianBlur, which takes twice as long: it computes the ends of rows pixel by pixel.
+    shadow = cv2.sepFilter2D(shadow[box], cv2.CV_32F, kernel, kernel, delta=0.5).astype(np.uint8)
     factor = cv2.LUT(shadow, 1 - light.shadow / 255 * np.arange(256, dtype=np.float32))
     image[box] = cv2.multiply(image[box], cv2.merge([factor] * 3), dtype=cv2.CV_8U)
+
+
+def _uint8_kernel(sigma: float) -> np.ndarray:
+    """The Gaussian kernel (n,) of OpenCV for uint8: multiples of 1/256 with a sum of 1, exact in float32."""
+    n = round(6 * sigma + 1) | 1
+    half = np.rint(256 * cv2.getGaussianKernel(n, sigma)[: n // 2, 0].cumsum())
+    half = np.diff(half, prepend=0)
+    return np.trim_zeros(np.hstack([half, 256 - 2 * half.sum(), half[::-1]])) / 256
 
 
 # --- Shading ----------------------------------------------------------------------------------

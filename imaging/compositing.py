@@ -268,14 +268,13 @@ class Relief:
 
 def measure_relief(cut_out: np.ndarray) -> Relief:
     """Measure the relief of a cut-out uint8 (H, W, 5), which does not depend on color and light."""
-    mask, radius = cut_out[..., 3], cut_out[..., 4]
+    mask, radius = cv2.extractChannel(cut_out, 3), cv2.extractChannel(cut_out, 4)
     touched = np.flatnonzero(mask > 0)
     depth = cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 5)
     depth = cv2.GaussianBlur(depth, (0, 0), 1)  # smooths the steps of the mask's pixels
-    slopes = [cv2.Sobel(depth, cv2.CV_32F, *axis).take(touched) for axis in ((1, 0), (0, 1))]
+    x, y = (cv2.Sobel(depth, cv2.CV_32F, *axis).take(touched) for axis in ((1, 0), (0, 1)))
+    normals = -np.stack([x, y], axis=1) / np.maximum(np.sqrt(x * x + y * y), 1e-6)[:, None]
     across = np.clip(1 - (2 * depth.take(touched) - 1) / np.maximum(radius.take(touched), 1), 0, 1)
-    inward = np.stack(slopes, axis=1)
-    normals = -inward / np.maximum(np.linalg.norm(inward, axis=1, keepdims=True), 1e-6)
     return Relief(touched, across, normals)
 
 
@@ -310,13 +309,14 @@ def paste(layer: np.ndarray, image: np.ndarray, mask: np.ndarray) -> None:
         image: uint8 (H, W, 3), contiguous.
         mask: float32 (H, W) in 0..1, contiguous.
     """
-    touched = np.flatnonzero(layer[..., 3] > 0)
-    cables = layer.reshape(-1, 4).take(touched, axis=0)
-    behind = 1 - cables[:, 3:] / np.float32(255)  # the share of what lies behind the cables
-    values = 3 * touched[:, None] + np.arange(3)  # the indices of their colors in the flat image
-    blended = image.take(values) * np.repeat(behind, 3, axis=1) + cables[:, :3]
-    image.reshape(-1)[values] = np.minimum(np.rint(blended), 255)
-    mask.reshape(-1)[touched] = 1 - (1 - mask.take(touched)) * behind[:, 0]
+    touched = np.flatnonzero(cv2.extractChannel(layer, 3) > 0)
+    *colors, alpha = layer.reshape(-1, 4).take(touched, axis=0).T
+    behind = 1 - alpha / np.float32(255)  # the share of what lies behind the cables
+    image_pixels, mask_pixels = image.reshape(-1, 3), mask.reshape(-1)  # views
+    for channel, color in enumerate(colors):  # many times faster than pixels of three values
+        blended = image_pixels[touched, channel] * behind + color
+        image_pixels[touched, channel] = np.minimum(np.rint(blended), 255)
+    mask_pixels[touched] = 1 - (1 - mask_pixels[touched]) * behind
 
 
 def recolor_in_place(image_and_mask: np.ndarray, color: Color | None) -> None:
