@@ -52,8 +52,7 @@ def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
         corners = center + 0.5 * sides * np.column_stack([np.cos(turns), np.sin(turns)])
         _fill(shape, corners)
     else:
-        box = (center.tolist(), sides.tolist(), angle)
-        cv2.ellipse(shape, box, 255, -1, cv2.LINE_AA)
+        cv2.ellipse(shape, (center.tolist(), sides.tolist(), angle), 255, -1, cv2.LINE_AA)
     if rng.random() < 0.5:
         _cast_shadow(image, shape, rng)
     # The part comes from elsewhere in the photo, and its brightness is its own.
@@ -66,7 +65,7 @@ def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
 def _cast_shadow(image: np.ndarray, shape: np.ndarray, rng: np.random.Generator) -> None:
     """Darken an image, in place, around an object of soft mask `shape`, uint8 (H, W)."""
     sigma = rng.uniform(1, 6) * max(shape.shape) / 256
-    box = touched_box(shape, margin=int(4 * sigma) + 2)  # OpenCV's kernels for float32 end at 4 sigma
+    box = touched_box(shape, margin=int(4 * sigma) + 2)  # OpenCV's kernel for float32 ends at 4 sigma
     shadow = cv2.GaussianBlur(shape[box].astype(np.float32) / 255, (0, 0), sigma)
     _blend(image[box], np.float32(0), rng.uniform(0.2, 0.6) * shadow)
 
@@ -174,9 +173,8 @@ def draw_grooves(image: np.ndarray, rng: np.random.Generator) -> None:
             middle = np.array([width, height]) / 2 + offset * across
             ends = np.rint([middle - 2 * longest * along, middle + 2 * longest * along]).astype(int)
             cv2.line(lines, ends[0].tolist(), ends[1].tolist(), 255, thickness, cv2.LINE_AA)
-    _blend(
-        image, np.float32(rng.choice([0.0, 255.0])), rng.uniform(0.15, 0.5) / 255 * lines.astype(np.float32)
-    )
+    color, opacity = np.float32(rng.choice([0.0, 255.0])), rng.uniform(0.15, 0.5)
+    _blend(image, color, opacity / 255 * lines.astype(np.float32))
 
 
 def _random_color(rng: np.random.Generator) -> np.ndarray:
