@@ -63,7 +63,7 @@ def camera_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarra
     if rng.random() < 0.3:
         # Random bytes and a table of quantiles: many times faster than drawing normal numbers.
         table = np.rint(NORMAL_QUANTILES * rng.uniform(2, 10)).astype(np.int16)
-        noise = table[rng.integers(256, size=image.shape, dtype=np.uint8)]
+        noise = cv2.LUT(rng.integers(256, size=image.shape, dtype=np.uint8), table)
         image = cv2.add(image, noise, dtype=cv2.CV_8U)
     if rng.random() < 0.3:
         buffer = io.BytesIO()

@@ -7,6 +7,8 @@ textures of real things.
 import cv2
 import numpy as np
 
+from imaging.geometry import touched_box
+
 MAX_DISTRACTORS = 5
 
 
@@ -50,26 +52,27 @@ def put_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
         corners = center + 0.5 * sides * np.column_stack([np.cos(turns), np.sin(turns)])
         _fill(shape, corners)
     else:
-        box = (center.tolist(), sides.tolist(), angle)
-        cv2.ellipse(shape, box, 255, -1, cv2.LINE_AA)
-    alpha = shape.astype(np.float32) / 255
+        cv2.ellipse(shape, (center.tolist(), sides.tolist(), angle), 255, -1, cv2.LINE_AA)
     if rng.random() < 0.5:
-        _cast_shadow(image, alpha, rng)
+        _cast_shadow(image, shape, rng)
     # The part comes from elsewhere in the photo, and its brightness is its own.
     moved = np.roll(other, tuple(rng.integers(0, (height, width))), axis=(0, 1))
-    _blend(image, moved * np.float32(rng.uniform(0.5, 1.2)), alpha)
+    alpha, box = shape.astype(np.float32) / 255, touched_box(shape)
+    _blend(image[box], moved[box] * np.float32(rng.uniform(0.5, 1.2)), alpha[box])
     return alpha
 
 
-def _cast_shadow(image: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> None:
-    """Darken an image, in place, around an object of soft mask `alpha`, float32 (H, W)."""
-    shadow = cv2.GaussianBlur(alpha, (0, 0), rng.uniform(1, 6) * max(alpha.shape) / 256)
-    _blend(image, np.zeros(3, np.float32), rng.uniform(0.2, 0.6) * shadow)
+def _cast_shadow(image: np.ndarray, shape: np.ndarray, rng: np.random.Generator) -> None:
+    """Darken an image, in place, around an object of soft mask `shape`, uint8 (H, W)."""
+    sigma = rng.uniform(1, 6) * max(shape.shape) / 256
+    box = touched_box(shape, margin=int(4 * sigma) + 2)  # OpenCV's kernel for float32 ends at 4 sigma
+    shadow = cv2.GaussianBlur(shape[box].astype(np.float32) / 255, (0, 0), sigma)
+    _blend(image[box], np.float32(0), rng.uniform(0.2, 0.6) * shadow)
 
 
-def _blend(image: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
-    """Blend a color (3,) or an image (H, W, 3) into an image, in place, by alpha float32 (H, W)."""
-    blended = image + (color - image) * alpha[..., None]
+def _blend(image: np.ndarray, color: np.ndarray | np.float32, alpha: np.ndarray) -> None:
+    """Blend a gray level or an image float32 (H, W, 3) into an image, in place, by alpha float32 (H, W)."""
+    blended = image + (color - image) * cv2.merge([alpha] * 3)
     image[:] = np.clip(np.rint(blended), 0, 255)
 
 
@@ -114,10 +117,10 @@ def draw_bar(image: np.ndarray, rng: np.random.Generator) -> None:
     bar = cv2.warpPerspective(profile[:, None], matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
     shape = np.zeros((height, width), np.uint8)
     _fill(shape, corners)
-    alpha = shape.astype(np.float32) / 255
     if rng.random() < 0.5:
-        _cast_shadow(image, alpha, rng)
-    _blend(image, bar.astype(np.float32), alpha)
+        _cast_shadow(image, shape, rng)
+    box = touched_box(shape)
+    _blend(image[box], bar[box].astype(np.float32), shape[box].astype(np.float32) / 255)
 
 
 def draw_profile(rng: np.random.Generator) -> np.ndarray:
@@ -170,8 +173,8 @@ def draw_grooves(image: np.ndarray, rng: np.random.Generator) -> None:
             middle = np.array([width, height]) / 2 + offset * across
             ends = np.rint([middle - 2 * longest * along, middle + 2 * longest * along]).astype(int)
             cv2.line(lines, ends[0].tolist(), ends[1].tolist(), 255, thickness, cv2.LINE_AA)
-    color = np.full(3, rng.choice([0.0, 255.0]), np.float32)
-    _blend(image, color, rng.uniform(0.15, 0.5) / 255 * lines.astype(np.float32))
+    color, opacity = np.float32(rng.choice([0.0, 255.0])), rng.uniform(0.15, 0.5)
+    _blend(image, color, opacity / 255 * lines.astype(np.float32))
 
 
 def _random_color(rng: np.random.Generator) -> np.ndarray:

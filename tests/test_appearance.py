@@ -104,3 +104,17 @@ def test_shadows_darken_beside_the_cable_alone():
     assert 95 <= image.min() <= 105 and image.max() == 200
     assert (image[:95] == 200).all() and (image[125:] == 200).all()
     assert image[112, 0, 0] < 120 < image[101, 0, 0]  # it falls below the cable
+
+
+@pytest.mark.parametrize("blur", [0.6, 1.7, 4.0])
+def test_a_shadow_is_the_mask_moved_and_blurred(blur):
+    alpha = np.zeros((300, 512), np.uint8)
+    cv2.line(alpha, (200, 90), (420, 299), 255, 9, cv2.LINE_AA)  # leaves the image at the bottom
+    slanted = light(direction=np.array([0.6, 0.8]), shadow=0.7, shadow_shift=2.3, shadow_blur=blur)
+    image = rng().integers(0, 256, (300, 512, 3)).astype(np.uint8)
+    moved = cv2.warpAffine(alpha, np.array([[1, 0, 4.6 * 0.6], [0, 1, 4.6 * 0.8]]), (512, 300))
+    blurred = cv2.GaussianBlur(moved, (0, 0), 2 * blur)[..., None].astype(np.float32)
+    expected = np.rint(image * (1 - 0.7 / 255 * blurred))
+    appearance.cast_shadow(alpha, image, slanted)
+    assert np.abs(image - expected).max() <= 1  # some builds of OpenCV round the blur differently
+    assert (image != expected).mean() < 0.001

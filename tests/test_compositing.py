@@ -118,7 +118,8 @@ def test_dressing_colors_the_cables_and_turns_with_the_light():
     blue = Color(np.array([40.0, 20.0, -60.0]), 0.0, 0.0)
     shading = Shading(drop=0.5, power=2.0, gloss=0.0, gloss_width=0.2)
     light = Light(np.array([0.0, 1.0]), 0.3, 0.0, 0.0, 1.0, np.ones(3))  # from above
-    layer = compositing.dress(cut_out, blue, shading, light)
+    relief = compositing.measure_relief(cut_out)
+    layer = compositing.dress(cut_out, relief, blue, shading, light)
     assert (layer[..., 3] == cut_out[..., 3]).all()
     center = layer[32, 30].astype(int)
     assert center[2] > center[0] + 30

@@ -62,3 +62,17 @@ def test_model_input_is_never_a_view_of_a_cached_array():
     image.flags.writeable = False
     sample = geometry.to_model_input(image, np.zeros((64, 64), np.float32), SPEC)
     assert not np.shares_memory(sample["image"].numpy(), image)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (20, 70), (49, 99)])
+def test_a_box_contains_what_is_touched_and_its_margin(row, column):
+    mask = np.zeros((50, 100), np.uint8)
+    mask[row, column] = 1
+    rows, columns = geometry.touched_box(mask, margin=5)
+    inside = np.zeros(mask.shape, bool)
+    inside[rows, columns] = True
+    assert inside[max(row - 5, 0) : row + 6, max(column - 5, 0) : column + 6].all()
+    assert inside.any(axis=1).sum() <= 11 and inside.any(axis=0).sum() <= 11 + 2 * geometry.BOX_STEP
+    assert columns.start % geometry.BOX_STEP == 0
+    empty = geometry.touched_box(np.zeros((50, 100), np.uint8))
+    assert mask[empty].size > 0
