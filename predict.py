@@ -74,6 +74,7 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
@@ -277,7 +278,8 @@ def predict_video(
             frames = media.read_frames(video)
             names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
-    options.output.add(name)
+    if names:  # a camera may end before its first frame; then there is no video
+        options.output.add(name)
     if len(names) < expected:
         shortfall = f"{video.name}: of {expected} frames that its header states, {len(names)} can be decoded"
         if 2 * len(names) < expected:
@@ -324,6 +326,7 @@ def predict_images(
     stats: dict[str, ImageStats] = {}
     tile_sizes: list[int | None] = []
     shares: list[float] = []
+    start = time.perf_counter()
     with tqdm(
         total=n_images or None, unit=" images", dynamic_ncols=True, bar_format=PROGRESS_FORMAT
     ) as progress:
@@ -338,7 +341,7 @@ def predict_images(
                 progress.update()
     if segment.tiles == "auto" and not prompts:
         print(describe_tiles(tile_sizes))
-    speed = len(names) / progress.format_dict["elapsed"]
+    speed = len(names) / (time.perf_counter() - start)
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     print(describe_shares(shares), end="", file=sys.stderr)
     return names, stats
