@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, get_origin, get_type_hints
 
@@ -359,7 +359,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):  # Windows may refuse to remove an open file; filelock removes it then
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
