@@ -71,11 +71,14 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(choice: str) -> torch.device:
-    """The device asked for; "auto" takes the first available of cuda, mps, cpu. Raises UserError."""
+    """The device asked for, such as "cuda" or "cuda:1"; "auto" takes the first available of cuda, mps, cpu.
+
+    Raises UserError if there is none.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if choice == "auto":
         choice = next(name for name, is_available in available.items() if is_available)
-    if not available[choice]:
+    if not available.get(choice.partition(":")[0]):
         raise UserError(f"--device {choice}: PyTorch finds no such device on this machine; try --device auto")
     return torch.device(choice)
 
