@@ -331,6 +331,8 @@ def predict_images(
         total=n_images or None, unit=" images", dynamic_ncols=True, bar_format=PROGRESS_FORMAT
     ) as progress:
         while batch := list(islice(images, options.batch_size)):
+            if not names:
+                warn_of_small_tiles(segment, batch[0].image)
             options.output.announce(name for image in batch for name in options.names(image.stem))
             for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
                 if image.mask is not None:
@@ -345,6 +347,23 @@ def predict_images(
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     print(describe_shares(shares), end="", file=sys.stderr)
     return names, stats
+
+
+TOO_SMALL = 0.5  # of the side of tiles in which cables are as wide as in training
+
+
+def warn_of_small_tiles(segment: inference.Segmenter, image: np.ndarray) -> None:
+    """Warn if tiles of a given side show the cables of an image much wider than those of the training."""
+    if not isinstance(segment.tiles, int) or not segment.cable_width:
+        return
+    (whole,) = replace(segment, tiles=None).logits([image])
+    fitting = segment.fitting_side(whole)
+    if fitting and segment.tiles < TOO_SMALL * fitting:
+        tqdm.write(
+            f"warning: in tiles of {segment.tiles} px, cables are about {fitting / segment.tiles:.1f} times "
+            f"as wide as in training, and their masks may be bad; --tiles {fitting} would fit",
+            file=sys.stderr,
+        )
 
 
 def describe_shares(shares: Sequence[float]) -> str:

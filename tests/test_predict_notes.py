@@ -2,10 +2,15 @@
 
 from functools import partial
 
+import numpy as np
+import pytest
+from PIL import Image
 from tqdm import tqdm
 
+import inference
 import predict
 from imaging import media
+from sidecar import Sidecar, write_sidecar
 
 
 def run(weights, source, output, *argv):
@@ -37,3 +42,27 @@ def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tm
     monkeypatch.setattr(predict, "tqdm", partial(tqdm, disable=True))  # as with TQDM_DISABLE=1
     assert run(tiny_weights, data / "test/imgs", tmp_path / "out") == 0
     assert "3 images, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tiles", "cable_width", "times"),
+    [(64, 4, "7.8"), (300, 4, None), (64, 30, None), (64, None, None)],  # 500 px would fit
+)
+def test_tiles_that_are_far_too_small_are_named_with_the_size_that_fits(
+    tiny_weights, tmp_path, monkeypatch, capsys, tiles, cable_width, times
+):
+    def by_brightness(net, images, prompts, **options):
+        return [image.mean(axis=2, dtype=np.float32) - 100 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=cable_width), tiny_weights)
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        image = np.pad(np.full((32, 600, 3), 255, np.uint8), ((100, 168), (0, 0), (0, 0)))
+        Image.fromarray(image).save(tmp_path / f"photos/{number}.png")
+    assert run(tiny_weights, tmp_path / "photos", tmp_path / "out", "--tiles", tiles) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "in tiles of" in line]
+    assert len(lines) == (1 if times else 0)
+    if times:
+        assert lines[0].startswith(f"warning: in tiles of 64 px, cables are about {times} times as wide")
+        assert lines[0].endswith("--tiles 496 would fit")
