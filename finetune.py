@@ -8,10 +8,10 @@ The YAML file describes the data, the flags describe the training. See README.md
 import sys
 
 from base.flag_types import answer_first
-from train_config import ARGS_FILE, TrainConfig, parse_args
+from train_config import ARGS_FILE, TrainConfig, parse_args, read_flags
 
 if __name__ == "__main__":
-    answer_first(lambda: parse_args(quiet=True))
+    answer_first(read_flags, ("config", "checkpoint"))
 
 import json
 import math
