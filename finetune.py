@@ -422,13 +422,14 @@ def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBat
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
     """Train in the folder of the run, which no other process may use meanwhile."""
     if not runtime.is_main():
-        return train_to_the_end(config, experiment, stop)
+        train_to_the_end(config, experiment, stop)
+        return
     try:
         experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
     except OSError as error:
         raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
     with checkpoint.locked(experiment.folder):
-        return train_to_the_end(config, experiment, stop)
+        train_to_the_end(config, experiment, stop)
 
 
 def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
