@@ -235,8 +235,8 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
 def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
     """Read what `save_resume_state` wrote.
 
-    Raises UserError, which names `path`. It says the `way` on if the file is damaged or of another version,
-    and the reason if the file cannot be read.
+    Raises UserError, which names `path`, and says why if the file cannot be read. If it is damaged or of
+    another version, the message ends with `way`: what the user can do.
     """
     try:
         state = _load(path)
@@ -330,7 +330,7 @@ def check_same_weights(
 
 
 def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
-    """Raise UserError that names the files which were added, removed or changed, and the way on."""
+    """Raise UserError if files were added, removed or changed; it names them, and says how to go on."""
     before = state["files"]
     faults = [f"changed: {name}" for name in digests if before.get(name, digests[name]) != digests[name]]
     faults += [f"added: {name}" for name in digests if name not in before]

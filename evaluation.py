@@ -156,7 +156,7 @@ def choose_places(n: int) -> dict[int, str]:
 
 
 def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
-    """An image with its prompt beside found, missed and wrong pixels of a test sample, small."""
+    """The thumbnail of a test sample with its prompt, beside the pixels that are found, missed and wrong."""
     longest = max(test.thumbnail.shape)
     scale = longest / max(test.size)
     image = draw_points(test.thumbnail, test.points[0].numpy() * scale, test.labels[0].numpy())
@@ -164,7 +164,7 @@ def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
 
 
 def train_panels(net: LoadedSam, train_set: TrainSet, batch: TrainBatch, logits: Tensor) -> list[np.ndarray]:
-    """The same for the first samples of a training batch, at the size of the model's input."""
+    """The first samples of a training batch, each beside its prediction, at the size of the model's input."""
     panels = []
     for key, predicted in zip(batch["keys"][:PANELS], logits.detach().float().cpu(), strict=False):
         sample = train_set[key]

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether so many tests in a row brought no gain that the run ends."""
+        """Whether `--patience` tests in a row brought no gain, so that the run ends."""
         return self.state.tests_without_gain >= (self.config.patience or math.inf)
 
     @property
@@ -420,7 +420,7 @@ def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBat
 
 
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
-    """Train in the folder of the run, which no other process may use meanwhile."""
+    """Train in the folder of the run, and keep other processes out of it."""
     if not runtime.is_main():
         train_to_the_end(config, experiment, stop)
         return
@@ -435,7 +435,7 @@ def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.Stop
 def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
     """Train. If an error ends the training, save the state of the last iteration and raise the error.
 
-    Nothing is saved with several processes, or after an error amid an optimizer step.
+    Nothing is saved with several processes, or after an error in the middle of an optimizer step.
     """
     run = start(config, experiment, stop)
     state, logger = run.state, run.logger
@@ -482,7 +482,7 @@ def save_last_state(run: Run, reason: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
-    Returns 0; 1 if the run failed; 2 if nothing was started, for a mistake that the user can mend; 128 + n
+    Returns 0; 1 if the run failed; 2 if nothing was started, for a mistake that the user can correct; 128 + n
     after signal n. A bug raises, and shows its traceback.
     """
     runtime.init()

@@ -144,7 +144,7 @@ class TrainConfig:
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
     weight_decay: float = flag(0.01, not_negative, "weight decay of AdamW")
     grad_clip: float = flag(1.0, positive, "largest norm of the gradient")
-    max_bad_steps: int = flag(10, positive_int, "end the run after so many non-finite steps in a row")
+    max_bad_steps: int = flag(10, positive_int, "non-finite steps in a row that end the run")
     # loss
     alpha: float = flag(None, fraction, "focal loss: weight of foreground (default: 0.7; lora, encoder: 0.5)")
     gamma: float = flag(2.0, not_negative, "focal loss: focusing power")
