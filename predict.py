@@ -236,15 +236,12 @@ def start_output(
     videos: list[Video],
     options: Options,
 ) -> None:
-    """Remove the files of an earlier prediction and list those of this one; raises UserError."""
+    """Remove the files of an earlier prediction, and list those of this one but frames; raises UserError."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     flags["input"] = media.without_password(args.input)
     about = {"tool": "predict.py", "checkpoint": str(args.checkpoint), "flags": flags}
     names = [name for file in images for name in options.names(file.stem)]
-    for video in videos:
-        names.append(overlay_video(video))
-        for index in range(media.frame_count(video.source)):
-            names += options.names(media.frame_stem(video.stem, index))
+    names += [overlay_video(video) for video in videos]
     removed = output.start(about, names)
     if removed:
         print(f"replaced {removed} files of an earlier prediction in {output.path}")
@@ -275,7 +272,7 @@ def predict_video(
                 frames = media.read_newest_frames(video, lambda: stop.signal is not None)
                 names, _ = predict_images(segment, announced(frames, video, options), {}, options, 0, writer)
         else:
-            frames = media.read_frames(video)
+            frames = announced(media.read_frames(video), video, options)
             names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
     if names:  # a camera may end before its first frame; then there is no video
@@ -289,11 +286,14 @@ def predict_video(
     return names
 
 
-FRAMES_AT_ONCE = 1000  # of a camera or stream that are listed together: the list grows with their number
+FRAMES_AT_ONCE = 1000  # of a video that are listed together: every time, the whole list is written
 
 
 def announced(frames: Iterator[InputImage], video: Video, options: Options) -> Iterator[InputImage]:
-    """The same frames. The files of those that will come are listed before they are written."""
+    """The same frames. The files of those that will come are listed before they are written.
+
+    The number of frames in a header is not used for this: it may be wrong by billions.
+    """
     for index, frame in enumerate(frames):
         if index % FRAMES_AT_ONCE == 0:
             stems = [media.frame_stem(video.stem, index + ahead) for ahead in range(FRAMES_AT_ONCE)]

@@ -1,9 +1,12 @@
 """predict.py: what it says while it predicts, and inputs without a single image."""
 
+import json
+import struct
 from functools import partial
 
 import numpy as np
 import pytest
+from conftest import write_video
 from PIL import Image
 from tqdm import tqdm
 
@@ -36,6 +39,18 @@ def test_a_camera_that_ends_before_its_first_frame_leaves_an_empty_list(
     assert run(tiny_weights, 0, tmp_path / "out") == 0
     assert "0 images, 0.00 images/s" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predictions.json"]
+
+
+def test_a_header_that_claims_billions_of_frames_is_not_believed(tiny_weights, tmp_path, capsys):
+    write_video(tmp_path / "clip.avi", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    content = bytearray((tmp_path / "clip.avi").read_bytes())
+    struct.pack_into("<I", content, content.index(b"strh") + 40, 2_000_000_000)
+    (tmp_path / "clip.avi").write_bytes(content)
+    assert media.frame_count(tmp_path / "clip.avi") == 2_000_000_000
+    assert run(tiny_weights, tmp_path / "clip.avi", tmp_path / "out") == 1
+    assert "of 2000000000 frames that its header states, 2 can be decoded" in capsys.readouterr().err
+    files = json.loads((tmp_path / "out/predictions.json").read_text())["files"]
+    assert sorted(files)[:2] == ["masks/clip_000000.png", "masks/clip_000001.png"] and len(files) == 5
 
 
 def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tmp_path, monkeypatch, capsys):
