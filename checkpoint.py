@@ -26,6 +26,7 @@ from sam.variants import VARIANTS
 from sidecar import sidecar_path
 from train_config import MAY_CHANGE_ON_RESUME
 
+BEST_FILE, LAST_FILE = "best.pth", "last.pth"  # in exp/NAME/checkpoints
 RESUME_FILE = "resume.pth"  # in exp/NAME
 LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
 
@@ -59,7 +60,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     state_dict = _load(path)
     if isinstance(state_dict, dict):
         if state_dict.keys() >= {"train_state", "weights"}:
-            last = path.parent / "checkpoints" / "last.pth"
+            last = path.parent / "checkpoints" / LAST_FILE
             raise UserError(f"{path} is the state for --resume, not a checkpoint: give {last}")
         inner = next((state_dict[key] for key in WRAPPERS if isinstance(state_dict.get(key), dict)), None)
         state_dict = state_dict if inner is None else inner
@@ -337,7 +338,7 @@ def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) 
     faults += [f"removed: {name}" for name in before if name not in digests]
     if not faults:
         return
-    names = [folder / "checkpoints" / name for name in ("last.pth", "best.pth")]
+    names = [folder / "checkpoints" / name for name in (LAST_FILE, BEST_FILE)]
     weights = next((f" and --checkpoint {path}" for path in names if path.exists()), "")
     raise UserError(
         f"{folder} cannot be resumed, because its data has changed since it began:\n  "
@@ -366,7 +367,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 # --- The best weights -------------------------------------------------------------------------
 
-BEST_FILE = "best.pth"
 # States are saved more rarely than the best weights, and a resumed run may train other weights than those
 # that came after its state. So the older best weights take this name, with their iteration, for a while.
 KEPT_BEST = "best_at_{}.pth"

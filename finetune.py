@@ -373,7 +373,7 @@ def finish_iteration(run: Run) -> None:
         if config.keep_last and runtime.is_main():
             remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
-        save_checkpoint(run, "last.pth")
+        save_checkpoint(run, checkpoint.LAST_FILE)
     state.is_finished = True
 
 
@@ -409,7 +409,7 @@ MAX_NAMES = 3  # of files in a message
 
 def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
     """Why a run ends whose losses or gradients are not finite."""
-    datasets, best = experiment.train_set.datasets, experiment.checkpoints / "best.pth"
+    datasets, best = experiment.train_set.datasets, experiment.checkpoints / checkpoint.BEST_FILE
     names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
     shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
     return (

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 import runtime
 from base.atomic import write_atomically
 from base.errors import UserError
-from checkpoint import BEST_FILE
+from checkpoint import BEST_FILE, LAST_FILE
 from experiment import Experiment, with_test_interval
 from imaging.media import encode_image
 from imaging.metrics import THRESHOLDS
@@ -362,7 +362,7 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
     """The commands to go on with, by their purpose."""
     config, folder = experiment.config, experiment.folder
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
-    weights = [path for name in (BEST_FILE, "last.pth") if (path := experiment.checkpoints / name).exists()]
+    weights = [path for name in (BEST_FILE, LAST_FILE) if (path := experiment.checkpoints / name).exists()]
     commands = {}
     if weights:
         checkpoint, data = ("--checkpoint", weights[0]), shown.config.data_dir
