@@ -370,9 +370,10 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         masks = () if shown.config.mask_values else ("--masks", data / "masks")
         output = ("--output", Path("predictions") / folder.name)
         onnx = ("--format", "onnx", "--output", folder / "best.onnx")
-        commands["Predict the test images"] = tool_command(
-            "predict.py", *checkpoint, "--input", data / "imgs", *masks, *output
-        )
+        # The test set of --val_percentage has no folder of its own.
+        has_test_folder = experiment.test_set and not config.val_percentage
+        purpose = f"Predict the {'test' if has_test_folder else 'training'} images"
+        commands[purpose] = tool_command("predict.py", *checkpoint, "--input", data / "imgs", *masks, *output)
         commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
     resume, processes = ("--exp_name", config.exp_name, "--resume"), runtime.local_world_size()
     if not is_done:
