@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, get_origin, get_type_hints
 
@@ -26,6 +26,7 @@ from sam.variants import VARIANTS
 from sidecar import sidecar_path
 from train_config import MAY_CHANGE_ON_RESUME
 
+BEST_FILE, LAST_FILE = "best.pth", "last.pth"  # in exp/NAME/checkpoints
 RESUME_FILE = "resume.pth"  # in exp/NAME
 LOCK_FILE = ".lock"  # in exp/NAME while a run is under way
 
@@ -59,7 +60,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     state_dict = _load(path)
     if isinstance(state_dict, dict):
         if state_dict.keys() >= {"train_state", "weights"}:
-            last = path.parent / "checkpoints" / "last.pth"
+            last = path.parent / "checkpoints" / LAST_FILE
             raise UserError(f"{path} is the state for --resume, not a checkpoint: give {last}")
         inner = next((state_dict[key] for key in WRAPPERS if isinstance(state_dict.get(key), dict)), None)
         state_dict = state_dict if inner is None else inner
@@ -235,8 +236,8 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
 def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
     """Read what `save_resume_state` wrote.
 
-    Raises UserError, which names `path`. It says the `way` on if the file is damaged or of another version,
-    and the reason if the file cannot be read.
+    Raises UserError, which names `path`, and says why if the file cannot be read. If it is damaged or of
+    another version, the message ends with `way`: what the user can do.
     """
     try:
         state = _load(path)
@@ -330,14 +331,14 @@ def check_same_weights(
 
 
 def check_same_files(state: ResumeState, digests: dict[str, str], folder: Path) -> None:
-    """Raise UserError that names the files which were added, removed or changed, and the way on."""
+    """Raise UserError if files were added, removed or changed; it names them, and says how to go on."""
     before = state["files"]
     faults = [f"changed: {name}" for name in digests if before.get(name, digests[name]) != digests[name]]
     faults += [f"added: {name}" for name in digests if name not in before]
     faults += [f"removed: {name}" for name in before if name not in digests]
     if not faults:
         return
-    names = [folder / "checkpoints" / name for name in ("last.pth", "best.pth")]
+    names = [folder / "checkpoints" / name for name in (LAST_FILE, BEST_FILE)]
     weights = next((f" and --checkpoint {path}" for path in names if path.exists()), "")
     raise UserError(
         f"{folder} cannot be resumed, because its data has changed since it began:\n  "
@@ -359,13 +360,13 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):  # Windows may refuse to remove an open file; filelock removes it then
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 # --- The best weights -------------------------------------------------------------------------
 
-BEST_FILE = "best.pth"
 # States are saved more rarely than the best weights, and a resumed run may train other weights than those
 # that came after its state. So the older best weights take this name, with their iteration, for a while.
 KEPT_BEST = "best_at_{}.pth"

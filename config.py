@@ -235,6 +235,8 @@ def load_config(path: str | Path) -> Config:
     value and what was expected.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"--config {path}: is a folder; expected a YAML file that describes the data")
     if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise UserError(f"config file not found: {path}")
     document = _read_yaml(path)

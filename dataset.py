@@ -234,13 +234,10 @@ class TrainSet(Dataset[TrainSample]):
         slot = self.first_slot[number] + index - self.first_index[number] if self.reuse > 1 else None
         return SampleKey(epoch, index, created, number, int(plans[created][index, 1]), slot)
 
-    def epoch_batches(
-        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> list[list[SampleKey]]:
-        """The batches of one epoch. Of each, only the share of one process, which may be empty."""
+    def epoch_batches(self, epoch: int, *, batch_size: int) -> list[list[SampleKey]]:
+        """The batches of one epoch, those of all processes together."""
         keys = self.epoch(epoch)
-        starts = range(0, len(keys), batch_size)
-        return [keys[start : start + batch_size][rank::world_size] for start in starts]
+        return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
     def __getitem__(self, key: SampleKey) -> TrainSample:
         """A sample; raises UserError if its files cannot be read any more."""

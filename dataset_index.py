@@ -244,7 +244,9 @@ def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:
         if digest in photos:
             leaks.append(f"{path} = {photos[digest]}")
         if digest in backgrounds:
-            leaks.append(f"{path} = background {backgrounds[digest]}, so training takes its cables for none")
+            leaks.append(
+                f"{path} = background {backgrounds[digest]}, so training takes its cables for background"
+            )
     return leaks
 
 

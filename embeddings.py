@@ -101,6 +101,34 @@ def _groups(samples: list[list[SampleKey]], group_size: int) -> list[list[list[S
 # --- Kept embeddings --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PoolSpec:
+    """What an `EmbeddingPool` holds.
+
+    n_slots: how many samples.
+    shape: (C, e, e) of an embedding.
+    dtype: float16, or float32 to keep an encoder's output exactly.
+    mask_grid: side of a target.
+    """
+
+    n_slots: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    mask_grid: int
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk: embeddings, targets, and sizes as two int64."""
+        return self.n_slots * (prod(self.shape) * self.dtype.itemsize + self.mask_grid**2 + 16)
+
+
+def pool_spec(n_slots: int, net: LoadedSam) -> PoolSpec:
+    """Embeddings are kept in float16, or in float32 where nothing may be rounded (`--amp off`)."""
+    embedding = net.sam.prompt_encoder.image_embedding_size
+    dtype = np.dtype(np.float16 if net.low_precision else np.float32)
+    return PoolSpec(n_slots, (net.sam.prompt_encoder.embed_dim, *embedding), dtype, net.spec.mask_grid)
+
+
 class EmbeddingPool:
     """Embeddings with their targets and sizes, each in its slot of a memory-mapped temporary file.
 
@@ -111,34 +139,21 @@ class EmbeddingPool:
     processes end, however they end. A slot holds the sample that was put there last. Samples without a slot
     wait in memory for their only use, in the process that puts them.
 
-    Args:
-        folder: where the file lies; it takes `size` bytes.
-        n_slots: how many samples it can hold.
-        shape: (C, e, e) of an embedding.
-        dtype: float16, or float32 to keep an encoder's output exactly.
-        mask_grid: side of a target.
-
     Raises UserError in every process if one cannot make or open the file.
     """
 
-    def __init__(
-        self, folder: Path, n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int
-    ) -> None:
-        size = self.size(n_slots, shape, dtype, mask_grid)
-        purpose = f"{folder}: cannot reserve {size} bytes for embeddings"
+    def __init__(self, folder: Path, spec: PoolSpec) -> None:
+        """Make the file in `folder`, or open that of another process."""
+        n, grid = spec.n_slots, spec.mask_grid
+        purpose = f"{folder}: cannot reserve {spec.size} bytes for embeddings"
         # The maps keep the file alive.
-        with _shared_file(folder, size, purpose) as file, raised_in_all(purpose):
-            self._sizes = np.memmap(file, np.int64, "r+", shape=(n_slots, 2))
+        with _shared_file(folder, spec.size, purpose) as file, raised_in_all(purpose):
+            self._sizes = np.memmap(file, np.int64, "r+", shape=(n, 2))
             offset = self._sizes.nbytes
-            self._embeddings = np.memmap(file, dtype, "r+", offset, (n_slots, *shape))
+            self._embeddings = np.memmap(file, spec.dtype, "r+", offset, (n, *spec.shape))
             offset += self._embeddings.nbytes
-            self._targets = np.memmap(file, np.uint8, "r+", offset, (n_slots, 1, mask_grid, mask_grid))
+            self._targets = np.memmap(file, np.uint8, "r+", offset, (n, 1, grid, grid))
         self._waiting: dict[SampleKey, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @staticmethod
-    def size(n_slots: int, shape: tuple[int, ...], dtype: np.dtype, mask_grid: int) -> int:
-        """Bytes that the file takes: embeddings, targets, and sizes as two int64."""
-        return n_slots * (prod(shape) * np.dtype(dtype).itemsize + mask_grid * mask_grid + 16)
 
     def put(self, key: SampleKey, embedding: Tensor, target: Tensor, size: Tensor) -> None:
         """Keep a sample that is on the CPU. Arguments as of `get`; the embedding of any float dtype."""
@@ -157,28 +172,6 @@ class EmbeddingPool:
         slot = key.cache_slot
         embedding, target, size = self._embeddings[slot], self._targets[slot], self._sizes[slot]
         return torch.from_numpy(embedding), torch.from_numpy(target), torch.from_numpy(size)
-
-
-@dataclass(frozen=True)
-class PoolSpec:
-    """What an `EmbeddingPool` of a run looks like."""
-
-    n_slots: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    mask_grid: int
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return EmbeddingPool.size(self.n_slots, self.shape, self.dtype, self.mask_grid)
-
-
-def pool_spec(n_slots: int, net: LoadedSam) -> PoolSpec:
-    """Embeddings are kept in float16, or in float32 where nothing may be rounded (`--amp off`)."""
-    embedding = net.sam.prompt_encoder.image_embedding_size
-    dtype = np.dtype(np.float16 if net.low_precision else np.float32)
-    return PoolSpec(n_slots, (net.sam.prompt_encoder.embed_dim, *embedding), dtype, net.spec.mask_grid)
 
 
 def pool_processes() -> range:
@@ -324,8 +317,7 @@ def _make_pool(train_set: TrainSet, *, net: LoadedSam, folder: Path) -> Embeddin
     """A pool for what is kept, or None if nothing is."""
     if not train_set.n_cache_slots:
         return None
-    spec = pool_spec(train_set.n_cache_slots, net)
-    return EmbeddingPool(folder, spec.n_slots, spec.shape, spec.dtype, spec.mask_grid)
+    return EmbeddingPool(folder, pool_spec(train_set.n_cache_slots, net))
 
 
 def _next_samples(samples: Iterator[TrainSample]) -> tuple[TrainSample, float]:

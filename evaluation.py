@@ -112,8 +112,8 @@ def run_test(
 ) -> dict[str, float]:
     """Measure the model on the test set and log it; returns the metrics, iteration and `robust_threshold`.
 
-    `tests` is the share of this process: of N processes, it has every N-th sample. Raises Stopped after the
-    current images if a signal ends the run.
+    `tests` is the share of this process: of N processes, process r has the samples r, r + N, r + 2 N, ...
+    Raises Stopped after the current images if a signal ends the run.
     """
     rank, n_processes = runtime.rank(), runtime.world_size()
     results = list(measure(net, tests, batch_size=batch_size, num_threads=num_threads, stop=stop))
@@ -121,15 +121,16 @@ def run_test(
     stats = [image_stats for _, image_stats in sorted(gathered, key=itemgetter(0))]
     metrics = aggregate(stats)
     by_iou = np.argsort([image.scores.iou for image in stats], kind="stable").tolist()
-    roles = {by_iou[rank]: role for rank, role in choose_ranks(len(stats)).items()}
+    roles = {by_iou[place]: role for place, role in choose_places(len(stats)).items()}
     first = range(len(stats))[:PANELS]
-    mine = [number for number in {*first, *roles} if number % n_processes == rank]
-    places = [number // n_processes for number in mine]  # in the share of this process
-    drawn = [(tests[place].name, test_panel(tests[place], results[place].shown)) for place in places]
-    panels = dict(runtime.gather(list(zip(mine, drawn, strict=True))))
+    drawn = []  # by this process
+    for number in {*first, *roles}:
+        n, owner = divmod(number, n_processes)
+        if owner == rank:
+            drawn.append((number, tests[n].name, test_panel(tests[n], results[n].shown)))
     shown = {
         number: ShownImage(name, stats[number].scores.iou, roles.get(number, ""), image)
-        for number, (name, image) in panels.items()
+        for number, name, image in runtime.gather(drawn)
     }
     ranked = [shown[number] for number in by_iou if number in roles]
     logger.test(metrics, stats, [shown[number] for number in first], ranked, iteration)
@@ -139,10 +140,10 @@ def run_test(
 WORST, MEDIAN, BEST = 4, 2, 2  # how many images of a test are kept for the report, if it has many
 
 
-def choose_ranks(n: int) -> dict[int, str]:
+def choose_places(n: int) -> dict[int, str]:
     """Which of n images that are sorted by rising IoU are shown, with what each is: worst, median or best.
 
-    The first rank and `n // 2` are always among them.
+    The first image and that at `n // 2` are always among them.
     """
     worst, best = min(WORST, max(1, n // 3)), min(BEST, n // 3)
     median = min(MEDIAN, n - worst - best)
@@ -155,7 +156,7 @@ def choose_ranks(n: int) -> dict[int, str]:
 
 
 def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
-    """An image with its prompt beside found, missed and wrong pixels of a test sample, small."""
+    """The thumbnail of a test sample with its prompt, beside the pixels that are found, missed and wrong."""
     longest = max(test.thumbnail.shape)
     scale = longest / max(test.size)
     image = draw_points(test.thumbnail, test.points[0].numpy() * scale, test.labels[0].numpy())
@@ -163,7 +164,7 @@ def test_panel(test: EncodedTestSample, prediction: np.ndarray) -> np.ndarray:
 
 
 def train_panels(net: LoadedSam, train_set: TrainSet, batch: TrainBatch, logits: Tensor) -> list[np.ndarray]:
-    """The same for the first samples of a training batch, at the size of the model's input."""
+    """The first samples of a training batch, each beside its prediction, at the size of the model's input."""
     panels = []
     for key, predicted in zip(batch["keys"][:PANELS], logits.detach().float().cpu(), strict=False):
         sample = train_set[key]

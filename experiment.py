@@ -142,7 +142,7 @@ def _stem_hash(pair: Pair) -> float:
 
 
 def prepare(config: TrainConfig) -> Experiment:
-    """Check every input and build the model. Raises UserError for what the user can mend."""
+    """Check every input and build the model. Raises UserError for what the user can correct."""
     folder = config.folder
     resume_state = find_resume_state(folder) if config.resume else None
     if not config.resume:

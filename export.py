@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    answer_first(parse_args)
+    answer_first(parse_args, ("checkpoint",))
 
 import os
 import tempfile

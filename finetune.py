@@ -8,10 +8,10 @@ The YAML file describes the data, the flags describe the training. See README.md
 import sys
 
 from base.flag_types import answer_first
-from train_config import ARGS_FILE, TrainConfig, parse_args
+from train_config import ARGS_FILE, TrainConfig, parse_args, read_flags
 
 if __name__ == "__main__":
-    answer_first(lambda: parse_args(quiet=True))
+    answer_first(read_flags, ("config", "checkpoint"))
 
 import json
 import math
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether so many tests in a row brought no gain that the run ends."""
+        """Whether `--patience` tests in a row brought no gain, so that the run ends."""
         return self.state.tests_without_gain >= (self.config.patience or math.inf)
 
     @property
@@ -373,7 +373,7 @@ def finish_iteration(run: Run) -> None:
         if config.keep_last and runtime.is_main():
             remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
-        save_checkpoint(run, "last.pth")
+        save_checkpoint(run, checkpoint.LAST_FILE)
     state.is_finished = True
 
 
@@ -409,7 +409,7 @@ MAX_NAMES = 3  # of files in a message
 
 def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
     """Why a run ends whose losses or gradients are not finite."""
-    datasets, best = experiment.train_set.datasets, experiment.checkpoints / "best.pth"
+    datasets, best = experiment.train_set.datasets, experiment.checkpoints / checkpoint.BEST_FILE
     names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
     shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
     return (
@@ -420,21 +420,22 @@ def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBat
 
 
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
-    """Train in the folder of the run, which no other process may use meanwhile."""
+    """Train in the folder of the run, and keep other processes out of it."""
     if not runtime.is_main():
-        return train_to_the_end(config, experiment, stop)
+        train_to_the_end(config, experiment, stop)
+        return
     try:
         experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
     except OSError as error:
         raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
     with checkpoint.locked(experiment.folder):
-        return train_to_the_end(config, experiment, stop)
+        train_to_the_end(config, experiment, stop)
 
 
 def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
     """Train. If an error ends the training, save the state of the last iteration and raise the error.
 
-    Nothing is saved with several processes, or after an error amid an optimizer step.
+    Nothing is saved with several processes, or after an error in the middle of an optimizer step.
     """
     run = start(config, experiment, stop)
     state, logger = run.state, run.logger
@@ -481,7 +482,7 @@ def save_last_state(run: Run, reason: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
-    Returns 0; 1 if the run failed; 2 if nothing was started, for a mistake that the user can mend; 128 + n
+    Returns 0; 1 if the run failed; 2 if nothing was started, for a mistake that the user can correct; 128 + n
     after signal n. A bug raises, and shows its traceback.
     """
     runtime.init()

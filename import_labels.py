@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from base import flag_types
 from base.errors import UserError
-from base.flag_types import positive
 from imaging.files import IMAGE_SUFFIXES, FileError, check_size, decode, format_list, to_rgb
 from imaging.label_files import (
     FORMATS,
@@ -46,13 +46,13 @@ NAME_HEIGHT = 16  # pixels below an image, for one line of text
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Import the labels of a labeling tool as a dataset.")
     add = parser.add_argument
-    add("--input", type=Path, required=True, help="label file, or folder of label files or masks")
-    add("--output", type=Path, required=True, help="dataset to write; it must not exist yet")
-    add("--images", type=Path, help="folder of the images (default: the folder of --input)")
+    add("--input", type=flag_types.path, required=True, help="label file, or folder of label files or masks")
+    add("--output", type=flag_types.path, required=True, help="dataset to write; it must not exist yet")
+    add("--images", type=flag_types.path, help="folder of the images (default: the folder of --input)")
     add("--format", choices=FORMATS, help="format of the labels (default: detected)")
     add("--classes", nargs="+", metavar="NAME", help="classes that are cables (default: the only one)")
     width_help = "width of polylines (default: they are left out)"
-    add("--line_width", type=positive, metavar="PIXELS", help=width_help)
+    add("--line_width", type=flag_types.positive, metavar="PIXELS", help=width_help)
     add("--keep_empty", action="store_true", help="also import images without a label, with empty masks")
     add("--hard_links", action="store_true", help="link images instead of copying them")
     return parser.parse_args(argv)
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{args.input}: expected polygons, masks or brush strokes, found {seen}")
     selected = select_classes(summary.classes, args.classes)
     root = args.images or (args.input if args.input.is_dir() else args.input.parent)
-    by_image = group_by_image(labeled, root, set(label_files), summary)
+    root = Path(os.path.abspath(root))
+    by_image = group_by_image(labeled, root, set(map(os.path.abspath, label_files)), summary)
     stems = output_stems(by_image, root)
     try:
         args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -205,13 +206,16 @@ def _named_masks(paths: Iterable[Path]) -> list[Path]:
 
 
 def group_by_image(
-    labeled: Sequence[LabeledImage], root: Path, label_files: set[Path], summary: Summary
+    labeled: Sequence[LabeledImage], root: Path, label_files: set[str], summary: Summary
 ) -> dict[Path, list[LabeledImage]]:
-    """The labels of each image file; labels without a file become faults of `summary`."""
+    """The labels of each image file; labels without a file become faults of `summary`.
+
+    `root` and `label_files` are absolute paths without "..".
+    """
     files = [path for path in visible_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
     index: dict[str, list[Path]] = defaultdict(list)
     for path in files:
-        if path not in label_files and not path.parent.name.startswith("Segmentation"):
+        if str(path) not in label_files and not path.parent.name.startswith("Segmentation"):
             index[normalized(path.stem)].append(path)
     by_image: dict[Path, list[LabeledImage]] = defaultdict(list)
     for labels in labeled:
@@ -235,7 +239,7 @@ def find_image(labels: LabeledImage, index: dict[str, list[Path]], root: Path) -
         if len(best) > 1:
             raise FileError(f"{name}: may be {best[0]} or {best[1]}; give the right folder with --images")
         if best:
-            return best[0].absolute()
+            return best[0]
     raise FileError(f"{labels.names[0]}: no such image in {root}; give its folder with --images")
 
 
@@ -251,7 +255,7 @@ def output_stems(paths: Iterable[Path], root: Path) -> dict[Path, str]:
     counts = Counter(normalized(path.stem).casefold() for path in paths)
     stems = {}
     for path in paths:
-        base = root.absolute() if path.is_relative_to(root.absolute()) else path.parents[1]
+        base = root if path.is_relative_to(root) else path.parents[1]
         is_unique = counts[normalized(path.stem).casefold()] == 1
         stems[path] = path.stem if is_unique else "_".join(path.relative_to(base).with_suffix("").parts)
     counts = Counter(normalized(stem).casefold() for stem in stems.values())

@@ -10,8 +10,9 @@ The test during training, predict.py and Python callers all compute their logits
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, overload
 
@@ -31,6 +32,7 @@ from sam.encoder import encode, move_to_device
 from sam.point_labels import ABSENT, BOX_CORNER_1, BOX_CORNER_2
 from sam.variants import VARIANTS, detect_model_type, load_state_dict
 from sidecar import Sidecar, median_cable_width, read_sidecar, sidecar_path
+from train_config import PRECISIONS
 
 TILE_OVERLAP = 0.25  # of a tile's side, with each neighbor
 
@@ -50,7 +52,7 @@ class LoadedSam:
     compiled_decode, compiled_batch_size: the decoder compiled for whole batches of that size, or None.
     """
 
-    sam: Sam
+    sam: Sam = field(repr=False)
     model_type: str
     low_precision: torch.dtype | None
     encoder_trains: bool = False
@@ -93,7 +95,7 @@ def load_any(path: Path) -> tuple[Sam, str]:
     Raises UserError, which names the file, if it cannot be read, fits no model type, or holds weights that
     are NaN or infinite.
     """
-    weights = checkpoint.load_weights(Path(path))
+    weights = checkpoint.load_weights(path)
     checkpoint.require_finite(weights, path, "give another checkpoint")
     model_type = detect_model_type(weights)
     if model_type is None:
@@ -216,7 +218,7 @@ class Segmenter:
     tiles: Tiles = None
     cable_width: float | None = None
     batch_size: int = 4
-    sidecar: Sidecar | None = None
+    sidecar: Sidecar | None = field(default=None, repr=False)
 
     @overload
     def __call__(
@@ -242,15 +244,14 @@ class Segmenter:
             return_probs: return probabilities instead, float32 (H, W) in 0..1.
 
         Raises:
-            UserError: an image is no such array, or there are prompts and tiles of a given side.
+            UserError: an image is no such array, an image has no list of prompts, or there are prompts and
+                tiles of a given side.
         """
         if images is None:
             raise UserError("no image: None; does the file exist that it was read from?")
         if isinstance(images, np.ndarray):
             prompts = None if prompts is None else [prompts]
             return self([images], prompts, return_probs=return_probs)[0]
-        for number, image in enumerate(images):
-            _check_image(image, number)
         logits = self.logits(images, prompts)
         return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
 
@@ -273,6 +274,10 @@ class Segmenter:
             raise UserError(
                 f"{len(images)} images but {len(given)} lists of prompts; expected one list for each"
             )
+        for number, (image, several) in enumerate(zip(images, given, strict=True)):
+            _check_image(image, number)
+            if isinstance(several, Prompt) or not several:
+                raise UserError(f"image {number}: expected a list of at least one prompt, got {several!r}")
         predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
         in_tiles = partial(predict_logits_tiled, predict, batch_size=self.batch_size)
         for first in range(0, len(images), self.batch_size):
@@ -299,18 +304,28 @@ class Segmenter:
         Args:
             whole: float32 (H, W), the logits of the whole image. If they show no cable, it stays whole.
         """
-        assert self.cable_width  # `load` requires it
-        input_side, longest = self.net.spec.img_size, max(whole.shape)
+        side = self.fitting_side(whole)
+        if side is None:
+            return None
+        side = max(side, self.net.spec.img_size // MAX_ENLARGEMENT)
+        while math.prod(len(_tile_starts(length, side)) for length in whole.shape) > MAX_TILES:
+            side = math.ceil(1.05 * side)
+        return side if side < MAX_TILE_SHARE * max(whole.shape) else None
+
+    def fitting_side(self, whole: np.ndarray) -> int | None:
+        """Side in pixels of a square in which cables are as wide for the model as in training.
+
+        Args:
+            whole: float32 (H, W), the logits of the whole image. If they show no cable, the result is None.
+        """
+        assert self.cable_width  # for "auto", `load` requires it
+        longest = max(whole.shape)
         measured_longest = min(longest, MEASURED_SIDE)
         size = fit_size((whole.shape[0], whole.shape[1]), measured_longest)
         width = median_cable_width([resize_mask(whole, size) > self.threshold])
         if width is None:
             return None
-        side = round(width * longest / measured_longest * input_side / self.cable_width)
-        side = max(side, input_side // MAX_ENLARGEMENT)
-        while math.prod(len(_tile_starts(length, side)) for length in whole.shape) > MAX_TILES:
-            side = math.ceil(1.05 * side)
-        return side if side < MAX_TILE_SHARE * longest else None
+        return round(width * longest / measured_longest * self.net.spec.img_size / self.cable_width)
 
 
 def load(
@@ -329,7 +344,7 @@ def load(
     is predicted once, so that the first real one is not slower than the next.
 
     Args:
-        device: "auto" takes the first available of cuda, mps, cpu.
+        device: a device of PyTorch, such as "cuda:1"; "auto" takes the first available of cuda, mps, cpu.
         threshold: see `Segmenter`; None takes that of the checkpoint's sidecar, or 0 without a sidecar.
         tiles: see `Segmenter`; "off" predicts whole images. None is "auto" if the width of the cables in
             training is known, else "off".
@@ -338,9 +353,10 @@ def load(
         amp: precision: "auto" (what the hardware computes fast), "bf16", "fp16", or "off" for float32.
 
     Raises:
-        UserError: the file cannot be read or fits no model type, there is no such device, or `tiles` is
+        UserError: the file cannot be read or fits no model type, an argument has a wrong value, or `tiles` is
             "auto" and the width of the cables is not known.
     """
+    _check_arguments(threshold, cable_width, batch_size, amp)
     runtime.keep_freed_memory()
     path = Path(path)
     device = runtime.pick_device(device) if isinstance(device, str) else device
@@ -359,6 +375,21 @@ def load(
     return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
 
 
+def _check_arguments(threshold: object, cable_width: object, batch_size: object, amp: object) -> None:
+    """Raise UserError for an argument of `load` with a wrong value."""
+    is_width = isinstance(cable_width, Real) and 0 < float(cable_width) < math.inf
+    is_threshold = isinstance(threshold, Real) and math.isfinite(threshold)
+    is_size = isinstance(batch_size, Integral) and int(batch_size) >= 1
+    for name, value, is_valid, expected in (
+        ("threshold", threshold, is_threshold or threshold is None, "a finite number"),
+        ("cable_width", cable_width, is_width or cable_width is None, "a number above 0"),
+        ("batch_size", batch_size, is_size, "a whole number of at least 1"),
+        ("amp", amp, amp in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    ):
+        if not is_valid:
+            raise UserError(f"{name}={value!r}: expected {expected}")
+
+
 def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path) -> Tiles:
     """The tiles of a `Segmenter` for the argument of `load`; raises UserError."""
     if chosen is None or chosen == "off":
@@ -370,7 +401,7 @@ def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path
                 "say it: give --cable_width PIXELS, in pixels of the model's input"
             )
         return "auto"
-    if isinstance(chosen, str) or chosen < MIN_TILE:
+    if not isinstance(chosen, Integral) or chosen < MIN_TILE:
         raise UserError(f"tiles={chosen!r}: expected a whole number of at least {MIN_TILE}, 'auto' or 'off'")
     return int(chosen)
 

@@ -69,11 +69,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    answer_first(parse_args)
+    answer_first(parse_args, ("checkpoint", "input", "masks", "prompt"))
 
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
@@ -235,15 +236,12 @@ def start_output(
     videos: list[Video],
     options: Options,
 ) -> None:
-    """Remove the files of an earlier prediction and list those of this one; raises UserError."""
+    """Remove the files of an earlier prediction, and list those of this one but frames; raises UserError."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     flags["input"] = media.without_password(args.input)
     about = {"tool": "predict.py", "checkpoint": str(args.checkpoint), "flags": flags}
     names = [name for file in images for name in options.names(file.stem)]
-    for video in videos:
-        names.append(overlay_video(video))
-        for index in range(media.frame_count(video.source)):
-            names += options.names(media.frame_stem(video.stem, index))
+    names += [overlay_video(video) for video in videos]
     removed = output.start(about, names)
     if removed:
         print(f"replaced {removed} files of an earlier prediction in {output.path}")
@@ -274,10 +272,11 @@ def predict_video(
                 frames = media.read_newest_frames(video, lambda: stop.signal is not None)
                 names, _ = predict_images(segment, announced(frames, video, options), {}, options, 0, writer)
         else:
-            frames = media.read_frames(video)
+            frames = announced(media.read_frames(video), video, options)
             names, _ = predict_images(segment, frames, {}, options, expected, writer)
         writer.finish()
-    options.output.add(name)
+    if names:  # a camera may end before its first frame; then there is no video
+        options.output.add(name)
     if len(names) < expected:
         shortfall = f"{video.name}: of {expected} frames that its header states, {len(names)} can be decoded"
         if 2 * len(names) < expected:
@@ -287,11 +286,14 @@ def predict_video(
     return names
 
 
-FRAMES_AT_ONCE = 1000  # of a camera or stream that are listed together: the list grows with their number
+FRAMES_AT_ONCE = 1000  # of a video that are listed together: every time, the whole list is written
 
 
 def announced(frames: Iterator[InputImage], video: Video, options: Options) -> Iterator[InputImage]:
-    """The same frames. The files of those that will come are listed before they are written."""
+    """The same frames. The files of those that will come are listed before they are written.
+
+    The number of frames in a header is not used for this: it may be wrong by billions.
+    """
     for index, frame in enumerate(frames):
         if index % FRAMES_AT_ONCE == 0:
             stems = [media.frame_stem(video.stem, index + ahead) for ahead in range(FRAMES_AT_ONCE)]
@@ -324,10 +326,13 @@ def predict_images(
     stats: dict[str, ImageStats] = {}
     tile_sizes: list[int | None] = []
     shares: list[float] = []
+    start = time.perf_counter()
     with tqdm(
         total=n_images or None, unit=" images", dynamic_ncols=True, bar_format=PROGRESS_FORMAT
     ) as progress:
         while batch := list(islice(images, options.batch_size)):
+            if not names:
+                warn_of_small_tiles(segment, batch[0].image)
             options.output.announce(name for image in batch for name in options.names(image.stem))
             for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
                 if image.mask is not None:
@@ -338,10 +343,27 @@ def predict_images(
                 progress.update()
     if segment.tiles == "auto" and not prompts:
         print(describe_tiles(tile_sizes))
-    speed = len(names) / progress.format_dict["elapsed"]
+    speed = len(names) / (time.perf_counter() - start)
     print(f"{len(names)} images, {speed:.2f} images/s, written to {options.output.path}")
     print(describe_shares(shares), end="", file=sys.stderr)
     return names, stats
+
+
+TOO_SMALL = 0.5  # of the side of tiles in which cables are as wide as in training
+
+
+def warn_of_small_tiles(segment: inference.Segmenter, image: np.ndarray) -> None:
+    """Warn if tiles of a given side show the cables of an image much wider than those of the training."""
+    if not isinstance(segment.tiles, int) or not segment.cable_width:
+        return
+    (whole,) = replace(segment, tiles=None).logits([image])
+    fitting = segment.fitting_side(whole)
+    if fitting and segment.tiles < TOO_SMALL * fitting:
+        tqdm.write(
+            f"warning: in tiles of {segment.tiles} px, cables are about {fitting / segment.tiles:.1f} times "
+            f"as wide as in training, and their masks may be bad; --tiles {fitting} would fit",
+            file=sys.stderr,
+        )
 
 
 def describe_shares(shares: Sequence[float]) -> str:

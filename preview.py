@@ -61,8 +61,11 @@ def write_preview(
     test_set = TestSet(test, spec=spec, prompt=prompt, seed=seed)
     test_samples = (test_set[number] for number in range(min(N_SAMPLES, len(test_set))))
     preview_dataset("test", test, test_samples, spec, folder)
-    train_paths = list(dict.fromkeys(pair.image_path for index in train for pair in index.pairs))
-    duplicates = find_near_duplicates([pair.image_path for pair in test.pairs], train_paths)
+    train_infos = {pair.image_path: index.infos[pair.image_path] for index in train for pair in index.pairs}
+    digests = {info.digest for info in train_infos.values()}
+    test_paths = [pair.image_path for pair in test.pairs]
+    test_paths = [path for path in test_paths if test.infos[path].digest not in digests]  # see `find_leaks`
+    duplicates = find_near_duplicates(test_paths, list(train_infos)) if test_paths else []
     if duplicates:
         lines = [f"{test_path} = {train_path}" for test_path, train_path in duplicates]
         print(f"warning: test images look like training images:\n  {format_list(lines)}")

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 import runtime
 from base.atomic import write_atomically
 from base.errors import UserError
-from checkpoint import BEST_FILE
+from checkpoint import BEST_FILE, LAST_FILE
 from experiment import Experiment, with_test_interval
 from imaging.media import encode_image
 from imaging.metrics import THRESHOLDS
@@ -362,7 +362,7 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
     """The commands to go on with, by their purpose."""
     config, folder = experiment.config, experiment.folder
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
-    weights = [path for name in (BEST_FILE, "last.pth") if (path := experiment.checkpoints / name).exists()]
+    weights = [path for name in (BEST_FILE, LAST_FILE) if (path := experiment.checkpoints / name).exists()]
     commands = {}
     if weights:
         checkpoint, data = ("--checkpoint", weights[0]), shown.config.data_dir
@@ -370,9 +370,10 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         masks = () if shown.config.mask_values else ("--masks", data / "masks")
         output = ("--output", Path("predictions") / folder.name)
         onnx = ("--format", "onnx", "--output", folder / "best.onnx")
-        commands["Predict the test images"] = tool_command(
-            "predict.py", *checkpoint, "--input", data / "imgs", *masks, *output
-        )
+        # The test set of --val_percentage has no folder of its own.
+        has_test_folder = experiment.test_set and not config.val_percentage
+        purpose = f"Predict the {'test' if has_test_folder else 'training'} images"
+        commands[purpose] = tool_command("predict.py", *checkpoint, "--input", data / "imgs", *masks, *output)
         commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
     resume, processes = ("--exp_name", config.exp_name, "--resume"), runtime.local_world_size()
     if not is_done:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from base.atomic import write_text
 from base.errors import UserError
+from checkpoint import BEST_FILE, LAST_FILE
 from dataset_index import DatasetIndex
 from imaging.media import encode_image
 from imaging.metrics import ImageStats, iou_by_threshold, robust_threshold
@@ -453,7 +454,7 @@ def result_summary(
     baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
 ) -> str:
     """The closing lines of a run: baseline against best, where the files are, and how to predict `images`."""
-    best_weights, last_weights = folder / "checkpoints/best.pth", folder / "checkpoints/last.pth"
+    best_weights, last_weights = (folder / "checkpoints" / name for name in (BEST_FILE, LAST_FILE))
     lines = []
     if baseline and best:
         lines += [

@@ -71,11 +71,14 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(choice: str) -> torch.device:
-    """The device asked for; "auto" takes the first available of cuda, mps, cpu. Raises UserError."""
+    """The device asked for, such as "cuda" or "cuda:1"; "auto" takes the first available of cuda, mps, cpu.
+
+    Raises UserError if there is none.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if choice == "auto":
         choice = next(name for name, is_available in available.items() if is_available)
-    if not available[choice]:
+    if not available.get(choice.partition(":")[0]):
         raise UserError(f"--device {choice}: PyTorch finds no such device on this machine; try --device auto")
     return torch.device(choice)
 
@@ -112,7 +115,7 @@ def autocast(device: torch.device, low_precision: torch.dtype | None) -> Abstrac
     return torch.autocast(device.type, low_precision) if low_precision else nullcontext()
 
 
-# `--compile auto` compiles if a CUDA run encodes at least so many images. This is an estimate: compiling
+# `--compile auto` compiles if a CUDA run encodes at least this many images. This is an estimate: compiling
 # takes a minute, which an encoder that gets 25 % faster than 150 images/s saves over 40,000 images.
 MIN_IMAGES_TO_COMPILE = 40_000
 
@@ -225,7 +228,7 @@ LONG_WAIT = timedelta(days=7)  # the timeout of a process group is 10 or 30 minu
 def from_main(make: Callable[[], Result]) -> Result:
     """What `make()` returns in process 0, in every process. It may take longer than other waits may.
 
-    If `make` is interrupted, or raises an error that the user can mend, every process raises the same.
+    If `make` is interrupted, or raises an error that the user can correct, every process raises the same.
     """
     if not dist.is_initialized():
         return make()
@@ -272,7 +275,7 @@ def end_data_workers() -> None:
 
 
 def user_message(error: Exception, memory_hint: str) -> str | None:
-    """The message for an error that the user can mend, or None for a bug.
+    """The message for an error that the user can correct, or None for a bug.
 
     Such errors are UserError, out of memory, and the death of a data worker. A dead worker shows in its exit
     code; PyTorch raises a plain RuntimeError for it, at any line of the main process. PyTorch has no error
@@ -283,7 +286,7 @@ def user_message(error: Exception, memory_hint: str) -> str | None:
     is_cpu_memory = type(error) is RuntimeError and "DefaultCPUAllocator" in first_line
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu_memory:
         return f"out of memory ({first_line or type(error).__name__}); {memory_hint}"
-    # PyTorch's error may also come amid a write, which turns it into a UserError, or be one of a broken pipe.
+    # PyTorch's error may also come during a write, which turns it into a UserError, or be a broken pipe.
     origin = error.__cause__ or error
     if isinstance(origin, RuntimeError | OSError | EOFError) and _has_dead_data_worker():
         return (

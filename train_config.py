@@ -144,7 +144,7 @@ class TrainConfig:
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
     weight_decay: float = flag(0.01, not_negative, "weight decay of AdamW")
     grad_clip: float = flag(1.0, positive, "largest norm of the gradient")
-    max_bad_steps: int = flag(10, positive_int, "end the run after so many non-finite steps in a row")
+    max_bad_steps: int = flag(10, positive_int, "non-finite steps in a row that end the run")
     # loss
     alpha: float = flag(None, fraction, "focal loss: weight of foreground (default: 0.7; lora, encoder: 0.5)")
     gamma: float = flag(2.0, not_negative, "focal loss: focusing power")
@@ -216,22 +216,32 @@ def _argument(f: Field[Any]) -> dict[str, Any]:
     return {"default": f.default, "help": text, "metavar": metavar} | values
 
 
-def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainConfig:
-    """The command line, with every default resolved. Exits with code 2 after a message for a wrong flag.
+def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as it is given. Exits with code 2 after a message for a wrong flag.
 
-    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first. Prints which model and
-    training were chosen for this machine, unless they are given or `quiet`.
+    With --resume, the flags and the YAML file of the run in exp/EXP_NAME come first.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     stored = _flags_of_resumed_run(parser, argv)
-    flags = vars(parser.parse_args([*stored, *argv]))
-    if flags["config"] is None:
-        run = f"; exp/{flags['exp_name']} holds no {ARGS_FILE}" if flags["resume"] else ""
+    flags = parser.parse_args([*stored, *argv])
+    if flags.config is None:
+        run = f"; exp/{flags.exp_name} holds no {ARGS_FILE}" if flags.resume else ""
         parser.error(f"the following arguments are required: --config/-c{run}")
-    if stored and flags["batch_size"] == AUTO:  # the numbers that were found when the run started
-        names = ("batch_size", "virtual_batch_size")
-        flags |= {name: getattr(parser.parse_args(stored), name) for name in names}
+    if stored and flags.batch_size == AUTO:  # the numbers that were found when the run started
+        found = parser.parse_args(stored)
+        flags.batch_size, flags.virtual_batch_size = found.batch_size, found.virtual_batch_size
+    if flags.embedding_reuse > 1 and flags.train not in (None, "decoder"):
+        parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {flags.train}")
+    return flags
+
+
+def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainConfig:
+    """The flags of `read_flags`, with every default resolved.
+
+    Prints which model and training were chosen for this machine, unless they are given or `quiet`.
+    """
+    flags = vars(read_flags(argv))
     chosen = choose_by_machine(flags)
     if chosen and not quiet and os.environ.get("RANK", "0") == "0":
         print(chosen)
@@ -240,8 +250,6 @@ def parse_args(argv: list[str] | None = None, *, quiet: bool = False) -> TrainCo
             flags[name] = if_frozen if flags["train"] == "decoder" else if_trained
     if flags["encoder_lr"] is None:
         flags["encoder_lr"] = flags["lr"] * (2 if flags["train"] == "lora" else 0.5)
-    if flags["embedding_reuse"] > 1 and flags["train"] != "decoder":
-        parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {flags['train']}")
     if flags["exp_name"] is None:
         flags["exp_name"] = f"{flags['config'].stem}_{datetime.now():%Y%m%d-%H%M%S}"
     return TrainConfig(**flags)

@@ -56,7 +56,7 @@ class Schedule:
         return (batch + 1) % self.virtual_batch_size == 0 or batch + 1 == self.batches_per_epoch
 
     def is_mid_step(self, iterations: int) -> bool:
-        """Whether gradients of an unfinished optimizer step exist after so many iterations."""
+        """Whether an optimizer step is unfinished after that number of iterations, so its gradients exist."""
         batch = iterations % self.batches_per_epoch
         return batch > 0 and not self.ends_step(batch - 1)
 
@@ -128,8 +128,8 @@ class TrainState:
     has_saved: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        apart = ("optimizer", "scaler", "is_consistent", "has_saved")
-        names = [f.name for f in fields(self) if f.name not in apart]
+        no_counters = ("optimizer", "scaler", "is_consistent", "has_saved")
+        names = [f.name for f in fields(self) if f.name not in no_counters]
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

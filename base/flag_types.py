@@ -3,7 +3,8 @@
 import argparse
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ MAX_PIXELS = 100_000_000
 MIN_TILE = 16  # smallest side of a tile, in pixels
 
 
-def answer_first(parse_args: Callable[[], object]) -> None:
+def answer_first(parse_args: Callable[[], argparse.Namespace], inputs: Sequence[str]) -> None:
     """Read the command line of a script before its slow imports; `--help` and wrong flags end the process.
 
-    From here on, Ctrl-C ends the process at once and without a traceback, until the script handles it.
+    A path that does not exist is a wrong value of the flags that `inputs` names. From here on, Ctrl-C ends
+    the process at once and without a traceback, until the script handles it.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parse_args()
+    args = vars(parse_args())
+    for name in inputs:
+        value = args[name]
+        if isinstance(value, Path) and not os.path.lexists(value):
+            print(f"error: --{name} {value}: no such file or folder", file=sys.stderr)
+            sys.exit(2)
 
 
 def path(text: str) -> Path:

@@ -22,7 +22,7 @@ from imaging.skeleton import Branch, arc_lengths, clean, distance_to_edge, find_
 
 MIN_LENGTH = 10.0  # pixels of the shortest cable
 MIN_ASPECT = 2.0  # a cable is at least this many times longer than wide
-DIRECTION_LENGTH = 2.5  # a direction is measured over so many widths
+DIRECTION_LENGTH = 2.5  # widths over which a direction is measured
 MAX_BEND = np.radians(60)  # between the directions at a junction and the line between them
 MAX_GAP_BEND = np.radians(30)  # the same over a gap
 MAX_GAP = 4.0  # widths between two ends, with what other cables cover
@@ -120,7 +120,7 @@ _Arms = dict[tuple[int, int], _Arm]
 def _outer_arms(branches: Sequence[Branch], distance: np.ndarray) -> _Arms:
     """The arms of all branches, by key, but of those that lie within a junction.
 
-    The skeleton of a crossing is seldom one node: where two cables overlap, it is one line between two nodes.
+    The skeleton of a crossing is rarely one node: where two cables overlap, it is one line between two nodes.
     Nodes whose blobs overlap are one junction. So are the nodes at both ends of a line that is not long, if
     an even number of other branches meets at either end, and two leave it at a small angle.
     """

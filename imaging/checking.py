@@ -220,7 +220,7 @@ class _Cache:
         except (OSError, RuntimeError, UserError) as error:
             self.is_writable = False
             warnings.warn(
-                f"the facts of files cannot be kept, so the next start decodes all files again ({error}); "
+                f"what the check found cannot be kept, so the next start decodes all files again ({error}); "
                 "the environment variable XDG_CACHE_HOME chooses another folder",
                 stacklevel=2,
             )

@@ -112,9 +112,7 @@ def _alpha(image: Image.Image) -> np.ndarray | None:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     """The colors as uint8 (H, W, 3), whatever the alpha channel."""
-    if image.mode == "P":  # Pillow warns of palettes with transparency unless they become RGBA
-        return np.asarray(image.convert("RGBA"))[..., :3]
-    if image.mode in ("RGBA", "LA"):
+    if image.mode in ("P", "RGBA", "LA"):  # Pillow warns of palettes with transparency without RGBA
         return np.asarray(image.convert("RGBA"))[..., :3]
     return np.asarray(image.convert("RGB"))
 

@@ -459,10 +459,10 @@ class VideoWriter:
         try:
             self._video.mux(self._stream.encode())
             self._video.close()
+            with av.open(str(self._temporary)) as written:
+                found = written.streams.video[0].frames
         except av.error.FFmpegError as error:
             raise self._cannot_write(error) from error
-        with av.open(str(self._temporary)) as written:
-            found = written.streams.video[0].frames
         if found != self.n_frames:
             raise UserError(
                 f"{self.path} could not be written: of {self.n_frames} frames it holds {found}; "

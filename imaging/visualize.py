@@ -128,7 +128,7 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
 
 
 def outline(image: np.ndarray, mask: np.ndarray, thickness: int = 1) -> np.ndarray:
-    """Draw the edge of a mask on a copy of an image, so many pixels thick."""
+    """Draw the edge of a mask on a copy of an image; `thickness` is in pixels."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(image.copy(), contours, -1, OUTLINE_COLOR, thickness)
 

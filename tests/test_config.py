@@ -336,3 +336,8 @@ def test_a_misspelled_key_gets_a_suggestion(config_file, data):
     path = config_file(bg_path=["backgrounds"])
     with pytest.raises(UserError, match=r"bg_path: unknown key; did you mean bg_paths\?"):
         load_config(path)
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"--config {tmp_path}: is a folder; expected a YAML file")):
+        load_config(tmp_path)

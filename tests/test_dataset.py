@@ -98,14 +98,11 @@ def test_samples_depend_on_nothing_but_seed_epoch_and_index(data):
     assert not torch.equal(train_set[replace(key, created_epoch=0)]["image"], alone["image"])
 
 
-def test_processes_share_each_batch():
+def test_batches_hold_the_samples_of_an_epoch_in_order():
     train_set = TrainSet([constant_index(7, 1.0)], spec=SPEC, prompt="none", seed=0)
-    whole = train_set.epoch_batches(1, batch_size=3)
-    assert [len(keys) for keys in whole] == [3, 3, 1]
-    shares = [train_set.epoch_batches(1, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
-    assert [len(keys) for keys in shares[1]] == [1, 1, 0]
-    for batch, first, second in zip(whole, *shares, strict=True):
-        assert sorted([*first, *second], key=batch.index) == batch
+    batches = train_set.epoch_batches(1, batch_size=3)
+    assert [len(keys) for keys in batches] == [3, 3, 1]
+    assert [key for keys in batches for key in keys] == train_set.epoch(1)
 
 
 # --- reuse ---

@@ -15,7 +15,7 @@ from conftest import composite_index, constant_index
 import runtime
 from base.errors import UserError
 from dataset import SampleKey, TrainSet
-from embeddings import EmbeddingPool, plan_batches
+from embeddings import EmbeddingPool, PoolSpec, plan_batches
 from imaging.geometry import InputSpec
 
 SPEC = InputSpec(64, 32)
@@ -129,7 +129,7 @@ def sample(value):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_the_pool_returns_what_was_put_last(tmp_path, dtype):
-    pool = EmbeddingPool(tmp_path, 4, (2, 3, 3), np.dtype(dtype), mask_grid=6)
+    pool = EmbeddingPool(tmp_path, PoolSpec(4, (2, 3, 3), np.dtype(dtype), mask_grid=6))
     for slot in range(4):
         pool.put(key(slot), *sample(slot))
     pool.put(key(2, created_epoch=5), *sample(90))
@@ -144,14 +144,14 @@ def test_the_pool_returns_what_was_put_last(tmp_path, dtype):
 
 
 def test_bfloat16_embeddings_lose_nothing_in_float16(tmp_path):
-    pool = EmbeddingPool(tmp_path, 1, (2, 3, 3), np.dtype(np.float16), mask_grid=6)
+    pool = EmbeddingPool(tmp_path, PoolSpec(1, (2, 3, 3), np.dtype(np.float16), mask_grid=6))
     embedding = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     pool.put(key(0), embedding, *sample(1)[1:])
     assert torch.equal(pool.get(key(0))[0].bfloat16(), embedding)
 
 
 def test_a_sample_without_a_slot_is_returned_once(tmp_path):
-    pool = EmbeddingPool(tmp_path, 1, (2, 3, 3), np.dtype(np.float16), mask_grid=6)
+    pool = EmbeddingPool(tmp_path, PoolSpec(1, (2, 3, 3), np.dtype(np.float16), mask_grid=6))
     pool.put(key(None), *sample(3))
     assert torch.equal(pool.get(key(None))[0], sample(3)[0])
     with pytest.raises(KeyError):
@@ -165,8 +165,8 @@ def test_the_file_has_the_stated_size_and_no_name_and_goes_with_the_pool(tmp_pat
         spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
         return sum(end - start for start, end in spans)
 
-    pool = EmbeddingPool(tmp_path, 64, (256, 16, 16), np.dtype(np.float16), mask_grid=64)
-    size = EmbeddingPool.size(64, (256, 16, 16), np.dtype(np.float16), 64)
+    spec = PoolSpec(64, (256, 16, 16), np.dtype(np.float16), mask_grid=64)
+    pool, size = EmbeddingPool(tmp_path, spec), spec.size
     assert size == 64 * (2 * 256 * 16 * 16 + 64 * 64 + 2 * 8)
     assert list(tmp_path.iterdir()) == [] and mapped_bytes() >= size
     del pool
@@ -194,7 +194,7 @@ def in_two_processes(action, folder):
 
 
 def make_small_pool(folder):
-    return EmbeddingPool(folder, 4, (2, 3, 3), np.dtype(np.float32), mask_grid=6)
+    return EmbeddingPool(folder, PoolSpec(4, (2, 3, 3), np.dtype(np.float32), mask_grid=6))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc/self/maps")

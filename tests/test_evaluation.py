@@ -69,12 +69,12 @@ def test_a_panel_shows_the_image_and_what_was_found_in_it(experiment):
 
 @pytest.mark.parametrize("n", [*range(1, 20), 200])
 def test_the_worst_median_and_best_images_are_kept(n):
-    ranks = evaluation.choose_ranks(n)
-    assert list(ranks) == sorted(ranks) and set(ranks) <= set(range(n))
-    assert ranks[0] == "worst" and n // 2 in ranks and len(ranks) >= min(n, 3)
+    places = evaluation.choose_places(n)
+    assert list(places) == sorted(places) and set(places) <= set(range(n))
+    assert places[0] == "worst" and n // 2 in places and len(places) >= min(n, 3)
     if n >= 3:
-        assert ranks[n // 2] == "median" and ranks[n - 1] == "best"
-    assert n < 12 or list(ranks.values()) == ["worst"] * 4 + ["median"] * 2 + ["best"] * 2
+        assert places[n // 2] == "median" and places[n - 1] == "best"
+    assert n < 12 or list(places.values()) == ["worst"] * 4 + ["median"] * 2 + ["best"] * 2
 
 
 def test_the_test_set_is_encoded_in_batches_and_holds_no_more_than_it_needs(experiment, monkeypatch):

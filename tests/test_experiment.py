@@ -49,7 +49,7 @@ def test_a_test_photo_among_the_backgrounds_is_named(config_file, data):
     Image.open(tested).save(background, compress_level=1)  # other bytes, the same pixels
     with pytest.warns(UserWarning, match="does not measure generalization") as warned:
         experiment.find_data(load_config(config_file()), 10**6)
-    leak = f"{tested} = background {background}, so training takes its cables for none"
+    leak = f"{tested} = background {background}, so training takes its cables for background"
     assert str(warned[0].message).split("\n  ")[1:] == [leak]
 
 

@@ -59,12 +59,33 @@ def test_help_and_wrong_flags_are_answered_before_slow_imports(tmp_path, command
     assert process.returncode == 2 and "usage: " in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("finetune.py", "config"),
+        ("finetune.py", "checkpoint"),
+        ("predict.py", "input"),
+        ("export.py", "checkpoint"),
+    ],
+)
+def test_a_missing_file_is_named_before_slow_imports(tmp_path, command, flag):
+    flags = {
+        "finetune.py": {"config": ROOT / "configs/demo.yaml", "checkpoint": ROOT / "README.md"},
+        "predict.py": {"checkpoint": ROOT / "README.md", "input": ROOT / "demo", "output": tmp_path / "out"},
+        "export.py": {"checkpoint": ROOT / "README.md", "output": tmp_path / "out", "format": "hf"},
+    }[command] | {flag: tmp_path / "none"}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    process = run_command(command, tmp_path / "modules", "raise AssertionError(__name__)", *argv)
+    assert process.returncode == 2
+    assert process.stderr == f"error: --{flag} {tmp_path / 'none'}: no such file or folder\n"
+
+
 @pytest.mark.parametrize("command", ["finetune.py", "predict.py", "export.py"])
 def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path, command):
     flags = {
-        "finetune.py": ("-c", "x"),
-        "predict.py": ("--checkpoint", "x", "--input", "x", "--output", "x"),
-        "export.py": ("--checkpoint", "x", "--output", "x", "--format", "hf"),
+        "finetune.py": ("-c", tmp_path),
+        "predict.py": ("--checkpoint", tmp_path, "--input", tmp_path, "--output", "x"),
+        "export.py": ("--checkpoint", tmp_path, "--output", "x", "--format", "hf"),
     }[command]
     interrupt = "import signal; signal.raise_signal(signal.SIGINT); print('goes on')"
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored

@@ -184,6 +184,17 @@ def test_images_of_one_name_in_two_folders_keep_both(tmp_path):
     )
 
 
+def test_a_relative_input_finds_the_same_images_as_an_absolute_one(tmp_path, monkeypatch):
+    for place in ("x/sub", "y/sub"):
+        label_samples.write_labelme(tmp_path / "exports" / place)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for number, source in enumerate(("../exports", tmp_path / "exports")):
+        assert run(source, f"out{number}") == 0
+    names = [sorted(path.name for path in Path(f"out{number}/imgs").iterdir()) for number in range(2)]
+    assert names[0] == names[1] and any(name.startswith("x_sub_") for name in names[0])
+
+
 def test_the_contact_sheet_outlines_the_masks_and_names_the_images(tmp_path):
     label_samples.write_cvat(tmp_path / "export")
     assert run(tmp_path / "export", tmp_path / "data") == 0

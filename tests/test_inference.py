@@ -194,8 +194,10 @@ def test_tiles_are_the_default_where_the_width_is_known(tiny_weights):
     assert load(tiny_weights, "cpu").tiles == "auto"
     assert load(tiny_weights, "cpu", tiles="off").tiles is None
     assert load(tiny_weights, "cpu", tiles=np.int64(80)).tiles == 80
-    for tiles in (0, 15, "of"):
-        with pytest.raises(UserError, match=f"tiles={tiles!r}: expected a whole number of at least 16"):
+    for tiles in (0, 15, "of", 20.5, [64]):
+        with pytest.raises(
+            UserError, match=f"tiles={re.escape(repr(tiles))}: expected a whole number of at least 16"
+        ):
             load(tiny_weights, "cpu", tiles=tiles)
 
 
@@ -275,6 +277,9 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
         load(tiny_weights, "cpu", tiles=64)(photos, boxes)
     with pytest.raises(UserError, match="3 images but 2 lists of prompts"):
         segment(photos, boxes[:2])
+    for wrong in ([], boxes[0][0]):
+        with pytest.raises(UserError, match="image 0: expected a list of at least one prompt, got"):
+            segment(photos[0], wrong)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +295,29 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
 def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
     with pytest.raises(UserError, match=f"image 0: expected a NumPy array, RGB uint8 .*{found}"):
         load(tiny_weights, "cpu")(image)
+    with pytest.raises(UserError, match="image 0: expected a NumPy array"):
+        list(load(tiny_weights, "cpu").logits(image if isinstance(image, list) else [image]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("threshold", "a", "a finite number"),
+        ("threshold", float("nan"), "a finite number"),
+        ("cable_width", -1, "a number above 0"),
+        ("batch_size", 0, "a whole number of at least 1"),
+        ("amp", "half", "one of auto, bf16, fp16, off"),
+    ],
+)
+def test_wrong_arguments_are_named_before_the_checkpoint_is_read(tmp_path, name, value, expected):
+    with pytest.raises(UserError, match=f"^{name}={value!r}: expected {expected}$"):
+        load(tmp_path / "none.pth", "cpu", **{name: value})
+
+
+def test_a_segmenter_is_shown_in_a_line(tiny_weights):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, threshold=0.5), tiny_weights)
+    text = repr(load(tiny_weights, "cpu"))
+    assert len(text) < 300 and "model_type='tiny'" in text and "threshold=0.5" in text
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

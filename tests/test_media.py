@@ -369,3 +369,17 @@ def test_a_video_with_fewer_frames_than_written_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"of 2 frames it holds 1"):
             video.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_that_does_not_open_again_is_named(tmp_path, monkeypatch):
+    def truncate(path, mode="r"):
+        if mode == "r":
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+        return open_media(path, mode)
+
+    open_media = av.open
+    monkeypatch.setattr(av, "open", truncate)
+    with media.VideoWriter(tmp_path / "out.mp4", 10) as video:
+        video.write(np.zeros((48, 64, 3), np.uint8))
+        with pytest.raises(UserError, match=r"out\.mp4 could not be written"):
+            video.finish()

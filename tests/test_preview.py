@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, c
     assert "% of their length is thinner than 2 of these pixels" in output
     assert f"{data / 'test/imgs/0.png'} = {data / 'thin/imgs/1.png'}" in output
     assert "test/imgs/1.png" not in output
+
+
+def test_photos_of_training_and_test_are_named_once(tiny_weights, config_file, data, capsys, recwarn):
+    shutil.rmtree(data / "test")
+    shutil.copytree(data / "cables", data / "test")
+    assert preview(config_file()) == 0
+    assert "look like training images" not in capsys.readouterr().out
+    named = [str(warning.message) for warning in recwarn if "test/imgs/0.png" in str(warning.message)]
+    assert len(named) == 1 and named[0].startswith("test images are also used in training")
 
 
 def test_names_that_the_output_cannot_hold_are_written_as_codes(tiny_weights, config_file, data, monkeypatch):

@@ -136,6 +136,24 @@ def test_its_commands_can_be_pasted(tiny_weights, config_file, monkeypatch):
     assert resumed.resume and (resumed.exp_name, resumed.epoch_num) == ("run", 4)
 
 
+@pytest.mark.parametrize(
+    ("with_test", "flags", "expected"),
+    [
+        (True, (), "Predict the test images:"),
+        (False, (), "Predict the training images:"),
+        (False, ("--val_percentage", 30), "Predict the training images:"),
+    ],
+)
+def test_the_images_of_the_command_are_named_as_what_they_are(
+    tiny_weights, config_file, with_test, flags, expected
+):
+    assert run_tiny(config_file(with_test=with_test), tiny_weights, "-e", 1, *flags) == 0
+    page = Page()
+    assert expected in page.text("p")
+    (command,) = [text for text in page.text("pre") if "predict.py" in text]
+    assert ("/test/imgs" if with_test else "/cables/imgs") in command
+
+
 def test_a_run_that_ends_early_has_a_report(tiny_weights, config_file, at_iteration):
     def fail(batch, net):
         raise UserError("the disk is gone")

@@ -37,6 +37,13 @@ def test_a_missing_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"--device cuda: .* no such device .* --device auto"):
         runtime.pick_device("cuda")
+    with pytest.raises(UserError, match=r"--device gpu: .* no such device"):
+        runtime.pick_device("gpu")
+
+
+def test_a_device_may_have_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.pick_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_amp_choices(monkeypatch):

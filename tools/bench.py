@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     add("--num_workers", type=int, default=1, help="data workers of whole iterations")
     add("--reuse", type=int, default=4, help="--embedding_reuse of the last row")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    add("--without_baseline", "--without_plain", action="store_true", help="do not run the baseline loop")
+    add("--without_baseline", action="store_true", help="do not run the baseline loop")
     add("--seconds", type=float, default=20, help="approximate duration of each measurement")
     add(
         "--peer", choices=["micro_sam"], help="also run the training loop of this package, if it is installed"

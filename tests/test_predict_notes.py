@@ -1,0 +1,83 @@
+"""predict.py: what it says while it predicts, and inputs without a single image."""
+
+import json
+import struct
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import write_video
+from PIL import Image
+from tqdm import tqdm
+
+import inference
+import predict
+from imaging import media
+from sidecar import Sidecar, write_sidecar
+
+
+def run(weights, source, output, *argv):
+    flags = ("--checkpoint", weights, "--input", source, "--output", output)
+    return predict.main([str(part) for part in (*flags, "--device", "cpu", "--amp", "off", *argv)])
+
+
+class EndedCamera:
+    """A camera that was unplugged after it had been opened."""
+
+    def get(self, key):
+        return -1.0
+
+    def read(self):
+        return False, None
+
+
+def test_a_camera_that_ends_before_its_first_frame_leaves_an_empty_list(
+    tiny_weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(media, "require_video", lambda video: None)
+    monkeypatch.setattr(media, "open_video", lambda source: EndedCamera())
+    assert run(tiny_weights, 0, tmp_path / "out") == 0
+    assert "0 images, 0.00 images/s" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predictions.json"]
+
+
+def test_a_header_that_claims_billions_of_frames_is_not_believed(tiny_weights, tmp_path, capsys):
+    write_video(tmp_path / "clip.avi", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    content = bytearray((tmp_path / "clip.avi").read_bytes())
+    struct.pack_into("<I", content, content.index(b"strh") + 40, 2_000_000_000)
+    (tmp_path / "clip.avi").write_bytes(content)
+    assert media.frame_count(tmp_path / "clip.avi") == 2_000_000_000
+    assert run(tiny_weights, tmp_path / "clip.avi", tmp_path / "out") == 1
+    assert "of 2000000000 frames that its header states, 2 can be decoded" in capsys.readouterr().err
+    files = json.loads((tmp_path / "out/predictions.json").read_text())["files"]
+    assert sorted(files)[:2] == ["masks/clip_000000.png", "masks/clip_000001.png"] and len(files) == 5
+
+
+def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "tqdm", partial(tqdm, disable=True))  # as with TQDM_DISABLE=1
+    assert run(tiny_weights, data / "test/imgs", tmp_path / "out") == 0
+    assert "3 images, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tiles", "cable_width", "times"),
+    [(64, 4, "7.8"), (300, 4, None), (64, 30, None), (64, None, None)],  # 500 px would fit
+)
+def test_tiles_that_are_far_too_small_are_named_with_the_size_that_fits(
+    tiny_weights, tmp_path, monkeypatch, capsys, tiles, cable_width, times
+):
+    def by_brightness(net, images, prompts, **options):
+        return [image.mean(axis=2, dtype=np.float32) - 100 for image in images]
+
+    monkeypatch.setattr(inference, "predict_logits", by_brightness)
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, cable_width=cable_width), tiny_weights)
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        image = np.pad(np.full((32, 600, 3), 255, np.uint8), ((100, 168), (0, 0), (0, 0)))
+        Image.fromarray(image).save(tmp_path / f"photos/{number}.png")
+    assert run(tiny_weights, tmp_path / "photos", tmp_path / "out", "--tiles", tiles) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "in tiles of" in line]
+    assert len(lines) == (1 if times else 0)
+    if times:
+        assert lines[0].startswith(f"warning: in tiles of 64 px, cables are about {times} times as wide")
+        assert lines[0].endswith("--tiles 496 would fit")
