@@ -1,15 +1,18 @@
-"""The files of the datasets: found, checked, and compared between training and test."""
+"""The files of the datasets: found, checked, split and compared between training and test."""
 
+import hashlib
 import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import runtime
 from base.errors import UserError
-from config import DatasetConfig
+from config import Config, DatasetConfig
 from imaging.checking import FileInfo, check_files
 from imaging.files import (
     MAX_PIXELS,
@@ -22,7 +25,7 @@ from imaging.files import (
     unread_files,
 )
 from imaging.masks import MaskValues, read_mask
-from imaging.pairing import Pair, find_pairs
+from imaging.pairing import Pair, find_pairs, normalized
 
 MAX_NAMES = 3  # of files or colors in a note
 MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
@@ -232,6 +235,69 @@ def _level_faults(folder: Path, levels: list[int]) -> list[str]:
         f"{folder}: the foreground has different values ({listed} file(s)), as labels of classes have; "
         "write which are cable: mask_values: [1], or mask_values: nonzero for all"
     ]
+
+
+def find_data(
+    data: Config, max_pixels: int, val_percentage: float = 0.0
+) -> tuple[list[DatasetIndex], DatasetIndex | None]:
+    """The datasets to train on and the one to test on, all checked. Warns of images that are in both.
+
+    Process 0 checks the files. The others get what it found, or raise the same UserError.
+    """
+    configs = [*data.dataset.train, *([data.dataset.test] if data.dataset.test else [])]
+    datasets = runtime.from_main(
+        lambda: index_datasets(configs, max_pixels=max_pixels, show_progress=runtime.is_main())
+    )
+    test = datasets.pop() if data.dataset.test else None
+    if val_percentage:
+        datasets, test = split_off_test(datasets, val_percentage)
+    labeled = find_cables_in_backgrounds(datasets)
+    if labeled and runtime.is_main():
+        warnings.warn(
+            "bg_paths contains photos of cables, and training takes these cables for background:\n  "
+            f"{format_list(labeled)}",
+            stacklevel=2,
+        )
+    leaks = find_leaks(datasets, test) if test else []
+    if leaks and runtime.is_main():
+        warnings.warn(
+            "test images are also used in training, so the test does not measure generalization:\n  "
+            f"{format_list(leaks)}",
+            stacklevel=2,
+        )
+    return datasets, test
+
+
+def split_off_test(
+    datasets: list[DatasetIndex], percentage: float
+) -> tuple[list[DatasetIndex], DatasetIndex]:
+    """Take about `percentage` percent of the pairs of each dataset for a test set of photos as they are.
+
+    A hash of the stem decides, so a photo stays on its side when others are added. At least one pair of each
+    dataset is taken, and one is left.
+    """
+    train: list[DatasetIndex] = []
+    tested: dict[Path, Pair] = {}
+    for dataset in datasets:
+        by_hash = sorted((_stem_hash(pair), number) for number, pair in enumerate(dataset.pairs))
+        count = sum(hashed < percentage / 100 for hashed, _ in by_hash)
+        count = min(max(1, count), len(by_hash) - 1)
+        numbers = {number for _, number in by_hash[:count]}
+        tested |= {pair.image_path: pair for n, pair in enumerate(dataset.pairs) if n in numbers}
+        rest = tuple(pair for n, pair in enumerate(dataset.pairs) if n not in numbers)
+        train.append(replace(dataset, pairs=rest))
+    if not tested:
+        raise UserError(f"--val_percentage {percentage:g}: no dataset has more than one pair")
+    plain = {"bg_paths": (), "w_aug": False, "aug_details": None, "percentage": 1.0}
+    infos = {path: info for dataset in datasets for path, info in dataset.infos.items()}
+    config = datasets[0].config.model_copy(update=plain)
+    return train, DatasetIndex(config, tuple(tested.values()), (), infos)
+
+
+def _stem_hash(pair: Pair) -> float:
+    """A number in 0..1 that depends on nothing but the stem of the image."""
+    stem = normalized(pair.image_path.stem).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(stem, digest_size=6).digest(), "big") / 2**48
 
 
 def find_leaks(train: list[DatasetIndex], test: DatasetIndex) -> list[str]:

@@ -26,22 +26,15 @@ import checkpoint
 import runtime
 from base.errors import UserError
 from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
+from console import result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
+from disk_space import warn_of_disk_space
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
 from evaluation import run_test, train_panels, training_cable_width
-from experiment import Experiment, prepare, preview, summary, warn_of_disk_space
+from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from report import write_report
-from run_logger import (
-    Budget,
-    RunLogger,
-    Throughput,
-    Timer,
-    remove_logs,
-    result_summary,
-    shell_command,
-    tool_command,
-)
+from run_logger import RunLogger, remove_logs
 from sam.encoder import valid_pixels
 from sam.trainable import (
     export_state_dict,
@@ -51,6 +44,7 @@ from sam.trainable import (
     trained_weights,
 )
 from sidecar import Sidecar, write_sidecar
+from timing import Budget, Throughput, Timer
 from train_state import Schedule, TrainState, learning_rate, prepare_optimizer
 
 MEMORY_HINT = (
@@ -160,7 +154,7 @@ def open_logger(config: TrainConfig, experiment: Experiment, state: TrainState) 
     )
     flags = config.flags()
     logger.settings(flags, json.loads(experiment.data.model_dump_json()), state.iteration)
-    logger.print(summary(experiment, is_unmeasured(config, state)))
+    logger.print(start_summary(experiment, is_unmeasured(config, state)))
     if resumed:
         logger.print(f"resumed     after iteration {state.iteration}")
     elif config.resume:
@@ -344,7 +338,7 @@ def fix_epochs(run: Run, epochs: int) -> None:
     run.logger.bar.total = iterations
     run.logger.print(f"--minutes {run.config.minutes:g}: {epochs} epochs fit, {iterations} iterations")
     if runtime.is_main():
-        warn_of_disk_space(run.experiment, epochs)
+        warn_of_disk_space(run.config, run.experiment.net, epochs)
 
 
 def finish_iteration(run: Run) -> None:

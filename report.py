@@ -17,21 +17,13 @@ import runtime
 from base.atomic import write_atomically
 from base.errors import UserError
 from checkpoint import BEST_FILE, LAST_FILE
+from console import EMPTY_HINT, EMPTY_IOU, REPORT_FILE, dataset_table, tool_command
 from experiment import Experiment, with_test_interval
 from imaging.media import encode_image
 from imaging.metrics import THRESHOLDS
 from imaging.visualize import LEGEND
 from preview import render_sample
-from run_logger import (
-    EMPTY_HINT,
-    EMPTY_IOU,
-    LAST_TEST_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    dataset_table,
-    printable,
-    tool_command,
-)
+from run_logger import LAST_TEST_FILE, METRICS_FILE, printable
 from sidecar import Sidecar, read_sidecar
 from train_config import parse_args
 

@@ -1,19 +1,15 @@
-"""What a run shows and logs: TensorBoard, metrics.jsonl, console. Silent in every process but the first."""
+"""The logs of a run: TensorBoard, metrics.jsonl, progress bar. Silent in every process but the first."""
 
 import base64
 import io
 import json
 import math
 import os
-import shlex
-import shutil
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +23,12 @@ from tqdm import tqdm
 
 from base.atomic import write_text
 from base.errors import UserError
-from checkpoint import BEST_FILE, LAST_FILE
-from dataset_index import DatasetIndex
 from imaging.media import encode_image
 from imaging.metrics import ImageStats, iou_by_threshold, robust_threshold
 from imaging.visualize import caption, sheet
 from train_config import ARGS_FILE, CONFIG_FILE
-from train_state import Schedule
 
 METRICS_FILE = "metrics.jsonl"
-REPORT_FILE = "report.html"  # see report.py
 LAST_TEST_FILE = "last_test.json"  # what the report shows of the last test
 # TensorBoard's table of runs (HPARAMS) shows these metrics of the best test, and all flags but these.
 BEST_METRICS = ("iou", "dice", "cldice")
@@ -44,8 +36,6 @@ NOT_IN_HPARAMS = {
     "exp_name", "checkpoint", "device", "num_workers", "cache_mb", "max_pixels", "max_bad_steps",
     "save_interval", "keep_last", "resume_interval", "test_interval", "log_interval",
 }  # fmt: skip
-
-
 # TensorBoard's page CUSTOM SCALARS: what matters first.
 FIRST_CURVES = {
     "result": {
@@ -318,177 +308,3 @@ def _iteration(line: str) -> float:
         return int(json.loads(line)["iteration"])
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-# --- Time -------------------------------------------------------------------------------------
-
-
-class Timer:
-    """Seconds since the last `restart`, without the time inside `paused`."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._paused = time.monotonic(), 0.0
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start - self._paused
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._paused += time.monotonic() - start
-
-
-class Throughput:
-    """Images per second and the share of time spent waiting for data, since the last `restart`."""
-
-    def __init__(self) -> None:
-        self._timer = Timer()
-        self.restart()
-
-    def restart(self) -> None:
-        self._timer.restart()
-        self._images, self._data_wait = 0, 0.0
-
-    def count(self, images: int, data_wait: float) -> None:
-        """Count the images of one iteration, and the seconds that it waited for data."""
-        self._images += images
-        self._data_wait += data_wait
-
-    def rates(self) -> dict[str, float]:
-        seconds = self._timer.seconds()
-        return {"images_per_s": self._images / seconds, "data_wait": self._data_wait / seconds}
-
-    def paused(self) -> AbstractContextManager[None]:
-        """A context whose time does not count."""
-        return self._timer.paused()
-
-
-WARM_UP = 3  # iterations that are not timed: memory is allocated, kernels are chosen
-MIN_TIMED = 10  # iterations
-MIN_SHARE, MAX_SHARE = 0.05, 0.5  # of the minutes that measuring takes
-
-
-class Budget:
-    """Measures the speed of a run of `--minutes`, from which its number of epochs follows.
-
-    test_seconds: how long a test takes.
-    """
-
-    def __init__(self, minutes: float | None, encoding: int) -> None:
-        """`encoding` is the number of first iterations that are slow, because they encode for later ones."""
-        self._seconds, self._encoding = 60 * minutes if minutes else None, encoding
-        self.elapsed, self._timer, self._untimed = Timer(), Timer(), 0
-        self.test_seconds = 0.0
-
-    def paused(self) -> AbstractContextManager[None]:
-        """A context whose time does not count as that of iterations."""
-        return self._timer.paused()
-
-    def epochs(self, done: int, iteration: int, schedule: Schedule, test_interval: int) -> int:
-        """How many epochs the run has, at least the current one; 0 as long as this is not measured.
-
-        done, iteration: iterations that this process and the run have done.
-        """
-        if self._seconds is None:
-            return 0
-        if done in (WARM_UP, self._encoding):
-            self._timer.restart()
-            self._untimed = done
-        timed, share = done - self._untimed, self.elapsed.seconds() / self._seconds
-        is_exact = self._untimed >= self._encoding and timed >= MIN_TIMED and share >= MIN_SHARE
-        if not timed or not (is_exact or share >= MAX_SHARE):
-            return 0
-        seconds = self._timer.seconds() / timed + self.test_seconds / test_interval
-        possible = iteration + max(0.0, self._seconds - self.elapsed.seconds()) / seconds
-        length = schedule.batches_per_epoch
-        return max(iteration // length + 1, int(possible // length))
-
-
-# --- Summaries --------------------------------------------------------------------------------
-
-
-def dataset_table(train: list[DatasetIndex], test: DatasetIndex | None) -> str:
-    """One line for each dataset: pairs, foreground of the masks, backgrounds, augmentation, percentage.
-
-    Below it, one line for what is not read, or is read as cable in several colors.
-    """
-    columns = f"{'pairs':>6} {'foreground':>11} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}"
-    lines = [f"{'dataset':40} {columns}"]
-    for dataset in [*train, *([test] if test else [])]:
-        config = dataset.config
-        name = f"{'test' if dataset is test else 'train'} {_shorten(str(config.data_dir), 34)}"
-        lines.append(
-            f"{name:40} {len(dataset.pairs):6} {dataset.foreground:11.2%} {len(dataset.backgrounds):12} "
-            f"{config.w_aug!s:>10} {config.percentage:11g}"
-        )
-        lines += [f"  {note}" for note in dataset.notes()]
-    return "\n".join(lines)
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else "..." + text[3 - length :]
-
-
-EMPTY_IOU = 5e-5  # a test IoU that shows as 0.0000
-EMPTY_HINT = (
-    "warning: the predictions are empty or contain no cable (test IoU 0.0000); train longer (--epoch_num) "
-    "or with --train encoder, and check the data with --preview"
-)
-
-
-# A mask of the whole image has a recall of 1 and the share of cable as its precision.
-FULL_RECALL, FULL_PRECISION = 0.97, 0.2
-FULL_HINT = (
-    "warning: the predictions cover nearly the whole image; train for more epochs (--epoch_num) or with "
-    "--train encoder, and check the data with --preview"
-)
-
-
-def result_summary(
-    baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
-) -> str:
-    """The closing lines of a run: baseline against best, where the files are, and how to predict `images`."""
-    best_weights, last_weights = (folder / "checkpoints" / name for name in (BEST_FILE, LAST_FILE))
-    lines = []
-    if baseline and best:
-        lines += [
-            f"baseline -> fine-tuned: IoU {baseline['iou']:.4f} -> {best['iou']:.4f}, "
-            f"Dice {baseline['dice']:.4f} -> {best['dice']:.4f} (best at iteration {best['iteration']})",
-            f"best weights     {best_weights}",
-        ]
-        if best["iou"] < EMPTY_IOU:
-            lines.append(EMPTY_HINT)
-        if best.get("recall", 0) > FULL_RECALL and best.get("precision", 1) < FULL_PRECISION:
-            lines.append(FULL_HINT)
-    if last_weights.exists():
-        lines.append(f"last weights     {last_weights}")
-    lines.append(f"report           {folder / REPORT_FILE}")
-    lines.append(f"curves           {shell_command('tensorboard', '--logdir', folder)}")
-    weights = next((path for path in (best_weights, last_weights) if path.exists()), None)
-    if weights:
-        flags = ("--checkpoint", weights, "--input", images, "--output", Path("predictions") / folder.name)
-        lines.append(f"next             {tool_command('predict.py', *flags)}")
-    return "\n".join(lines)
-
-
-def tool_command(script: str, *arguments: str | Path, processes: int = 1) -> str:
-    """The command line to paste into a shell, which runs a script of this tool in the current directory."""
-    python = "python" if shutil.which("python") == sys.executable else Path(sys.executable)
-    start = [python] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
-    return shell_command(*start, Path(__file__).parent / script, *arguments)
-
-
-def shell_command(*parts: str | Path) -> str:
-    """A command line, quoted where a shell needs it. Paths below the current directory are relative to it."""
-    here = Path.cwd()
-    texts = [
-        str(part.relative_to(here)) if isinstance(part, Path) and part.is_relative_to(here) else str(part)
-        for part in parts
-    ]
-    return shlex.join(texts) if os.name == "posix" else subprocess.list2cmdline(texts)

@@ -14,10 +14,10 @@ from PIL import Image
 import dataset_index
 from base.errors import UserError
 from config import load_config
+from console import dataset_table
 from dataset_index import index_datasets
 from imaging.files import MAX_PIXELS, FileError
 from imaging.masks import read_mask
-from run_logger import dataset_table
 
 SIZE = (120, 160)
 CABLE = draw_cable(rng(), SIZE, 7)

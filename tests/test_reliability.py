@@ -24,7 +24,7 @@ from tiny_run import run_forked
 
 import checkpoint
 import dataset
-import experiment
+import dataset_index
 import finetune
 import runtime
 from config import load_config
@@ -244,14 +244,12 @@ def test_a_photo_that_is_replaced_by_one_of_another_size_is_named(
 
 
 def test_a_test_image_that_vanishes_after_the_check_is_named(config, tiny_weights, data, monkeypatch, capsys):
-    index_datasets = experiment.index_datasets
-
     def index_then_remove(*args, **kwargs):
         datasets = index_datasets(*args, **kwargs)
         (data / "test/imgs/1.png").unlink()
         return datasets
 
-    monkeypatch.setattr(experiment, "index_datasets", index_then_remove)
+    monkeypatch.setattr(dataset_index, "index_datasets", index_then_remove)
     assert run_tiny(config, tiny_weights, *FLAGS) == 1
     error = capsys.readouterr().err
     assert "test/imgs/1.png: cannot be decoded" in error and "Traceback" not in error

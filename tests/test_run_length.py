@@ -4,18 +4,14 @@ import math
 import os
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import constant_index, run_finetune, run_tiny, scalars
+from conftest import run_finetune, run_tiny, scalars
 
 import checkpoint
 import finetune
-from base.errors import UserError
-from experiment import split_off_test
-from imaging.pairing import Pair
 from train_state import learning_rate
 
 
@@ -25,40 +21,6 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 # --- --val_percentage ---
-
-
-def index_of(stems, folder="a"):
-    dataset = constant_index(0, 1.0)
-    pairs = tuple(Pair(Path(folder, "imgs", f"{stem}.png"), Path(folder, f"{stem}.png")) for stem in stems)
-    return replace(dataset, pairs=pairs)
-
-
-def split(*datasets, percentage=20.0):
-    train, test = split_off_test(list(datasets), percentage)
-    return [{pair.image_path.stem for pair in dataset.pairs} for dataset in train], test
-
-
-def test_a_fixed_share_of_the_pairs_is_held_out():
-    stems = [f"photo {number}" for number in range(1000)]
-    (kept,), test = split(index_of(stems))
-    held_out = {pair.image_path.stem for pair in test.pairs}
-    assert kept | held_out == set(stems) and not kept & held_out
-    assert 160 < len(held_out) < 240
-    assert not test.config.composites and not test.config.w_aug and test.config.percentage == 1.0
-    (more_kept,), _ = split(index_of([*stems, *(f"new {number}" for number in range(50))]))
-    assert kept <= more_kept  # photos stay on their side
-    (_, other), both = split(index_of(stems), index_of(stems, "b"))
-    assert other == kept and len(both.pairs) == 2 * len(held_out)
-    _, once = split(index_of(stems), index_of(stems))  # composites of photos, and the photos themselves
-    assert len(once.pairs) == len(held_out)
-
-
-def test_at_least_one_pair_is_held_out_and_one_is_left():
-    for percentage in (1.0, 90.0):
-        (kept,), test = split(index_of("ab"), percentage=percentage)
-        assert len(kept) == len(test.pairs) == 1
-    with pytest.raises(UserError, match="no dataset has more than one pair"):
-        split(index_of("a"))
 
 
 def test_a_run_tests_on_the_pairs_that_are_held_out(tiny_weights, config_file, capsys):

@@ -10,7 +10,7 @@ import torch
 from conftest import run_tiny
 from tqdm import tqdm
 
-import experiment
+import dataset_index
 import runtime
 from base.errors import UserError
 
@@ -192,7 +192,9 @@ def test_a_signal_before_the_training_ends_with_a_line(
     tiny_weights, config_file, tmp_path, monkeypatch, capsys, flags
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "index_datasets", lambda *args, **_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        dataset_index, "index_datasets", lambda *args, **_: os.kill(os.getpid(), signal.SIGTERM)
+    )
     assert run_tiny(config_file(), tiny_weights, *flags) == 143
     assert capsys.readouterr().err == "SIGTERM: nothing was trained\n"
     assert not Path("exp").exists()
