@@ -1,6 +1,7 @@
 """A tiny real SAM and small drawn datasets: every test runs on a CPU without a download."""
 
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -9,6 +10,10 @@ from pathlib import Path
 # One thread per process, also in NumPy and in the processes that tests start: `make test` runs several
 # processes at once, and tiny tensors are slower on many threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The processes that tests start obey signals, also if the tests run under nohup, which ignores SIGHUP.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import cv2
 import numpy as np
