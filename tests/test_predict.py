@@ -385,7 +385,7 @@ def test_a_signal_ends_a_camera_like_its_end(trained, tmp_path, capsys, camera, 
     assert signal.getsignal(number) is handler
     masks = sorted((tmp_path / "out/masks").iterdir())
     assert [path.name for path in masks] == [f"camera_0_{n:06d}.png" for n in range(len(masks))]
-    assert 0 < len(masks) < 40 and f"{len(masks)} images, " in output.out
+    assert 0 < len(masks) < 50 and f"{len(masks)} images, " in output.out  # the camera itself has no end
     with av.open(str(tmp_path / "out/overlays/camera_0.mp4")) as video:
         assert video.streams.video[0].frames == len(masks)
     assert len(json.loads((tmp_path / "out/polygons.json").read_text())["images"]) == len(masks)
