@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 import checkpoint
+import resume
 import runtime
 from base.errors import UserError
-from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
+from checkpoint import remove_old_checkpoints
 from console import result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
 from disk_space import warn_of_disk_space
@@ -34,6 +35,7 @@ from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from report import write_report
+from resume import RESUME_FILE, ResumeState
 from run_logger import RunLogger, remove_logs
 from sam.encoder import valid_pixels
 from sam.trainable import (
@@ -125,7 +127,7 @@ def load_state(
 ) -> None:
     """Load the state to resume into `state`, the model and the folder of the run."""
     net = experiment.net
-    checkpoint.check_same_weights(
+    resume.check_same_weights(
         resume_state,
         initial_weights=experiment.initial_weights,
         precision=str(net.low_precision),
@@ -187,7 +189,7 @@ def save_state(run: Run) -> None:
         "precision": str(experiment.net.low_precision),
         "world_size": runtime.world_size(),
     }
-    checkpoint.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
+    resume.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
     checkpoint.remove_kept_best(experiment.checkpoints)
 
 
@@ -422,7 +424,7 @@ def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.Stop
         experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
     except OSError as error:
         raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
-    with checkpoint.locked(experiment.folder):
+    with resume.locked(experiment.folder):
         train_to_the_end(config, experiment, stop)
 
 
