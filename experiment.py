@@ -78,7 +78,7 @@ def prepare(config: TrainConfig) -> Experiment:
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
-    data = load_data_config(config)
+    data = runtime.from_main(partial(load_data_config, config))
     if resume_state:
         resume.check_same_settings(
             resume_state,

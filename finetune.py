@@ -530,10 +530,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{signal.name}: nothing was trained", file=sys.stderr)
         return signal.exit_code
     except Exception as error:
-        message = runtime.user_message(error, MEMORY_HINT)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        print_error(error)
         return 2
     code = 1
     try:
@@ -555,12 +552,18 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     except (runtime.Stopped, KeyboardInterrupt):  # the latter after a second signal
         stop.signal = stop.signal or SIGINT
     except Exception as error:
-        message = runtime.user_message(error, MEMORY_HINT)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        print_error(error)
         return 1
     return 128 + stop.signal if stop.signal else 0
+
+
+def print_error(error: Exception) -> None:
+    """Print the message of an error that the user can correct, unless process 0 does. Raises a bug."""
+    message = runtime.user_message(error, MEMORY_HINT)
+    if message is None:
+        raise error
+    if not isinstance(error, runtime.ShownByMain):
+        print(f"error: {message}", file=sys.stderr)
 
 
 def print_resume_hint(config: TrainConfig) -> None:
