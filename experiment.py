@@ -1,6 +1,5 @@
 """The preparation of a run: what it works with, checked before anything is written."""
 
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import resume
 import runtime
 from base.atomic import MIB
 from base.errors import UserError
-from checkpoint import RESUME_FILE, ResumeState
 from config import Config, load_config
 from dataset import TestSet, TrainSet
 from dataset_index import DatasetIndex, file_digests, find_data
@@ -22,6 +21,7 @@ from imaging.geometry import InputSpec
 from inference import LoadedSam
 from memory_trial import with_batch_size
 from preview import write_preview
+from resume import ResumeState
 from sam.decoder import decode
 from sam.encoder import move_to_device
 from sam.variants import VARIANTS, load_state_dict, pretrained_path, with_finer_input
@@ -74,13 +74,13 @@ def preview(config: TrainConfig) -> None:
 def prepare(config: TrainConfig) -> Experiment:
     """Check every input and build the model. Raises UserError for what the user can correct."""
     folder = config.folder
-    resume_state = find_resume_state(folder) if config.resume else None
+    resume_state = resume.find_resume_state(folder) if config.resume else None
     if not config.resume:
         require_unused(folder)
     device = runtime.join_process_group(runtime.pick_device(config.device))
-    data = load_data_config(config)
+    data = runtime.from_main(partial(load_data_config, config))
     if resume_state:
-        checkpoint.check_same_settings(
+        resume.check_same_settings(
             resume_state,
             flags=config.flags(),
             config=data.model_dump_json(),
@@ -89,7 +89,7 @@ def prepare(config: TrainConfig) -> Experiment:
         )
     train, test = find_data(data, config.max_pixels, config.val_percentage)
     if resume_state:
-        checkpoint.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
+        resume.check_same_files(resume_state, file_digests([*train, *([test] if test else [])]), folder)
 
     weights_path = find_weights(config)
     config = with_batch_size(config, device, partial(build_trial_net, config, weights_path, device))
@@ -117,28 +117,6 @@ def prepare(config: TrainConfig) -> Experiment:
 
 
 # --- Folder -----------------------------------------------------------------------------------
-
-
-def find_resume_state(folder: Path) -> ResumeState | None:
-    """The saved state of a run; None if the run died before it saved a state or weights, and starts again."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such run to resume (--exp_name, --resume)")
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f"{folder} may not be read or written; change its permissions to resume it")
-    weights = max(folder.glob("checkpoints/*.pth"), key=lambda path: path.stat().st_mtime, default=None)
-    if not (folder / RESUME_FILE).exists():
-        if weights is None:
-            return None
-        raise UserError(
-            f"{folder / RESUME_FILE} is missing, and no run continues without it; start a new run with "
-            f"another --exp_name and --checkpoint {weights}"
-        )
-    best = folder / "checkpoints" / checkpoint.BEST_FILE
-    weights_left = f" and --checkpoint {best}" if best.exists() else ""
-    way = f"start the run again with another --exp_name{weights_left}"
-    state = checkpoint.load_resume_state(folder / RESUME_FILE, way)
-    checkpoint.require_finite(state["weights"], folder / RESUME_FILE, f"{way}; a lower --lr may help")
-    return state
 
 
 def require_unused(folder: Path) -> None:

@@ -20,12 +20,13 @@ from pathlib import Path
 from signal import SIGINT
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
+import resume
 import runtime
 from base.errors import UserError
-from checkpoint import RESUME_FILE, ResumeState, remove_old_checkpoints
+from checkpoint import remove_old_checkpoints
 from console import result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
 from disk_space import warn_of_disk_space
@@ -34,6 +35,7 @@ from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, prepare, preview
 from losses import sum_losses
 from report import write_report
+from resume import RESUME_FILE, ResumeState
 from run_logger import RunLogger, remove_logs
 from sam.encoder import valid_pixels
 from sam.trainable import (
@@ -125,7 +127,7 @@ def load_state(
 ) -> None:
     """Load the state to resume into `state`, the model and the folder of the run."""
     net = experiment.net
-    checkpoint.check_same_weights(
+    resume.check_same_weights(
         resume_state,
         initial_weights=experiment.initial_weights,
         precision=str(net.low_precision),
@@ -187,7 +189,7 @@ def save_state(run: Run) -> None:
         "precision": str(experiment.net.low_precision),
         "world_size": runtime.world_size(),
     }
-    checkpoint.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
+    resume.save_resume_state(resume_state, experiment.folder / RESUME_FILE)
     checkpoint.remove_kept_best(experiment.checkpoints)
 
 
@@ -229,13 +231,10 @@ def describe_checkpoint(run: Run) -> Sidecar:
 def train(run: Run) -> None:
     """The training loop. It ends early, with its state saved, once `run.stop` notes a signal."""
     config, experiment, schedule, state = run.config, run.experiment, run.schedule, run.state
-    net, train_set, parameters = experiment.net, experiment.train_set, state.parameters
-    optimizer, scaler, loss_weights, logger = state.optimizer, state.scaler, config.loss_weights, run.logger
-    first_iteration, spec = state.iteration + 1, train_set.spec
-    throughput, since_save = Throughput(), Timer()
+    first_iteration, throughput, since_save = state.iteration + 1, Throughput(), Timer()
     batches = training_batches(
-        train_set,
-        net,
+        experiment.train_set,
+        experiment.net,
         folder=experiment.folder,
         batch_size=schedule.batch_size,
         epochs=schedule.epochs,
@@ -244,81 +243,119 @@ def train(run: Run) -> None:
     )
     for batch in batches:
         batch_index = state.iteration % schedule.batches_per_epoch
+        samples = schedule.samples_in_batch(batch_index)
 
-        # learning rates of this optimizer step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                state.step,
-                total_steps=run.schedule.steps,
-                peak=group["peak_lr"],
-                warmup=config.warmup_steps,
-                power=config.lr_power,
-            )
-
-        # forward
-        logits, iou_pred = net.decode(batch["embedding"], batch["points"], batch["labels"])
-        valid = valid_pixels(batch["size"], spec.mask_grid, spec.mask_grid / spec.img_size)
-        losses = sum_losses(
-            logits,
-            iou_pred,
-            batch["target"],
-            valid,
-            alpha=config.alpha,
-            gamma=config.gamma,
-            with_cldice="cldice" in loss_weights,
-        )
-        total = torch.stack([loss_weights[name] * loss for name, loss in losses.items()]).sum()
-
-        # backward; losses are sums over samples, so every sample of the step weighs the same
-        state.is_consistent = not schedule.is_mid_step(state.iteration)  # a failure would mix gradients
-        scaler.scale(total / schedule.samples_in_step(batch_index)).backward()
-        state.is_consistent = False
-
-        # optimizer step, after its last batch
+        # forward and backward; the optimizer steps after the last batch of its step
+        set_learning_rates(run)
+        logits, losses = compute_losses(run, batch)
+        add_gradients(run, losses, samples_in_step=schedule.samples_in_step(batch_index))
         if schedule.ends_step(batch_index):
-            runtime.all_reduce_gradients(parameters)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            is_finite = bool(norm.isfinite())
-            is_overflow = not is_finite and state.can_lower_scale()
-            if is_finite:
-                optimizer.step()  # `scaler.step` would look for numbers that are not finite once more
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if not is_overflow:  # this step is repeated with the next samples and a lower scale
-                state.count_step(is_finite)
-            if state.bad_steps_in_a_row >= config.max_bad_steps:
-                raise UserError(bad_steps_message(state, experiment, batch))
+            step_optimizer(run, batch)
 
         # count; log at intervals, because reading the losses waits for the device
-        samples = schedule.samples_in_batch(batch_index)
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        runtime.all_reduce_sum(losses.values())
-        state.count_iteration(losses, samples)
+        count_iteration(run, losses, samples)
         throughput.count(samples, batch["data_wait"])
-        logger.bar.update()
         epochs = measured_epochs(run, state.iteration - first_iteration + 1)
         if is_log := state.iteration % config.log_interval == 0 or run.is_last:
-            logger.training(training_scalars(state, loss_weights) | throughput.rates(), state.iteration)
+            scalars = training_scalars(state, config.loss_weights)
+            run.logger.training(scalars | throughput.rates(), state.iteration)
         if is_log or state.iteration == first_iteration:  # the first iteration warms up: it is not timed
             throughput.restart()
 
         # test and save; this time is not part of images per second
         with throughput.paused(), run.budget.paused():
             finish_iteration(run)
-            if run.is_test and logger.enabled:
-                logger.training_panels(train_panels(net, train_set, batch, logits), state.iteration)
-            is_due = since_save.seconds() >= 60 * config.resume_interval
-            signal, save_now, epochs = runtime.all_reduce_max([run.stop.signal or 0, int(is_due), epochs])
-            if epochs:
-                fix_epochs(run, epochs)
-            if save_now or signal or run.is_last or epochs:
-                save_state(run)
-                since_save.restart()
-        if signal:
-            run.stop.signal = signal
+            if run.is_test and run.logger.enabled:
+                panels = train_panels(experiment.net, experiment.train_set, batch, logits)
+                run.logger.training_panels(panels, state.iteration)
+            signal = save_if_due(run, since_save, epochs)
         if signal or run.is_last:
             return
+
+
+def set_learning_rates(run: Run) -> None:
+    """Set the learning rates of the current optimizer step."""
+    for group in run.state.optimizer.param_groups:
+        group["lr"] = learning_rate(
+            run.state.step,
+            total_steps=run.schedule.steps,
+            peak=group["peak_lr"],
+            warmup=run.config.warmup_steps,
+            power=run.config.lr_power,
+        )
+
+
+def compute_losses(run: Run, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a batch, and its losses by name, each summed over samples."""
+    config, net, spec = run.config, run.experiment.net, run.experiment.train_set.spec
+    logits, iou_pred = net.decode(batch["embedding"], batch["points"], batch["labels"])
+    losses = sum_losses(
+        logits,
+        iou_pred,
+        batch["target"],
+        valid_pixels(batch["size"], spec.mask_grid, spec.mask_grid / spec.img_size),
+        alpha=config.alpha,
+        gamma=config.gamma,
+        with_cldice="cldice" in config.loss_weights,
+    )
+    return logits, losses
+
+
+def add_gradients(run: Run, losses: dict[str, Tensor], samples_in_step: int) -> None:
+    """Add the gradients of a batch to those of its optimizer step.
+
+    Losses are sums over samples, so every sample of the step weighs the same.
+    """
+    state, weights = run.state, run.config.loss_weights
+    total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+    state.is_consistent = not run.schedule.is_mid_step(state.iteration)  # a failure would mix gradients
+    state.scaler.scale(total / samples_in_step).backward()
+    state.is_consistent = False
+
+
+def step_optimizer(run: Run, batch: TrainBatch) -> None:
+    """Change the weights by the gradients of all processes, unless these are not finite.
+
+    batch: the last one of the step. Raises UserError after `--max_bad_steps` bad steps in a row.
+    """
+    state, config = run.state, run.config
+    runtime.all_reduce_gradients(state.parameters)
+    state.scaler.unscale_(state.optimizer)
+    is_finite = bool(nn.utils.clip_grad_norm_(state.parameters, config.grad_clip).isfinite())
+    is_overflow = not is_finite and state.can_lower_scale()
+    if is_finite:
+        state.optimizer.step()  # `scaler.step` would look for numbers that are not finite once more
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if not is_overflow:  # this step is repeated with the next samples and a lower scale
+        state.count_step(is_finite)
+    if state.bad_steps_in_a_row >= config.max_bad_steps:
+        raise UserError(bad_steps_message(state, run.experiment, batch))
+
+
+def count_iteration(run: Run, losses: dict[str, Tensor], samples: int) -> None:
+    """Count an iteration with the losses of all processes."""
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    runtime.all_reduce_sum(losses.values())
+    run.state.count_iteration(losses, samples)
+    run.logger.bar.update()
+
+
+def save_if_due(run: Run, since_save: Timer, epochs: int) -> int:
+    """Save the state if one process wants this; returns the signal that any process got, else 0.
+
+    epochs: how many the run has, if process 0 has just measured it; else 0.
+    """
+    is_due = since_save.seconds() >= 60 * run.config.resume_interval
+    signal, save_now, epochs = runtime.all_reduce_max([run.stop.signal or 0, int(is_due), epochs])
+    if epochs:
+        fix_epochs(run, epochs)
+    if save_now or signal or run.is_last or epochs:
+        save_state(run)
+        since_save.restart()
+    if signal:
+        run.stop.signal = signal
+    return signal
 
 
 def measured_epochs(run: Run, done: int) -> int:
@@ -422,7 +459,7 @@ def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.Stop
         experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
     except OSError as error:
         raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
-    with checkpoint.locked(experiment.folder):
+    with resume.locked(experiment.folder):
         train_to_the_end(config, experiment, stop)
 
 
@@ -493,10 +530,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{signal.name}: nothing was trained", file=sys.stderr)
         return signal.exit_code
     except Exception as error:
-        message = runtime.user_message(error, MEMORY_HINT)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        print_error(error)
         return 2
     code = 1
     try:
@@ -518,12 +552,18 @@ def train_to_exit_code(config: TrainConfig, experiment: Experiment) -> int:
     except (runtime.Stopped, KeyboardInterrupt):  # the latter after a second signal
         stop.signal = stop.signal or SIGINT
     except Exception as error:
-        message = runtime.user_message(error, MEMORY_HINT)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        print_error(error)
         return 1
     return 128 + stop.signal if stop.signal else 0
+
+
+def print_error(error: Exception) -> None:
+    """Print the message of an error that the user can correct, unless process 0 does. Raises a bug."""
+    message = runtime.user_message(error, MEMORY_HINT)
+    if message is None:
+        raise error
+    if not isinstance(error, runtime.ShownByMain):
+        print(f"error: {message}", file=sys.stderr)
 
 
 def print_resume_hint(config: TrainConfig) -> None:

@@ -225,10 +225,15 @@ def gather(items: list[Any]) -> list[Any]:
 LONG_WAIT = timedelta(days=7)  # the timeout of a process group is 10 or 30 minutes
 
 
+class ShownByMain(UserError):
+    """A UserError of process 0, in the other processes. Process 0 shows its message."""
+
+
 def from_main(make: Callable[[], Result]) -> Result:
     """Call `make` in process 0, and return its result in every process. It may take up to LONG_WAIT.
 
-    If `make` is interrupted, or raises an error that the user can correct, every process raises the same.
+    If `make` is interrupted, or raises an error that the user can correct, every process raises the same. In
+    the other processes, a UserError is ShownByMain.
     """
     if not dist.is_initialized():
         return make()
@@ -242,6 +247,8 @@ def from_main(make: Callable[[], Result]) -> Result:
             made = [error]
     dist.broadcast_object_list(made, src=0, group=patient)
     dist.destroy_process_group(patient)
+    if isinstance(made[0], UserError) and not is_main():
+        raise ShownByMain(*made[0].args)
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -15,7 +15,8 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial import Delaunay
 from skimage.measure import find_contours
 
-from imaging.files import FileError
+from imaging.files import FileError, format_list
+from imaging.pairing import normalized
 from imaging.prompts import Prompt
 from sam.point_labels import (
     BACKGROUND_POINT,
@@ -51,20 +52,28 @@ class _Box(NamedTuple):
     y2: float
 
 
-def read_prompts(path: Path) -> dict[str, list[Prompt]]:
-    """Read the prompts of each image, by the stem of the image: one for all its points, one for each box.
+_Located = tuple[str, str, _Point | _Box]  # where it is in the file, the name of its image, and itself
+
+
+def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[Prompt]]:
+    """Read the prompts of each image, by its `normalized` stem: one for all its points, one for each box.
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
     background) or per box (`image,x1,y1,x2,y2`). It may be separated by semicolons or tabs, and then have
     decimal commas. In a COCO file, an annotation gives its visible keypoints, or its box if it has no
     keypoints. All coordinates are pixels of the image.
 
-    Raises FileError, which says what is wrong with the file and what is expected.
+    sizes: (h, w) of images, by the same stem. Images of other stems are not checked.
+
+    Raises FileError, which says what is wrong with the file and what is expected, also if a point or a whole
+    box lies outside of its image.
     """
+    located = _read_items(path)
+    _require_inside(path, located, sizes)
     points: dict[str, list[_Point]] = {}
     prompts: dict[str, list[Prompt]] = {}
-    for image_name, item in _read_items(path):
-        stem = Path(image_name).stem
+    for _, image_name, item in located:
+        stem = normalized(Path(image_name).stem)
         if isinstance(item, _Point):
             points.setdefault(stem, []).append(item)
         else:
@@ -78,8 +87,31 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
     return prompts
 
 
-def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
-    """Read the points and boxes of a file, with the name of their image; raises FileError."""
+def _require_inside(path: Path, located: Iterable[_Located], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise FileError, which lists them, if points or whole boxes lie outside of their images."""
+    outside = []
+    for place, image_name, item in located:
+        stem = normalized(Path(image_name).stem)
+        if stem not in sizes:
+            continue
+        (height, width), is_point = sizes[stem], isinstance(item, _Point)
+        numbers: tuple[float, ...] = item[:2] if is_point else item
+        xs, ys = numbers[::2], numbers[1::2]
+        if max(xs) < 0 or min(xs) > width or max(ys) < 0 or min(ys) > height:
+            kind, values = "point" if is_point else "box", ", ".join(f"{number:g}" for number in numbers)
+            outside.append(
+                f"{place}: {kind} ({values}) in {image_name}, which is {width} px wide and {height} px high"
+            )
+    if outside:
+        raise FileError(
+            f"--prompt {path}: {len(outside)} points or boxes lie outside of their image; expected pixels, x "
+            "to the right and y down from the top left corner. Correct or remove these:\n  "
+            f"{format_list(outside)}"
+        )
+
+
+def _read_items(path: Path) -> list[_Located]:
+    """Read the points and boxes of a file; raises FileError."""
     read = _read_coco if path.suffix.lower() == ".json" else _read_csv
     try:
         return list(read(path))
@@ -91,7 +123,7 @@ def _read_items(path: Path) -> list[tuple[str, _Point | _Box]]:
         raise FileError(f"--prompt {path}: {error}; {EXPECTED}") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
+def _read_csv(path: Path) -> Iterator[_Located]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         header = file.readline()
         file.seek(0)
@@ -101,31 +133,31 @@ def _read_csv(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
         for row in rows:
-            name = _require_text(row["image"])
+            place, name = f"line {rows.line_num}", _require_text(row["image"])
             texts = [row[column] or "" for column in (("x1", "y1", "x2", "y2") if is_box else ("x", "y"))]
             numbers = _finite(text if delimiter == "," else text.replace(",", ".") for text in texts)
             if is_box:
-                yield name, _Box(*numbers)
+                yield place, name, _Box(*numbers)
             else:
                 x, y = numbers
-                yield name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
+                yield place, name, _Point(x, y, _parse_label(row.get("label") or FOREGROUND_POINT))
 
 
-def _read_coco(path: Path) -> Iterator[tuple[str, _Point | _Box]]:
+def _read_coco(path: Path) -> Iterator[_Located]:
     document = json.loads(path.read_bytes())
     names = {image["id"]: _require_text(image["file_name"]) for image in document["images"]}
-    for annotation in document["annotations"]:
+    for number, annotation in enumerate(document["annotations"], 1):
         if annotation["image_id"] not in names:
             raise ValueError(f"an annotation has image_id {annotation['image_id']}, but no image has this id")
-        name = names[annotation["image_id"]]
+        place, name = f"annotation {number}", names[annotation["image_id"]]
         keypoints = np.reshape(annotation.get("keypoints", []), (-1, 3))
         for x, y, visibility in keypoints:
             if visibility:
                 x, y = _finite((x, y))
-                yield name, _Point(x, y, FOREGROUND_POINT)
+                yield place, name, _Point(x, y, FOREGROUND_POINT)
         if len(keypoints) == 0:
             left, top, width, height = _finite(annotation["bbox"])
-            yield name, _Box(left, top, left + width - 1, top + height - 1)
+            yield place, name, _Box(left, top, left + width - 1, top + height - 1)
 
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:

@@ -139,6 +139,15 @@ def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> int:
     return height * width
 
 
+def read_size(path: Path) -> tuple[int, int]:
+    """The size (h, w) of an image file as `decode` gives it, from its header; raises FileError."""
+    with decoding(path), Image.open(path, formats=FORMATS) as image:
+        if image.format == "TIFF" and _exif_orientation(image) > 1:
+            image.load()  # Pillow then rotates it, and reports it as upright
+        width, height = image.size
+        return (width, height) if _exif_orientation(image) > 4 else (height, width)
+
+
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

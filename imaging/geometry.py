@@ -76,21 +76,15 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-BOX_STEP = 32  # columns; a multiple of the float32 values in a vector register
-
-
 def touched_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
     """The rows and columns of a box that contains all pixels above 0 of a mask uint8 (H, W).
 
-    The box has at least `margin` more pixels on each side, but ends where the mask ends. The box of an empty
-    mask contains its first pixel.
+    The box has `margin` more pixels on each side, but ends where the mask ends. The box of an empty mask
+    contains its first pixel.
     """
     left, top, width, height = cv2.boundingRect(mask)
     rows = slice(max(top - margin, 0), max(top + height, 1) + margin)
-    # OpenCV rounds differently in columns that do not fill a vector register. In a box of whole registers,
-    # a float32 filter gives the same values as in the whole image.
-    first, last = max(left - margin, 0) // BOX_STEP, (left + width + margin) // BOX_STEP
-    return rows, slice(first * BOX_STEP, (last + 1) * BOX_STEP)
+    return rows, slice(max(left - margin, 0), max(left + width, 1) + margin)
 
 
 def to_u8(mask: np.ndarray) -> np.ndarray:

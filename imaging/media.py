@@ -34,6 +34,7 @@ from imaging.files import (
     decode,
     format_list,
     image_files,
+    read_size,
     to_rgb,
     unread_files,
 )
@@ -206,9 +207,8 @@ def find_prompts(path: Path, images: Iterable[InputFile]) -> dict[str, list[Prom
     """Read the prompts of each image, by its stem, from a CSV or COCO file, which has the names of files.
 
     Raises UserError if the file cannot be read, if images of two subfolders have the same name, or listing
-    the images without a prompt.
+    the prompts outside of their image, or the images without a prompt.
     """
-    prompts = {normalized(stem): several for stem, several in read_prompts(path).items()}
     names: dict[str, InputFile] = {}
     for image in images:
         other = names.setdefault(normalized(image.path.stem), image)
@@ -217,6 +217,11 @@ def find_prompts(path: Path, images: Iterable[InputFile]) -> dict[str, list[Prom
                 f"--prompt {path}: {other.name} and {image.name} have the same file name, which does not say "
                 "whose prompt it is; predict one subfolder at a time"
             )
+    sizes: dict[str, tuple[int, int]] = {}
+    for stem, image in names.items():
+        with suppress(FileError):  # `read_images` leaves the image out
+            sizes[stem] = read_size(image.path)
+    prompts = read_prompts(path, sizes)
     missing = [image.path.name for stem, image in names.items() if stem not in prompts]
     if missing:
         raise UserError(

@@ -1,22 +1,16 @@
-"""Saved weights, and what a resumed run takes from the files of the run."""
+"""Files of weights: what is loaded, what is refused, and which ones a run keeps."""
 
 import errno
 import os
 import pickle
-import shlex
-import signal
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import draw_cable, rng, run_finetune, run_tiny, write_dataset
-from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoint
+import resume
 from base.errors import UserError
-from train_config import parse_args
 
 
 def test_round_trip(tmp_path):
@@ -109,14 +103,14 @@ def test_one_of_several_models_is_not_guessed(tmp_path, tiny_sam):
 
 def test_a_state_to_resume_names_the_weights_to_give(tmp_path):
     (tmp_path / "run").mkdir()
-    state = {key: {} for key in checkpoint.ResumeState.__required_keys__}
+    state = {key: {} for key in resume.ResumeState.__required_keys__}
     torch.save(state, tmp_path / "run/resume.pth")
     with pytest.raises(UserError, match=r"state for --resume, .* give .*run/checkpoints/last\.pth"):
         checkpoint.load_weights(tmp_path / "run/resume.pth")
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "bad disk")])
-@pytest.mark.parametrize("load", [checkpoint.load_resume_state, checkpoint.load_weights])
+@pytest.mark.parametrize("load", [resume.load_resume_state, checkpoint.load_weights])
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, load, error):
     def fail(*_, **__):
         raise error
@@ -153,112 +147,6 @@ def test_a_model_that_was_saved_whole_is_refused_with_the_way_out(tmp_path, tiny
         checkpoint.load_weights(tmp_path / "w.pth")
 
 
-# --- resuming ---
-
-FLAGS = ("-b", 2, "--lr", 1e-2, "--prompt", "mixed", "--test_interval", 4, "--seed", 3)
-
-
-@pytest.fixture
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def last_weights(name):
-    return checkpoint.load_weights(Path(f"exp/{name}/checkpoints/last.pth"))
-
-
-def test_the_printed_command_resumes_with_the_files_of_the_run(
-    tiny_weights, config_file, in_tmp_path, at_iteration, capsys
-):
-    config = config_file()
-    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3, "-n", "whole") == 0
-    at_iteration(5, lambda batch, net: os.kill(os.getpid(), signal.SIGTERM))
-    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 3) == 143
-    config.unlink()
-    _, command = capsys.readouterr().err.rstrip().split("to continue: ")
-    _, script, *argv = shlex.split(command)
-    assert Path(script).name == "finetune.py" and argv == ["--exp_name", "run", "--resume"]
-    assert run_finetune(*argv) == 0
-    assert "resumed     after iteration 5" in capsys.readouterr().out
-    whole, resumed = last_weights("whole"), last_weights("run")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_a_run_whose_folder_was_renamed_goes_on(tiny_weights, config_file, in_tmp_path):
-    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1) == 0
-    Path("exp/run").rename("exp/renamed")
-    assert run_finetune("--exp_name", "renamed", "--resume", "-e", 2) == 0
-    assert not Path("exp/run").exists() and Path("exp/renamed/checkpoints/last.pth").exists()
-
-
-def test_flags_of_a_resumed_run_come_from_its_files_and_then_from_the_command(
-    tiny_weights, config_file, in_tmp_path, capsys
-):
-    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1, "--grad_checkpointing") == 0
-    config = parse_args(["--resume", "--exp_name=run", "--log_interval", "3", "-e", "2"])
-    assert (config.lr, config.seed, config.num_workers, config.prompt) == (1e-2, 3, 0, "mixed")
-    assert config.grad_checkpointing and config.keep_last is None and config.resume
-    assert (config.log_interval, config.epoch_num) == (3, 2)
-    assert (config.checkpoint, config.config) == (tiny_weights, Path("exp/run/config.yaml"))
-    assert run_finetune("--resume", "-n", "run", "-e", 2, "--lr", 7) == 2
-    assert "--lr: was 0.01, is now 7.0" in capsys.readouterr().err
-    Path("exp/run/args.yaml").write_text("- no flags")
-    assert run_finetune("--resume", "-n", "run") == 2
-    assert "exp/run/args.yaml: expected the flags of the run" in capsys.readouterr().err
-    assert run_finetune("--resume", "-n", "nothing") == 2
-    assert "exp/nothing: there is no such run to resume" in capsys.readouterr().err
-
-
-def test_a_run_goes_on_with_data_and_weights_that_were_moved(
-    tiny_weights, config_file, in_tmp_path, data, capsys
-):
-    config = config_file()
-    assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
-    for name in ("cables", "test", "backgrounds"):
-        (data / name).rename(data / f"moved {name}")
-    assert run_finetune("--resume", "-n", "run", "-e", 2) == 2
-    error = capsys.readouterr().err
-    assert "no such folder" in error and "If the data was moved, give --config" in error
-    document = yaml.safe_load(config.read_text())
-    train = document["dataset"]["train"][0]
-    train |= {"data_dir": "moved cables", "bg_paths": ["moved backgrounds"]}
-    document["dataset"]["test"]["data_dir"] = "moved test"
-    (data / "new.yaml").write_text(yaml.safe_dump(document))
-    weights = tiny_weights.rename(tiny_weights.with_name("moved.pth"))
-    argv = ("--resume", "-n", "run", "-e", 2, "--config", data / "new.yaml", "--checkpoint", weights)
-    assert run_finetune(*argv) == 0
-    assert "resumed     after iteration 3" in capsys.readouterr().out
-    train["bg_paths"] *= 2
-    document["dataset"]["train"].append(train)
-    (data / "new.yaml").write_text(yaml.safe_dump(document))
-    assert run_finetune(*argv[:-2], "-e", 3) == 2
-    error = capsys.readouterr().err
-    assert "dataset.train[0].bg_paths: was 1 folder(s), is now 2 folder(s)" in error
-    assert f"dataset.train[1]: was missing, is now {data}/moved cables" in error and "{" not in error
-
-
-def test_photos_that_were_added_or_removed_are_named_with_the_way_on(
-    tiny_weights, config_file, in_tmp_path, data, capsys
-):
-    assert run_tiny(config_file(), tiny_weights, *FLAGS, "-e", 1) == 0
-    write_dataset(data / "new", 1, seed=5)
-    for kind in ("imgs", "masks"):
-        (data / f"new/{kind}/0.png").rename(data / f"cables/{kind}/extra.png")
-        (data / f"test/{kind}/1.png").unlink()
-    Image.fromarray(draw_cable(rng(7), (48, 64), 5)).save(data / "cables/masks/2.png")
-    capsys.readouterr()
-    assert run_finetune("--resume", "-n", "run", "-e", 2) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[1:-1] == [
-        "  changed: dataset 1: masks/2",
-        "  added: dataset 1: imgs/extra",
-        "  added: dataset 1: masks/extra",
-        "  removed: dataset 2: imgs/1",
-        "  removed: dataset 2: masks/1",
-    ]
-    assert lines[-1].endswith("another --exp_name and --checkpoint exp/run/checkpoints/last.pth.")
-
-
 def test_the_folder_of_a_run_and_an_onnx_file_name_the_weights_to_give(tmp_path, tiny_weights):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     weights = tiny_weights.rename(tmp_path / "run/checkpoints/best.pth")
@@ -269,11 +157,25 @@ def test_the_folder_of_a_run_and_an_onnx_file_name_the_weights_to_give(tmp_path,
         checkpoint.load_weights(tmp_path / "cables.onnx")
 
 
-def test_a_lock_file_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
-    def refuse(path, missing_ok=False):
-        raise PermissionError(errno.EACCES, "open in another program", str(path))
+# --- The best weights and those of epochs ------------------------------------------------------
 
-    with monkeypatch.context() as patch, checkpoint.locked(tmp_path):
-        patch.setattr(Path, "unlink", refuse)
-    with checkpoint.locked(tmp_path):  # it was released
-        pass
+
+def test_the_best_weights_outlive_a_disk_that_is_full(tmp_path):
+    for name in ("best.pth", "best.json"):
+        (tmp_path / name).write_text(name)
+    checkpoint.keep_best(tmp_path, 6)
+    checkpoint.remove_kept_best(tmp_path)  # a state fits on the disk, and the new best.pth does not
+    assert (tmp_path / "best_at_6.pth").read_text() == "best.pth"
+    checkpoint.restore_best(tmp_path, 6)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "best.pth": "best.pth", "best.json": "best.json",
+    }  # fmt: skip
+
+
+def test_checkpoints_that_the_user_copied_are_left_alone(tmp_path):
+    copies = {"best_at_friday.pth", "epoch_0001_copy.pth"}
+    for name in (*copies, "best.pth", "best_at_6.pth", "epoch_0001.pth", "epoch_0002.pth"):
+        (tmp_path / name).touch()
+    checkpoint.remove_kept_best(tmp_path)
+    checkpoint.remove_old_checkpoints(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == copies | {"best.pth", "epoch_0002.pth"}

@@ -137,7 +137,7 @@ def test_the_document_ties_regions_to_their_images():
 def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text("image,x,y,label\na.png,3,4,1\nb.png,1,1,\na.png,5.5,6,0\n")
-    prompts = read_prompts(path)
+    prompts = read_prompts(path, {})
     (prompt,) = prompts["a"]
     assert prompt.points[:2].tolist() == [[3, 4], [5.5, 6]]
     assert prompt.labels.tolist() == [FOREGROUND_POINT, BACKGROUND_POINT, NOT_A_POINT]
@@ -156,7 +156,7 @@ def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
 def test_csv_files_as_spreadsheets_write_them(tmp_path, text):
     path = tmp_path / "points.csv"
     path.write_bytes(text.encode())
-    (prompt,) = read_prompts(path)["a"]
+    (prompt,) = read_prompts(path, {})["a"]
     assert prompt.points[0].tolist() == [3.5, 4] and prompt.labels[0] == BACKGROUND_POINT
 
 
@@ -164,7 +164,7 @@ def test_a_comma_in_a_number_of_a_csv_with_commas_is_refused(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text('image,x,y\na.png,"1,234",4\n')
     with pytest.raises(UserError, match=r"points\.csv: could not convert"):
-        read_prompts(path)
+        read_prompts(path, {})
 
 
 def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
@@ -174,13 +174,13 @@ def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
         "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}],
     }
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(document).encode())
-    assert read_prompts(path)["ü"][0].points.tolist() == [[1, 2], [3, 5]]
+    assert read_prompts(path, {})["ü"][0].points.tolist() == [[1, 2], [3, 5]]
 
 
 def test_every_box_is_a_prompt(tmp_path):
     path = tmp_path / "boxes.csv"
     path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,5,6,7,8\n")
-    first, second = read_prompts(path)["a"]
+    first, second = read_prompts(path, {})["a"]
     assert first.points.tolist() == [[1, 2], [30, 40]]
     assert first.labels.tolist() == [BOX_CORNER_1, BOX_CORNER_2]
     assert second.points.tolist() == [[5, 6], [7, 8]]
@@ -194,7 +194,7 @@ def test_coco_boxes_and_keypoints(tmp_path):
     images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "sub/b.jpg"}]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    prompts = read_prompts(path)
+    prompts = read_prompts(path, {})
     assert prompts["a"][0].points.tolist() == [[1, 2], [10, 21]]
     assert prompts["b"][0].points.tolist() == [[3, 4], [0, 0]]
     assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
@@ -223,12 +223,49 @@ def test_coco_boxes_and_keypoints(tmp_path):
 def test_files_without_prompts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}: .*expected a CSV"):
-        read_prompts(tmp_path / name)
+        read_prompts(tmp_path / name, {})
+
+
+@pytest.mark.parametrize(
+    ("header", "inside", "outside"),
+    [
+        ("image,x,y", ["0,0", "64,48"], ["64.5,20", "20,-1", "20,49"]),
+        (
+            "image,x1,y1,x2,y2",
+            ["-9,-9,0,0", "60,40,99,99", "-5,-5,99,99"],
+            ["65,0,80,9", "0,49,9,60", "-9,0,-1,9"],
+        ),
+    ],
+)
+def test_prompts_outside_of_their_image_are_listed(tmp_path, header, inside, outside):
+    path, size = tmp_path / "p.csv", {"a": (48, 64)}
+    path.write_text("\n".join([header, *(f"a.png,{row}" for row in inside), f"b.png,{outside[0]}"]))
+    assert read_prompts(path, size).keys() == {"a", "b"}  # the size of b is not known
+    path.write_text("\n".join([header, f"a.png,{inside[0]}", *(f"a.png,{row}" for row in outside)]))
+    with pytest.raises(UserError, match=rf"--prompt .*p\.csv: {len(outside)} points or boxes") as raised:
+        read_prompts(path, size)
+    _, *listed = str(raised.value).splitlines()
+    kind = "point" if header == "image,x,y" else "box"
+    assert listed == [
+        f"  line {line}: {kind} ({row.replace(',', ', ')}) in a.png, which is 64 px wide and 48 px high"
+        for line, row in enumerate(outside, 3)
+    ]
+
+
+def test_a_coco_box_outside_of_its_image_is_named(tmp_path):
+    path = tmp_path / "p.json"
+    annotations = [{"image_id": 7, "bbox": [x, 2, 10, 20]} for x in (-9, -10)]  # one column is inside, none
+    images = [{"id": 7, "file_name": "a.jpg"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    with pytest.raises(
+        UserError, match=r"p\.json: 1 points .*\n  annotation 2: box \(-10, 2, -1, 21\) in a\.jpg"
+    ):
+        read_prompts(path, {"a": (48, 64)})
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--prompt .*p\.csv: cannot be read"):
-        read_prompts(tmp_path / "p.csv")
+        read_prompts(tmp_path / "p.csv", {})
 
 
 # --- masks from labels ---

@@ -112,6 +112,14 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
     assert "processes: were 2, are now 1" in capsys.readouterr().err
 
 
+def test_a_mistake_in_the_yaml_file_is_shown_once(tiny_weights, data):
+    (data / "bad.yaml").write_text("dataset: {train: [{data_dir: nowhere}]}")
+    process = run_forked(*together(data / "bad.yaml", tiny_weights), processes=2)
+    assert process.returncode == 2
+    assert process.stderr.count("error: ") == process.stderr.count("dataset.train[0].data_dir") == 1
+    assert "Traceback" not in process.stderr
+
+
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)

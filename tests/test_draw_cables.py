@@ -92,10 +92,10 @@ def test_a_second_run_replaces_its_own_files_and_keeps_others(tmp_path, capsys):
     assert draw_cables.main(argv) == 0
     assert contents(tmp_path) == before
     (tmp_path / "imgs/mine.jpg").write_bytes(b"a photo")
-    assert draw_cables.main(argv) == 1
+    assert draw_cables.main(argv) == 2
     message = capsys.readouterr().err
     assert f"--out {tmp_path}" in message and "imgs/mine.jpg" in message and "new folder" in message
-    assert draw_cables.main(["--out", str(tmp_path / "imgs/mine.jpg")]) == 1
+    assert draw_cables.main(["--out", str(tmp_path / "imgs/mine.jpg")]) == 2
     assert contents(tmp_path) == before and (tmp_path / "imgs/mine.jpg").read_bytes() == b"a photo"
 
 

@@ -22,6 +22,7 @@ import checkpoint
 import finetune
 import inference
 import losses
+import resume
 import runtime
 from base.errors import UserError
 from config import load_config
@@ -339,10 +340,10 @@ def test_fp16_trains_with_a_scaler_and_resumes_it(tiny_weights, config_file):
     )
     key = "mask_decoder.iou_token.weight"
     assert after[key].isfinite().all() and not torch.equal(before[key], after[key])
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["scaler"]
+    state = resume.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["scaler"]
     assert state["scale"] > 1 and state["_growth_tracker"] == 4
     assert run_tiny(config_file(), tiny_weights, *options, "-e", 3, "--resume") == 0
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["scaler"]
+    state = resume.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["scaler"]
     assert state["_growth_tracker"] == 6
 
 
@@ -412,21 +413,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_weights, config_file, a
     curves = scalars("exp/run")
     for tag in whole_curves.keys() - NOT_REPEATABLE:
         assert curves[tag] == whole_curves[tag], tag
-
-
-def test_a_resumed_run_takes_no_other_settings(tiny_weights, config_file, capsys):
-    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--resume") == 2
-    assert "exp/run: there is no such run" in capsys.readouterr().err and not Path("exp").exists()
-    assert run_tiny(config_file(), tiny_weights, "-e", 1) == 0
-    before = {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
-    assert run_tiny(config_file(percentage=0.5), tiny_weights, "-e", 2, "--lr", 7, "--resume") == 2
-    error = capsys.readouterr().err
-    assert "--lr: was 0.001, is now 7.0" in error
-    assert "dataset.train[0].percentage: was 1.0, is now 0.5" in error and "data_dir" not in error
-    assert "epoch_num" not in error
-    assert before == {path: path.stat().st_mtime_ns for path in Path("exp").rglob("*")}
-    assert run_finetune("-c", config_file(), "--resume") == 2
-    assert "--resume needs the --exp_name" in capsys.readouterr().err
 
 
 def test_a_run_without_a_test_set(tiny_weights, config_file, capsys):

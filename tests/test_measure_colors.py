@@ -18,5 +18,5 @@ def test_each_color_class_has_a_row(tiny_weights, tmp_path, capsys):
 
 
 def test_a_wrong_folder_is_named(tiny_weights, tmp_path, capsys):
-    assert measure_colors.main(["--checkpoint", str(tiny_weights), "--data", str(tmp_path / "gone")]) != 0
+    assert measure_colors.main(["--checkpoint", str(tiny_weights), "--data", str(tmp_path / "gone")]) == 2
     assert "gone" in capsys.readouterr().err

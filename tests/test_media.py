@@ -164,6 +164,20 @@ def test_prompts_are_required_for_every_image(tmp_path):
         media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / f"{name}.jpg") for name in "ab"])
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_prompts_are_for_the_upright_image(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / f"a{suffix}", exif=exif)
+    image = input_file(tmp_path / f"a{suffix}")
+    assert files.read_image(image.path).shape == (64, 48, 3)
+    (tmp_path / "p.csv").write_text("image,x,y\na.png,40,60\n")
+    assert media.find_prompts(tmp_path / "p.csv", [image]).keys() == {"a"}
+    (tmp_path / "p.csv").write_text("image,x,y\na.png,60,40\n")
+    with pytest.raises(UserError, match=r"line 2: point \(60, 40\) in a\.png, which is 48 px wide and 64 px"):
+        media.find_prompts(tmp_path / "p.csv", [image])
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_png_files_keep_their_values(tmp_path, dtype):
     values = rng().integers(0, np.iinfo(dtype).max, (5, 6)).astype(dtype)

@@ -53,6 +53,16 @@ def test_a_header_that_claims_billions_of_frames_is_not_believed(tiny_weights, t
     assert sorted(files)[:2] == ["masks/clip_000000.png", "masks/clip_000001.png"] and len(files) == 5
 
 
+def test_a_prompt_outside_of_its_image_ends_the_command_before_it_writes(
+    tiny_weights, data, tmp_path, capsys
+):
+    (tmp_path / "p.csv").write_text("image,x,y\n0.png,5,6\n1.png,900,6\n2.png,5,6\n")
+    assert run(tiny_weights, data / "test/imgs", tmp_path / "out", "--prompt", tmp_path / "p.csv") == 2
+    error = capsys.readouterr().err
+    assert "line 3: point (900, 6) in 1.png, which is 64 px wide and 48 px high" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, "tqdm", partial(tqdm, disable=True))  # as with TQDM_DISABLE=1
     assert run(tiny_weights, data / "test/imgs", tmp_path / "out") == 0

@@ -26,6 +26,7 @@ import checkpoint
 import dataset
 import dataset_index
 import finetune
+import resume
 import runtime
 from config import load_config
 from dataset_index import index_datasets
@@ -239,7 +240,7 @@ def test_a_photo_that_is_replaced_by_one_of_another_size_is_named(
     assert run_tiny(config, tiny_weights, *FLAGS, "--cache_mb", 0) == 1
     error = capsys.readouterr().err
     assert "is 20 x 30 (h x w) but its mask is 48 x 64" in error and "Traceback" not in error
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))
+    state = resume.load_resume_state(Path("exp/run/resume.pth"))
     assert state["train_state"]["counters"]["iteration"] >= 8
 
 
@@ -480,7 +481,7 @@ def test_a_run_that_is_done_is_not_resumed_without_more_epochs(config, tiny_weig
 
 def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys):
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
-    with checkpoint.locked(Path("exp/run")):
+    with resume.locked(Path("exp/run")):
         process = run_forked(*apart(config, tiny_weights, "-e", 2, "--resume"))
     assert process.returncode == 1
     assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
@@ -551,5 +552,5 @@ def test_too_little_shared_memory_is_named(config, tiny_weights, monkeypatch, ca
 def test_the_newest_checkpoints_are_those_of_the_largest_epochs(tmp_path):
     for epoch in (9998, 9999, 10000, 10001):
         (tmp_path / f"epoch_{epoch:04d}.pth").touch()
-    finetune.remove_old_checkpoints(tmp_path, 2)
+    checkpoint.remove_old_checkpoints(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"epoch_10000.pth", "epoch_10001.pth"}

@@ -12,6 +12,7 @@ from conftest import run_finetune, run_tiny, scalars
 
 import checkpoint
 import finetune
+import resume
 from train_state import learning_rate
 
 
@@ -105,6 +106,6 @@ def test_a_run_of_minutes_measures_its_speed_once_and_resumes_exactly(
 
 def test_a_run_of_minutes_ends_in_time(tiny_weights, config_file):
     assert run_tiny(config_file(), tiny_weights, "-b", 2, "--minutes", 0.05, "--test_interval", 1000) == 0
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["counters"]
+    state = resume.load_resume_state(Path("exp/run/resume.pth"))["train_state"]["counters"]
     assert state["epochs"] >= 1 and state["iteration"] == 3 * state["epochs"]
     assert math.isfinite(scalars("exp/run")["test/iou"][-1][1])

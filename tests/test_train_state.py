@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_tiny, scalars
 
-import checkpoint
+import resume
 from train_state import Schedule, TrainState, build_optimizer, learning_rate
 
 
@@ -108,7 +108,7 @@ def test_fp16_repeats_a_step_with_a_lower_scale(config_file, tiny_weights, at_it
     assert [value for _, value in curves["train/bad_steps"]] == [0] * 27
     rates = [rate for _, rate in curves["train/lr"][:6]]  # the warm-up begins with the first good step
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 2e-4, 4e-4, 6e-4])
-    state = checkpoint.load_resume_state(Path("exp/run/resume.pth"))["train_state"]
+    state = resume.load_resume_state(Path("exp/run/resume.pth"))["train_state"]
     assert state["scaler"]["scale"] == 2**13  # from 2^16
     assert state["counters"]["step"] == 24
 

@@ -407,7 +407,7 @@ def require_no_other_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns 0, or 2 after a message."""
     args = parse_args(argv)
     names = [f"drawn_{args.seed}_{index:05d}.png" for index in range(args.n)]
     try:
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             write_image(args.out / "masks" / name, np.where(mask, 255, 0).astype(np.uint8))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{args.n} images and masks are in {args.out}")
     return 0
 

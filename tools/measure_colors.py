@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 after a message."""
+    """Run the command line; returns 0, or 2 after a message."""
     args = parse_args(argv)
     try:
         pairs, faults = find_pairs(args.data)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         measure(pairs[:: args.every], inference.load(args.checkpoint, "cpu", args.threshold, tiles="off"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
