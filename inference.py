@@ -417,8 +417,10 @@ def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:
-    """The prompt that is a box, in pixels of the image."""
-    return Prompt(np.array([[x1, y1], [x2, y2]], np.float32), np.array([BOX_CORNER_1, BOX_CORNER_2]))
+    """The prompt that is a box, from two opposite corners in pixels of the image."""
+    corners = np.array([[x1, y1], [x2, y2]], np.float32)
+    corners.sort(axis=0)  # SAM expects the top left corner first
+    return Prompt(corners, np.array([BOX_CORNER_1, BOX_CORNER_2]))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -282,6 +282,11 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
             segment(photos[0], wrong)
 
 
+def test_a_box_may_be_given_by_any_two_opposite_corners():
+    for x1, y1, x2, y2 in ((10, 20, 60, 40), (60, 40, 10, 20), (60, 20, 10, 40)):
+        assert box_prompt(x1, y1, x2, y2).points.tolist() == [[10, 20], [60, 40]]
+
+
 @pytest.mark.parametrize(
     ("image", "found"),
     [
