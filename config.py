@@ -297,7 +297,7 @@ def _describe(fault: Mapping[str, Any]) -> str:
 def _shorten(value: Any, length: int = 80) -> str:
     """Write a value in at most `length` characters.
 
-    This is quick even if the aliases in the value expand to millions of values.
+    This takes no longer if YAML aliases make a value of millions of items.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, length, length

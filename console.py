@@ -21,7 +21,7 @@ REPORT_FILE = "report.html"  # see report.py
 def dataset_table(train: list[DatasetIndex], test: DatasetIndex | None) -> str:
     """One line for each dataset: pairs, foreground of the masks, backgrounds, augmentation, percentage.
 
-    Below it, one line for what is not read, or is read as cable in several colors.
+    Below each line follow the notes of the dataset, see `DatasetIndex.notes`.
     """
     columns = f"{'pairs':>6} {'foreground':>11} {'backgrounds':>12} {'augmented':>10} {'percentage':>11}"
     lines = [f"{'dataset':40} {columns}"]

@@ -64,8 +64,8 @@ def make_rng(seed: int, *key: int) -> np.random.Generator:
 def epoch_plan(datasets: list[DatasetIndex], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs one epoch uses, and in which order.
 
-    A dataset contributes its `samples_per_epoch`: whole passes, and a subset that is drawn afresh each
-    epoch and in which no pair occurs twice.
+    A dataset contributes its `samples_per_epoch`: whole passes, and a new random subset each
+    epoch, in which no pair occurs twice.
 
     Returns:
         int (n, 2), rows of (dataset, pair), one per index in the epoch; and a permutation of the indices.
@@ -129,7 +129,7 @@ Sample = TypeVar("Sample")
 
 
 def with_retry(make: Callable[[Any], Sample], key: Hashable) -> Sample:
-    """`make(key)`. If a file cannot be read any more, tries once again; then raises UserError."""
+    """Return `make(key)`. If a file cannot be read, try once more after a second, then raise UserError."""
     try:
         return make(key)
     except FileError:
@@ -172,7 +172,7 @@ class TrainSet(Dataset[TrainSample]):
     Args:
         reuse: in how many epochs a composite or an augmented photo is used before a new one replaces it.
         keep_photos: whether the embeddings of photos that never change are kept for all epochs.
-        cache_bytes: memory for decoded files.
+        cache_bytes: memory for decoded files, in bytes.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class TrainSet(Dataset[TrainSample]):
                 self.n_cache_slots += dataset.samples_per_epoch
 
     def without_kept_photos(self) -> "TrainSet":
-        """The same samples with cache slots for composites and augmented photos alone."""
+        """A copy that has cache slots for composites and augmented photos only."""
         other = copy.copy(self)
         other.keep_photos = False
         other._number()
@@ -216,7 +216,7 @@ class TrainSet(Dataset[TrainSample]):
     def epoch(self, epoch: int) -> list[SampleKey]:
         """The samples of one epoch, in order.
 
-        The sample at an index is created anew in every epoch with (epoch + index) % reuse == 0.
+        A new sample is created at an index in every epoch with (epoch + index) % reuse == 0.
         """
         plan, order = epoch_plan(self.datasets, self.seed, epoch)
         created = np.maximum(0, epoch - (epoch + np.arange(len(plan))) % self.reuse)
@@ -235,7 +235,7 @@ class TrainSet(Dataset[TrainSample]):
         return SampleKey(epoch, index, created, number, int(plans[created][index, 1]), slot)
 
     def epoch_batches(self, epoch: int, *, batch_size: int) -> list[list[SampleKey]]:
-        """The batches of one epoch, those of all processes together."""
+        """The batches of one epoch; each holds the samples of all processes."""
         keys = self.epoch(epoch)
         return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
@@ -334,13 +334,13 @@ SHARED_MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class SampleError:
-    """Stands for a sample that could not be made. It crosses from a worker as a value, with its message."""
+    """A sample that could not be made. A data worker returns it as a value, with the message."""
 
     message: str
 
 
 class _ErrorsAsValues(Dataset[Any]):
-    """The same samples; a UserError becomes a `SampleError`."""
+    """The same samples, but a `SampleError` is returned where a UserError is raised."""
 
     def __init__(self, samples: Dataset[Any]) -> None:
         self.samples = samples
@@ -379,7 +379,7 @@ def train_loader(
 
 
 def test_loader(test_set: TestSet, *, num_workers: int, rank: int, world_size: int) -> Iterator[TestSample]:
-    """The share of one process of the test samples, one by one since their sizes differ.
+    """The test samples of this process, one by one because their sizes differ.
 
     Raises UserError as `train_loader` does.
     """
@@ -400,7 +400,7 @@ def _data_loader(samples: Dataset[Any], num_workers: int, **batching: Any) -> Da
 
 
 def _iterate(loader: DataLoader[Any], sample_bytes: int) -> Iterator[Any]:
-    """The batches of a loader. A worker that does not answer, or cannot, ends with UserError."""
+    """The batches of a loader. Raises UserError if a worker does not answer or cannot be started."""
     if loader.num_workers:
         _require_shared_memory(sample_bytes)
     others = set(multiprocessing.active_children())

@@ -36,7 +36,7 @@ class DatasetIndex:
     """The files of one dataset of the config, checked.
 
     infos: size, pixel hash and, of masks, the foreground of every file, as the check at the start saw them.
-    unread: what lies in the folders and is no image file by its suffix.
+    unread: files in the folders that are not image files by their suffix.
     """
 
     config: DatasetConfig
@@ -196,10 +196,10 @@ FULL_SCALES = {1, 255, 65535}  # foreground values that have one meaning, also i
 
 
 def _mask_faults(dataset: DatasetIndex) -> list[str]:
-    """What is wrong with the masks of a dataset as a whole; its files were read without a fault.
+    """What is wrong with the masks of a dataset as a whole; each of its files was read without a fault.
 
-    It is a fault if foreground covers more than half of the pixels, or nearly all of one mask; if every mask
-    is empty; if masks of two values have different foreground values, as files of several classes have.
+    The faults: foreground covers more than half of all pixels or nearly all of one mask; every mask is
+    empty; gray masks of two values have different foreground values, as masks of several classes have.
     """
     folder, config = dataset.config.data_dir / "masks", dataset.config
     masks = {pair.mask_path: dataset.infos.get(pair.mask_path) for pair in dataset.pairs}
@@ -226,7 +226,7 @@ def _mask_faults(dataset: DatasetIndex) -> list[str]:
 
 
 def _level_faults(folder: Path, levels: list[int]) -> list[str]:
-    """A fault if the foreground values of masks of two values are those of several classes."""
+    """A fault if the foreground values of gray masks with two values look like labels of several classes."""
     counts = {level: levels.count(level) for level in sorted(set(levels))}
     if len(counts) <= 1 or counts.keys() <= FULL_SCALES:
         return []
@@ -295,7 +295,7 @@ def split_off_test(
 
 
 def _stem_hash(pair: Pair) -> float:
-    """A number in 0..1 that depends on nothing but the stem of the image."""
+    """A number in 0..1 that depends only on the stem of the image."""
     stem = normalized(pair.image_path.stem).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(stem, digest_size=6).digest(), "big") / 2**48
 
@@ -329,7 +329,7 @@ def find_cables_in_backgrounds(datasets: list[DatasetIndex]) -> list[str]:
 
 
 def file_digests(datasets: Iterable[DatasetIndex]) -> dict[str, str]:
-    """Pixel hash of every file by its place in the data, such as `dataset 1: imgs/a`, wherever that lies."""
+    """Pixel hash of every file by its name in the data, such as `dataset 1: imgs/a`, without its path."""
     digests: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         names = {pair.image_path: f"imgs/{pair.image_path.stem}" for pair in dataset.pairs}

@@ -30,12 +30,12 @@ def require_disk_space(train_set: TrainSet, *, config: TrainConfig, net: LoadedS
 
 
 def size_of_saves(config: TrainConfig, net: LoadedSam, epochs: int) -> int:
-    """Bytes that a run still writes besides embeddings; an estimate from above.
+    """Bytes that a run still writes besides embeddings; an upper estimate.
 
     A file that is replaced exists twice for a moment. As long as the number of epochs is UNMEASURED_EPOCHS,
-    their checkpoints are left out; `warn_of_disk_space` counts them later. What trains is counted by
-    `requires_grad`. Before `finetune.start` has set it, that is the decoder or, where the encoder trains too,
-    the whole model.
+    their checkpoints are left out; `warn_of_disk_space` counts them later. The parameters with
+    `requires_grad` count as trained. Before `finetune.start` sets it, these are the decoder or, if the
+    encoder trains too, the whole model.
     """
     weights = 4 * sum(weight.numel() for weight in net.sam.state_dict().values())  # float32
     part = net.sam.mask_decoder if config.train == "decoder" else net.sam
@@ -50,7 +50,7 @@ def size_of_saves(config: TrainConfig, net: LoadedSam, epochs: int) -> int:
 
 
 def warn_of_disk_space(config: TrainConfig, net: LoadedSam, epochs: int) -> None:
-    """Warn if the disk cannot hold the checkpoints of a run of --minutes, whose epochs are now known."""
+    """Warn if the disk cannot hold the checkpoints of a run of --minutes, once its epochs are known."""
     needed = size_of_saves(config, net, epochs)
     free = shutil.disk_usage(config.folder).free
     if free < needed:

@@ -1,8 +1,8 @@
 """What a run encodes once and keeps, and the batches that training takes.
 
-One plan, `plan_batches`, says for the whole run what is encoded when. The data loader makes samples in the
-order of the plan; `training_batches` encodes them, keeps their embeddings in an `EmbeddingPool` where they
-are used again, and puts the batches together.
+One plan for the whole run, `plan_batches`, says when each sample is encoded. The data loader makes samples in
+the order of the plan. `training_batches` encodes them, keeps embeddings that are used again in an
+`EmbeddingPool`, and puts the batches together.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from inference import LoadedSam
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A process's share of a batch, and the groups of samples to encode before the batch is complete."""
+    """The share of this process of a batch, and the groups of samples that it must encode first."""
 
     keys: list[SampleKey]
     to_encode: list[list[SampleKey]]
@@ -55,9 +55,9 @@ def plan_batches(
     """The batches of a run from iteration `start`, with what this process encodes for each.
 
     A sample is encoded at its first use, and again only if its cache slot holds the sample of another epoch.
-    The processes `sharing` (default: all) have the same cache slots. They divide evenly what is new in their
-    shares of a batch, so together they encode what one process would. Samples without a slot are encoded by
-    the process that uses them.
+    The processes `sharing` (default: all) have the same cache slots. They divide the new samples of their
+    shares of a batch evenly, so together they encode as many as one process would. Samples without a slot
+    are encoded by the process that uses them.
 
     Groups are as large as a batch of one process, except the last ones of an epoch. Where nothing is kept,
     each group is exactly one batch. A resumed run encodes again what it needs.
@@ -82,7 +82,7 @@ def plan_batches(
 
 
 def _takes_slot(key: SampleKey, in_slot: dict[int, int]) -> bool:
-    """Whether a sample has a slot that holds another one so far; from now on, the slot holds this sample."""
+    """Whether the slot of a sample holds another sample or none; then the slot gets this sample."""
     if key.cache_slot is None or in_slot.get(key.cache_slot) == key.created_epoch:
         return False
     in_slot[key.cache_slot] = key.created_epoch
@@ -233,10 +233,10 @@ Reserved = TypeVar("Reserved")
 def reserve_or_keep_less(
     train_set: TrainSet, reserve: Callable[[TrainSet], Reserved]
 ) -> tuple[TrainSet, Reserved]:
-    """Reserve space for what is kept; if there is not enough, for composites alone.
+    """Reserve space for all kept embeddings; if there is not enough, only for those of composites.
 
-    Then photos are encoded again in every epoch, and a warning says so. `reserve` raises UserError, in all
-    processes, if there is not enough space.
+    In that case photos are encoded again in every epoch, and a warning says so. `reserve` raises UserError,
+    in all processes, if there is not enough space.
     """
     try:
         return train_set, reserve(train_set)

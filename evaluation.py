@@ -1,4 +1,4 @@
-"""What a run measures: the test, the width of the cables; and the panels that TensorBoard shows."""
+"""What a run measures: the test and the width of the cables. Also the panels that TensorBoard shows."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def measure(
 ) -> Iterator[TestResult]:
     """The results of the test samples, in order.
 
-    Threads measure while this one decodes the next images. That is parallel, since OpenCV, NumPy and
+    Threads measure while this one decodes the next images. They run in parallel, because OpenCV, NumPy and
     scikit-image release Python's lock. At most `num_threads` images are measured or wait for it, which bounds
     the memory for logits and the time until a signal is obeyed.
 
@@ -141,9 +141,9 @@ WORST, MEDIAN, BEST = 4, 2, 2  # how many images of a test are kept for the repo
 
 
 def choose_places(n: int) -> dict[int, str]:
-    """Which of n images that are sorted by rising IoU are shown, with what each is: worst, median or best.
+    """Choose which of n images, sorted by rising IoU, are shown: "worst", "median" or "best" by place.
 
-    The first image and that at `n // 2` are always among them.
+    The first image and the one at `n // 2` are always among them.
     """
     worst, best = min(WORST, max(1, n // 3)), min(BEST, n // 3)
     median = min(MEDIAN, n - worst - best)

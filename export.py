@@ -59,7 +59,7 @@ ONNX_LIMIT = 1_500_000_000  # bytes of weights in one file; protobuf allows 2 Gi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns an exit code of docs/export.md. Without 0, no output is left behind."""
+    """Run the command line; returns an exit code of docs/export.md. If it is not 0, no output is left."""
     runtime.init()
     args = parse_args(argv)
     try:
@@ -122,7 +122,7 @@ def make_parent(output: Path) -> None:
 
 
 def not_written(output: Path, error: Exception) -> UserError:
-    """The error for the user, which names the path of the user, not that of a temporary file in it."""
+    """The error for the user, which names the path that the user gave, not a temporary file in it."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UserError(f"--output {output}: could not be written ({reason}); choose another path")
 
@@ -271,7 +271,7 @@ def export_onnx(sam: Sam, model_type: str, output: Path, metadata: Mapping[str, 
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
             complete = Path(temporary) / output.name
             onnx.save(complete, external_data=is_large)
-            if is_large:  # first, because nobody looks for it before the other file is there
+            if is_large:  # first: the other file needs it as soon as it appears
                 external_data_path(complete).rename(external_data_path(output))
             complete.rename(output)
     except OSError as error:

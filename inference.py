@@ -85,7 +85,7 @@ class LoadedSam:
             return run(self.sam, embeddings, points.to(self.device), labels.to(self.device))
 
     def _is_partial(self, batch: Tensor) -> bool:
-        """Whether nothing is compiled for a batch of this size; to compile for it would not pay."""
+        """Whether nothing is compiled for a batch of this size, which would take longer than it saves."""
         return len(batch) != self.compiled_batch_size
 
 
@@ -203,11 +203,11 @@ MAX_WEIGHT_OF_WHOLE = 0.5
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A loaded checkpoint that segments images. `load` makes it.
+    """A loaded checkpoint that segments images; see `load`.
 
     threshold: a pixel is cable if its logit is above it.
     tiles: side in pixels of the tiles that images are cut into; None predicts whole images; "auto" predicts
-        both, in tiles of the side that `tile_size` gives for each image. With prompts, it is as None.
+        both, in tiles of the side that `tile_size` gives for each image. With prompts, "auto" is None.
     cable_width: median width of the cables in training, in pixels of the model's input; "auto" needs it.
     batch_size: how many images, tiles or prompts are computed together.
     sidecar: what is known of the checkpoint, if it has a sidecar.
@@ -447,8 +447,8 @@ def predict_logits_tiled(
 ) -> np.ndarray:
     """Logits (H, W) of an image that is cut into overlapping tiles of at most `tile_size` pixels a side.
 
-    Logits are blended where tiles overlap. A tile's weight falls towards its edges, where it has the least
-    context, so that no seam shows.
+    Logits are blended where tiles overlap. The weight of a tile falls toward its edges, where it has the
+    least context, so that no seam shows.
     """
     height, width = image.shape[:2]
     corners = [

@@ -42,8 +42,9 @@ SKELETON_STEPS = 10
 def cldice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Soft clDice loss: 1 - the harmonic mean of topology precision and sensitivity.
 
-    They are the share of the predicted centerlines on the truth, and of the true ones on the prediction
-    (Shit et al., clDice, CVPR 2021, eq. 1 to 3, with 1 added to numerators and denominators).
+    Precision is the share of the predicted centerlines inside the ground truth, and sensitivity the share of
+    the true centerlines inside the prediction (Shit et al., clDice, CVPR 2021, eq. 1 to 3, with 1 added to
+    numerators and denominators).
     """
     probs, target = torch.sigmoid(logits) * valid, target * valid
     lines, true_lines = soft_skeleton(probs), soft_skeleton(target)

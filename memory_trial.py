@@ -20,13 +20,14 @@ SPARE = 0.1  # of the memory that is free at the start
 def with_batch_size(
     config: TrainConfig, device: torch.device, build: Callable[[], tuple[LoadedSam, InputSpec]]
 ) -> TrainConfig:
-    """The flags with numbers in place of `--batch_size auto`.
+    """The flags with numbers instead of `--batch_size auto`.
 
-    The samples of an optimizer step stay as asked: the default batch size times --virtual_batch_size. On
-    CUDA they are divided into the largest batches of equal size that fit. Elsewhere "auto" is the default
-    batch size. Several processes take the smallest of what they find.
+    An optimizer step has the default batch size times --virtual_batch_size samples. On CUDA they are divided
+    into the largest batches of equal size that fit. Elsewhere "auto" is the default batch size. Several
+    processes take the smallest size that one of them finds.
 
-    build: makes a model as the run will, and the sizes of its samples; the model is used up.
+    build: builds the same model as the run, and returns it with the sizes of its samples. The trial changes
+        this model.
     """
     if config.batch_size != AUTO:
         return config
@@ -69,8 +70,8 @@ def largest_that_fits(
 def trial_step(config: TrainConfig, net: LoadedSam, spec: InputSpec) -> Callable[[int], None]:
     """A function that trains `net` on an empty batch of a given size, as finetune.py does.
 
-    The second backward pass has all that an iteration can meet: gradients of an earlier batch, and the
-    moments of the optimizer.
+    The second backward pass needs as much memory as any iteration: there are gradients of an earlier batch,
+    and the moments of the optimizer.
     """
     optimizer = prepare_optimizer(net.sam, config)
     side, grid, n_tokens = spec.img_size, spec.mask_grid, PROMPT_TOKENS[config.prompt]

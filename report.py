@@ -104,7 +104,7 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def parse(model: type[Parsed], text: bytes, where: str) -> Parsed | None:
-    """A text of JSON; None, with a warning that names `where`, if it does not fit the model."""
+    """Parse JSON as `model`; None, with a warning that names `where`, if it does not fit."""
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -116,7 +116,7 @@ def parse(model: type[Parsed], text: bytes, where: str) -> Parsed | None:
 
 
 def read_records(folder: Path, model_type: str) -> Records:
-    """What is damaged is left out with a warning. Raises OSError for a file that cannot be read."""
+    """Read the logs of a run. What is damaged is left out with a warning. Raises OSError."""
     tests_path, last_path = folder / METRICS_FILE, folder / LAST_TEST_FILE
     lines = tests_path.read_bytes().splitlines() if tests_path.exists() else []
     parsed = [parse(TestScores, line, f"line {n} of {tests_path}") for n, line in enumerate(lines, 1)]
@@ -186,7 +186,7 @@ def render(
 
 
 def result_line(records: Records, experiment: Experiment) -> str:
-    """What came out, in one line."""
+    """The result of the run, in one line."""
     before = [test.iou for test in records.tests if test.iteration == 0]
     best, weights = records.best, experiment.checkpoints / BEST_FILE
     iou = best.metrics.get("iou") if best else None
@@ -232,7 +232,7 @@ def curves(records: Records) -> str:
 
 
 def thinned(points: Points) -> Points:
-    """At most MAX_POINTS points, each the mean of neighbors."""
+    """At most MAX_POINTS points; each is the mean of neighboring ones."""
     parts = np.array_split(np.array(points), min(MAX_POINTS, len(points))) if points else []
     return [(float(x), float(y)) for x, y in (part.mean(axis=0) for part in parts)]
 
@@ -351,7 +351,7 @@ def two_columns(names: Iterable[str], flags: dict[str, Any]) -> str:
 
 
 def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
-    """The commands to go on with, by their purpose."""
+    """The commands that come next, by their purpose."""
     config, folder = experiment.config, experiment.folder
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
     weights = [path for name in (BEST_FILE, LAST_FILE) if (path := experiment.checkpoints / name).exists()]

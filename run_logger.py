@@ -68,7 +68,7 @@ class ShownImage:
 class EventFile:
     """A file of TensorBoard events in a folder.
 
-    PyTorch's `SummaryWriter` writes in a thread, whose errors show as tracebacks. Here, `flush` writes, and
+    PyTorch's `SummaryWriter` writes in a thread, whose errors show as tracebacks. Here, `flush` writes and
     raises OSError. If the file was deleted, `flush` gives a warning and continues in a new one.
     """
 
@@ -187,7 +187,7 @@ class RunLogger:
         ranked: list[ShownImage],
         iteration: int,
     ) -> None:
-        """Write the metrics of a test, the stats of its images, its first images, and some by rising IoU."""
+        """Write the metrics of a test, the stats of its images, its first images, and some sorted by IoU."""
         if not self.enabled:
             return
         with self._writing():

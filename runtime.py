@@ -54,8 +54,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, of any thread.
 
     By default, glibc returns large blocks to the kernel at once. The kernel must then map and clear new pages
-    for every activation, and LiteMedSAM's encoder takes 1.5 times as long on a CPU. Threads also have memory
-    of their own by default; what they keep would add up.
+    for every activation, and LiteMedSAM's encoder takes 1.5 times as long on a CPU. By default, each
+    thread also has a heap of its own; together they would keep much more memory.
     """
     trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # constants of malloc.h
     try:
@@ -95,7 +95,7 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which one, depends on the version
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # one exists, by version
         if any(getattr(torch.cpu, check, lambda: False)() for check in checks):
             return torch.bfloat16
     return None
@@ -116,7 +116,7 @@ def autocast(device: torch.device, low_precision: torch.dtype | None) -> Abstrac
 
 
 # `--compile auto` compiles if a CUDA run encodes at least this many images. This is an estimate: compiling
-# takes a minute, which an encoder that gets 25 % faster than 150 images/s saves over 40,000 images.
+# takes a minute, which an encoder of 150 images/s that gets 25 % faster saves over 40,000 images.
 MIN_IMAGES_TO_COMPILE = 40_000
 
 
@@ -226,7 +226,7 @@ LONG_WAIT = timedelta(days=7)  # the timeout of a process group is 10 or 30 minu
 
 
 def from_main(make: Callable[[], Result]) -> Result:
-    """What `make()` returns in process 0, in every process. It may take longer than other waits may.
+    """Call `make` in process 0, and return its result in every process. It may take up to LONG_WAIT.
 
     If `make` is interrupted, or raises an error that the user can correct, every process raises the same.
     """
@@ -263,7 +263,7 @@ def forget_data_workers(processes: Iterable[BaseProcess]) -> None:
 
 
 def end_data_workers() -> None:
-    """End what is left of the processes that prepare data. They ignore the signals that end a run."""
+    """End the processes that still prepare data. They ignore the signals that end a run."""
     has_handler = hasattr(signal, "SIGCHLD")  # PyTorch's handler would raise an error for each of them
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if has_handler else None
     for process in _data_workers:
@@ -279,7 +279,7 @@ def user_message(error: Exception, memory_hint: str) -> str | None:
 
     Such errors are UserError, out of memory, and the death of a data worker. A dead worker shows in its exit
     code; PyTorch raises a plain RuntimeError for it, at any line of the main process. PyTorch has no error
-    type for the memory of a CPU: only there the text is looked at, for the name of the allocator.
+    type for a CPU that is out of memory: only there the text is searched, for the name of the allocator.
     `memory_hint` names the flags that need less memory.
     """
     first_line = str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint beside its weights: `best.json` beside `best.pth`. Nothing requires it."""
+"""The sidecar of a checkpoint: `best.json` describes `best.pth`. Nothing requires it."""
 
 import os
 import warnings
@@ -14,7 +14,7 @@ from imaging.metrics import GroundTruth
 
 
 class Sidecar(BaseModel):
-    """The content of the file. What a file lacks has its default; what it has besides is ignored.
+    """The content of the file. Missing keys have their defaults; unknown keys are ignored.
 
     model_type, input_size: the SAM variant, and the side of its square input in pixels.
     train, prompt: the flags `--train` and `--prompt` of the training.
@@ -48,7 +48,7 @@ def sidecar_path(checkpoint_path: Path) -> Path:
 
 
 def write_sidecar(sidecar: Sidecar, checkpoint_path: Path) -> None:
-    """Write it beside its checkpoint, whole or not at all. Raises UserError."""
+    """Write the sidecar of a checkpoint, whole or not at all. Raises UserError."""
     write_text(sidecar_path(checkpoint_path), sidecar.model_dump_json(indent=2) + "\n")
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from train_state import Schedule
 
-WARM_UP = 3  # iterations that are not timed: memory is allocated, kernels are chosen
+WARM_UP = 3  # iterations that are not timed, because they allocate memory and choose kernels
 MIN_TIMED = 10  # iterations
 MIN_SHARE, MAX_SHARE = 0.05, 0.5  # of the minutes that measuring takes
 UNMEASURED_EPOCHS = 10**6  # of a run of --minutes, until its speed is known
@@ -75,7 +75,7 @@ class Budget:
         return self._timer.paused()
 
     def epochs(self, done: int, iteration: int, schedule: Schedule, test_interval: int) -> int:
-        """How many epochs the run has, at least the current one; 0 as long as this is not measured.
+        """How many epochs the run has, at least the current one; 0 until this is measured.
 
         done, iteration: iterations that this process and the run have done.
         """

@@ -82,8 +82,13 @@ MAY_CHANGE_ON_RESUME = (
     "patience",
     "log_interval",
 )
-RESUME_HELP = f"continue exp/EXP_NAME; flags that may be given: {', '.join(MAY_CHANGE_ON_RESUME)}"
+RESUME_HELP = f"continue exp/EXP_NAME; flags that may change: {', '.join(MAY_CHANGE_ON_RESUME)}"
 CONFIG_HELP = "YAML file that describes the data; required, but not with --resume"
+PIXELS_HELP = "largest number of pixels of an image; larger images are refused"
+PATIENCE_HELP = "end the run after this many tests in a row without a better IoU (default: off)"
+REUSE_HELP = "use every composite in R epochs, and encode it once; needs --train decoder"
+BATCH_HELP = "samples per batch, or auto (default: 4; lora, encoder: 1)"
+LAYER_HELP = "--train encoder: factor on the rate for every block further from the output"
 # The flags and the data of a run, in exp/NAME.
 ARGS_FILE, CONFIG_FILE = "args.yaml", "config.yaml"
 
@@ -95,7 +100,7 @@ def flag(default: Any, parse: Any, help: str, *, short: str = "", metavar: str |
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. No default is left that depends on another flag; "auto" is resolved on the device.
+    """Every flag. No default depends on another flag any more; "auto" is resolved later, on the device.
 
     `test_interval` is None until `experiment.prepare` knows the number of iterations, and `batch_size` may
     be AUTO until it knows the device.
@@ -105,23 +110,23 @@ class TrainConfig:
     # run
     config: Path = flag(MISSING, path, CONFIG_HELP, short="-c")
     exp_name: str = flag(None, folder_name, "results go to exp/EXP_NAME (default: CONFIG_TIME)", short="-n")
-    preview: bool = flag(False, bool, "only check the data, and show it in exp/EXP_NAME/preview/")
+    preview: bool = flag(False, bool, "only check the data, and draw samples in exp/EXP_NAME/preview/")
     seed: int = flag(0, seed_number, "seed of every random choice")
-    max_pixels: int = flag(MAX_PIXELS, positive_int, "most pixels an image may have; larger ones are refused")
+    max_pixels: int = flag(MAX_PIXELS, positive_int, PIXELS_HELP)
     test_interval: int = flag(None, positive_int, "iterations between tests (default: 1/8 of the run)")
-    patience: int | None = flag(None, positive_int, "tests without a gain that end the run (default: off)")
+    patience: int | None = flag(None, positive_int, PATIENCE_HELP)
     val_percentage: float = flag(0.0, percentage, "percent of the pairs to test on, if no test set is given")
     log_interval: int = flag(10, positive_int, "iterations between logged scalars")
     # saving
     resume: bool = flag(False, bool, RESUME_HELP)
     resume_interval: float = flag(10.0, positive, "minutes between saved states", metavar="MINUTES")
     save_interval: int = flag(10, positive_int, "epochs between checkpoints", short="-s")
-    keep_last: int | None = flag(None, positive_int, "newest epoch checkpoints to keep (default: all)")
+    keep_last: int | None = flag(None, positive_int, "how many epoch checkpoints to keep (default: all)")
     # speed
-    device: str = flag("auto", DEVICES, "where to compute; auto: the first available")
+    device: str = flag("auto", DEVICES, "auto: the first available of cuda, mps, cpu")
     amp: str = flag("auto", PRECISIONS, "mixed precision; auto: what the hardware computes fast")
     compile: str = flag("auto", ("auto", "on", "off"), "torch.compile; auto: for long runs on CUDA")
-    embedding_reuse: int = flag(1, positive_int, "epochs that use each composite's embedding", metavar="R")
+    embedding_reuse: int = flag(1, positive_int, REUSE_HELP, metavar="R")
     num_workers: int = flag(default_workers(), count, "processes that prepare data; 0: the main process")
     cache_mb: int = flag(2048, count, "MiB of memory for decoded files, shared by the data workers")
     # model
@@ -130,28 +135,28 @@ class TrainConfig:
     train: str = flag(None, TRAIN, TRAIN_HELP)
     lora_rank: int = flag(8, positive_int, "rank of the adapters")
     lora_alpha: float = flag(16.0, positive, "the adapters' output is multiplied by alpha / rank")
-    grad_checkpointing: bool = flag(False, bool, "less memory for a training encoder, more computation")
+    grad_checkpointing: bool = flag(False, bool, "less memory but more computation if the encoder trains")
     prompt: str = flag("none", PROMPT_KINDS, "prompt of each sample; mixed: none, point or box at random")
     # optimization
     epoch_num: int = flag(50, positive_int, "number of epochs", short="-e")
-    minutes: float | None = flag(None, positive, "duration, in place of --epoch_num (default: off)")
-    batch_size: int = flag(None, size_or_auto, "samples per batch, or auto (default: 4, or 1)", short="-b")
+    minutes: float | None = flag(None, positive, "duration, instead of --epoch_num (default: off)")
+    batch_size: int = flag(None, size_or_auto, BATCH_HELP, short="-b")
     virtual_batch_size: int = flag(1, positive_int, "batches per optimizer step (gradient accumulation)")
-    lr: float = flag(None, rate, "peak learning rate (default: 1e-3; if the encoder trains 5e-4)")
-    encoder_lr: float = flag(None, rate, "the encoder's peak rate (default: lr / 2; lora: 2 x lr)")
-    layer_decay: float = flag(0.9, decay, "--train encoder: each block has this times the next one's rate")
+    lr: float = flag(None, rate, "peak learning rate (default: 1e-3; lora, encoder: 5e-4)")
+    encoder_lr: float = flag(None, rate, "peak rate of the encoder (default: lr / 2; lora: 2 x lr)")
+    layer_decay: float = flag(0.9, decay, LAYER_HELP)
     warmup_steps: int = flag(10, count, "optimizer steps of linear warm-up")
     lr_power: float = flag(1.0, not_negative, "power of the decay after warm-up; 0: constant rate")
     weight_decay: float = flag(0.01, not_negative, "weight decay of AdamW")
     grad_clip: float = flag(1.0, positive, "largest norm of the gradient")
-    max_bad_steps: int = flag(10, positive_int, "non-finite steps in a row that end the run")
+    max_bad_steps: int = flag(10, positive_int, "end after this many non-finite steps in a row")
     # loss
     alpha: float = flag(None, fraction, "focal loss: weight of foreground (default: 0.7; lora, encoder: 0.5)")
     gamma: float = flag(2.0, not_negative, "focal loss: focusing power")
     focal_weight: float = flag(20.0, not_negative, "weight of the focal loss")
     dice_weight: float = flag(1.0, not_negative, "weight of the Dice loss")
     iou_weight: float = flag(1.0, not_negative, "weight of the squared error of the predicted IoU")
-    cldice_weight: float = flag(0.0, not_negative, "weight of the clDice loss, for cables without gaps")
+    cldice_weight: float = flag(0.0, not_negative, "weight of the clDice loss, which penalizes gaps")
     # fmt: on
 
     @property

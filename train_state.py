@@ -67,7 +67,7 @@ class Schedule:
 def build_optimizer(
     groups: list[ParameterGroup], weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW; on CUDA, one kernel updates all parameters (fused), and the digits differ from other devices."""
+    """AdamW; on CUDA, one fused kernel updates all parameters, with other rounding than on other devices."""
     # `None` leaves the choice to PyTorch, which does not take the fused kernel.
     fused = True if device.type == "cuda" else None
     return torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay, fused=fused)

@@ -1,4 +1,4 @@
-"""Command-line flags: types for argparse, and their reading before slow imports."""
+"""Command-line flags: types for argparse, and reading flags before slow imports."""
 
 import argparse
 import os

@@ -118,11 +118,11 @@ _Arms = dict[tuple[int, int], _Arm]
 
 
 def _outer_arms(branches: Sequence[Branch], distance: np.ndarray) -> _Arms:
-    """The arms of all branches, by key, but of those that lie within a junction.
+    """The arms of all branches, by key, except branches inside a junction.
 
     The skeleton of a crossing is rarely one node: where two cables overlap, it is one line between two nodes.
     Nodes whose blobs overlap are one junction. So are the nodes at both ends of a line that is not long, if
-    an even number of other branches meets at either end, and two leave it at a small angle.
+    an even number of other branches meets at each end. If they are only two, their angle must be small.
     """
     degree = Counter(node for branch in branches for node in branch.nodes)
     blob = {
@@ -152,7 +152,7 @@ def _outer_arms(branches: Sequence[Branch], distance: np.ndarray) -> _Arms:
 
 
 def _is_fork(arms: Sequence[_Arm]) -> bool:
-    """Whether these are two arms at a small angle, or more of an even number: the arms of whole cables."""
+    """Whether these can be the arms of whole cables: two at a small angle, or a larger even number."""
     is_even = len(arms) > 0 and len(arms) % 2 == 0
     return is_even and (len(arms) > 2 or float(arms[0].direction @ arms[1].direction) > np.cos(MAX_FORK))
 
@@ -172,7 +172,7 @@ def _measure_arms(
     degree: Counter[int],
     distance: np.ndarray,
 ) -> _Arms:
-    """Measure the arms of all branches but the `inner` ones, which join their nodes to one junction.
+    """Measure the arms of all branches except `inner` ones, whose two nodes become one junction.
 
     `blob` has the point (x, y) and the radius of each node.
     """
@@ -279,10 +279,10 @@ def _pair_at_junctions(arms: _Arms) -> list[tuple[_Arm, _Arm]]:
 
 
 def _best_pairs(costs: dict[tuple[_Arm, _Arm], float], limit: float) -> list[tuple[_Arm, _Arm]]:
-    """The pairs that have the largest sum of `limit - cost` and no arm twice."""
+    """The pairs with the largest sum of `limit - cost`, in which no arm occurs twice."""
     arms = list(dict.fromkeys(chain.from_iterable(costs)))
     number_of = {arm: number for number, arm in enumerate(arms)}
-    graph = nx.Graph()  # of numbers: sets of arms would have another order each time
+    graph = nx.Graph()  # of numbers, because the order of a set of arms varies between runs
     for (first, second), cost in costs.items():
         if cost < limit:
             graph.add_edge(number_of[first], number_of[second], weight=limit - cost)
@@ -384,9 +384,9 @@ def _end(arm: _Arm, distance: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _connect(leaving: _Arm, entering: _Arm, distance: np.ndarray) -> np.ndarray:
-    """The way from one arm to another, without its ends: (N, 3) of (x, y, unknown width).
+    """The path from one arm to another, without its ends: (N, 3) of (x, y, unknown width).
 
-    This is a smooth curve. If it would leave the mask at a junction, it is the way that keeps to the middle.
+    This is a smooth curve. If that would leave the mask at a junction, the path follows the middle.
     """
     curve = _curve(leaving, entering)
     if leaving.junction is None or (_sample(distance, curve[:, :2]) > 0).all():
@@ -412,7 +412,7 @@ def _curve(leaving: _Arm, entering: _Arm) -> np.ndarray:
 
 
 def _smooth(line: np.ndarray, closed: bool, ends: tuple[str, ...]) -> _Line:
-    """Take out the steps of the pixels, and place the points at equal distances of about half a width.
+    """Smooth the steps of the pixels, and place the points at equal distances of about half a width.
 
     `line` is (N, 3) of (x, y, width); an unknown width is interpolated.
     """

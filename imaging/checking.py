@@ -1,7 +1,7 @@
-"""The check of all files at the start of a run, and the cache of what it recorded.
+"""The check of all files at the start of a run, and the cache of its results.
 
-The facts of a file follow from its bytes and from how they are read. They are kept under a hash of both, so
-that a later check only reads the bytes of a file that it knows, and decodes only new and changed files.
+The facts of a file are what the check records of it. They depend only on its bytes and on the code that reads
+it, and are kept under a hash of both. A later check then decodes only new and changed files.
 """
 
 import hashlib
@@ -107,7 +107,7 @@ def _check(
 ) -> tuple[str | None, str | list[FileInfo]]:
     """Check one item of `check_files`.
 
-    Returns its key if its facts may be kept, and its fault or what was recorded of each of its files.
+    Returns its key, or None if its facts may not be kept; and its fault or the facts of each of its files.
     """
     key = _key(item)
     kept = known.get(key) if key else None
@@ -162,7 +162,7 @@ class _PixelBudget:
                 self.changed.notify_all()
 
     def close(self) -> None:
-        """Let no thread begin to decode any more."""
+        """Keep threads from starting to decode."""
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
@@ -250,7 +250,7 @@ def _to_info(
 
 
 def _key(item: Pair | Path) -> str | None:
-    """Hash of all that the facts of an item follow from; None if a file cannot be read."""
+    """Hash of all that the facts of an item depend on; None if a file cannot be read."""
     key = hashlib.blake2b(_reading_rules(), digest_size=16)
     key.update(b"background" if isinstance(item, Path) else repr(item.mask_values).encode())
     for path in _paths(item):
@@ -269,7 +269,7 @@ def _key(item: Pair | Path) -> str | None:
 
 @lru_cache(maxsize=1)
 def _reading_rules() -> bytes:
-    """Hash of the code that reads files, and of the versions of what decodes them."""
+    """Hash of the code that reads files, and of the versions of the libraries that decode them."""
     versions = (PIL.__version__, features.version("jpg"), np.__version__, cv2.__version__)
     rules = hashlib.blake2b(repr(versions).encode(), digest_size=16)
     for name in ("files.py", "masks.py", "pairing.py", "checking.py"):

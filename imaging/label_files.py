@@ -52,7 +52,7 @@ class LabeledImage:
     names: what the image may be called. The last parts of a path count; `*` is any suffix.
     size: (h, w) of the image as the label file has it, or None if it does not.
     instances: its labeled regions.
-    left_out: for each shape that is no region, what it is.
+    left_out: the kind of each shape that is not a region.
     fault: why the image cannot be used; empty if it can.
     """
 

@@ -1,7 +1,7 @@
 """Mask files: which pixels of a file are foreground.
 
-Programs write masks in many ways, and one reading does not fit all of them. `read_mask` decides by the
-content of the file, and refuses a file that can be understood in two ways.
+Programs write masks in many ways, and no single rule fits all of them. `read_mask` decides by the content of
+the file, and refuses a file that can be understood in two ways.
 """
 
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ class Video:
 class InputImage:
     """An image to predict.
 
-    name: as in `InputFile`; a frame of a video has an invented one.
+    name: as in `InputFile`; a frame of a video gets one of the same form.
     stem: the name, without suffix, of the files that are written for it.
     image: RGB uint8 (H, W, 3).
     mask: the true mask, bool (H, W), or None if it is not known.

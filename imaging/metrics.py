@@ -133,7 +133,7 @@ def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
 
 
 def _score(prediction: np.ndarray, mask: np.ndarray, truth: GroundTruth) -> Scores:
-    """The same, with the unpacked mask of the ground truth."""
+    """Like `score`, with the unpacked mask of the ground truth."""
     if prediction.shape != mask.shape:
         raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {mask.shape}")
     if not prediction.any() and not mask.any():

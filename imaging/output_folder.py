@@ -1,4 +1,4 @@
-"""The folder that predict.py writes to: only its own files are replaced, and a list names them."""
+"""The folder that predict.py writes to. A list names its files, and only these are replaced."""
 
 import hashlib
 import json

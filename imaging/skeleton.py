@@ -48,7 +48,7 @@ def _remove_small(mask: np.ndarray, min_area: float, connectivity: int = 8) -> n
 def distance_to_edge(mask: np.ndarray) -> np.ndarray:
     """The distance in pixels of each pixel to the nearest background pixel, float32 (H, W).
 
-    The frame of the image is no edge: a cable that it cuts off keeps its width. Without any background, the
+    The border of the image is no edge: a cable that it cuts off keeps its width. Without any background, the
     distance is the sum of the sides.
     """
     distance = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

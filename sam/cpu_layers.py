@@ -1,4 +1,4 @@
-"""Layers of TinyViT in a form that is faster on a CPU and computes the same, in training and without."""
+"""Layers of TinyViT that compute the same faster on a CPU, in training and in inference."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class WindowAttention(nn.Module):
     """TinyViT's attention inside windows: softmax(q k^T / sqrt(d) + bias) v in every head.
 
     The bias of a query and a key is a trained number for each |dy|, |dx| between them. The official module
-    makes several copies of the scores of all windows, which go to main memory and back. Here they are made
+    makes several copies of the scores of all windows, which do not fit into the CPU cache. Here they are made
     for a few windows at a time, and only the probabilities are kept, in the precision of the products.
     """
 
@@ -145,8 +145,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tens
 class _DepthwiseConv(torch.autograd.Function):
     """A depthwise 3x3 convolution with padding 1, whose backward pass is fast on a CPU.
 
-    PyTorch's gradient of the input takes three times as long as the forward pass, with a stride of 2 even 18
-    times. But it is such a convolution itself: of the output's gradient, with the kernel turned around.
+    PyTorch's gradient of the input takes three times as long as the forward pass, and 18 times as long with a
+    stride of 2. But it is itself such a convolution: of the output's gradient, with the flipped kernel.
     """
 
     @staticmethod
@@ -180,7 +180,7 @@ def layer_norm(norm: Any, x: Tensor) -> Tensor:
     """Normalize the channels of x (..., C) in the precision of the parameters, which autocast does not do.
 
     In bfloat16, PyTorch's kernel for CPUs also adds up the gradients of the parameters over all pixels in
-    bfloat16. They were then off by 30 to 70 %.
+    bfloat16, which makes them wrong by 30 to 70 %.
 
     norm: a `LayerNorm`, or SAM's `LayerNorm2d`, which has the same parameters.
     """
@@ -251,7 +251,7 @@ ACTIVATIONS = [(("conv1",), "act1"), (("conv2",), "act2"), (("conv1", "conv2"), 
 class LayerWithGelu(nn.Module):
     """A frozen convolution or linear layer and the GELU after it, in one kernel of oneDNN.
 
-    Its results do not go to main memory and back before their GELU.
+    The results of the layer stay in the CPU cache until their GELU.
     """
 
     def __init__(self, layer: nn.Module) -> None:

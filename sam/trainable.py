@@ -186,7 +186,7 @@ def lora_deltas(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def unfreeze_encoder(encoder: nn.Module) -> None:
-    """Make all parameters of an encoder trainable that it uses; its BatchNorm stays in eval mode."""
+    """Make all parameters that an encoder uses trainable; its BatchNorm stays in eval mode."""
     encoder.requires_grad_(True)
     for name in UNUSED:
         if hasattr(encoder, name):
@@ -224,7 +224,7 @@ def blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _owners_of_blocks(encoder: Any) -> list[Any]:
-    """The modules with a list of `blocks`: a ViT itself, or each layer of a TinyViT."""
+    """The modules that have a list `blocks`: a ViT itself, or each layer of a TinyViT."""
     return [encoder] if hasattr(encoder, "blocks") else list(encoder.layers)
 
 

@@ -1,4 +1,4 @@
-"""The SAM variants: how each is built, how it normalizes images, where its published weights are."""
+"""The SAM variants: how each is built and normalizes images, and where its published weights are."""
 
 import warnings
 from collections.abc import Callable
