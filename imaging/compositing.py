@@ -230,8 +230,10 @@ def _soft_edge(mask: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 def _depth(inside: np.ndarray) -> np.ndarray:
     """The distance of each pixel of a mask, bool (H, W), from the nearest pixel outside: float32 (H, W)."""
-    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
-    return np.minimum(depth, np.float32(sum(inside.shape)))  # without a pixel outside, OpenCV gives 1e38
+    distance = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
+    # Without a pixel outside, OpenCV gives 1e38.
+    depth: np.ndarray = np.minimum(distance, np.float32(sum(inside.shape)))
+    return depth
 
 
 # Along the center line, the depth of neighbors differs by less; across it, by at least 1.

@@ -195,7 +195,8 @@ MAX_ROW_HEIGHT = 4  # of a sheet, in units of its width; a strip of a few column
 
 def sheet(panels: Sequence[np.ndarray], width: int = 1280) -> np.ndarray:
     """Stack images of any size vertically, each scaled to `width` pixels, or less if it is very tall."""
-    rows, tallest = [], MAX_ROW_HEIGHT * width
+    tallest = MAX_ROW_HEIGHT * width
+    rows = []
     for image in panels:
         height = max(1, round(image.shape[0] * width / image.shape[1]))
         size = (min(width, max(1, width * tallest // height)), min(height, tallest))
