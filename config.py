@@ -6,6 +6,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,9 @@ from base.flag_types import expand
 
 # --- Schema -----------------------------------------------------------------------------------
 
+# For paths of Windows, which its file manager copies with double quotes.
+BACKSLASH_HINT = '; in double quotes, \\ begins a code of YAML: write / instead, as in "C:/photos"'
+
 
 def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     """Return an existing folder.
@@ -35,6 +39,8 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
     A relative path starts at the current directory. If there is no such folder, it starts at the YAML file.
     If there is no such folder either, `~` and variables such as `$HOME` are expanded.
     """
+    if isinstance(value, date | int | float):
+        raise ValueError("expected the path of a folder; write a name such as '2024-05-01' with quotes")
     if not isinstance(value, str) or not value:
         raise ValueError("expected the path of a folder")
     assert info.context is not None  # `load_config` gives it
@@ -46,7 +52,8 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
                 raise ValueError("the folder may not be read; change its permissions")
             return folder.resolve()
     tried = " and ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
-    raise ValueError(f"no such folder (tried {tried})")
+    hint = BACKSLASH_HINT if any(char < " " for char in value) else ""  # "C:\new" has a line break
+    raise ValueError(f"no such folder (tried {tried}){hint}")
 
 
 def _require_dataset(folder: Path) -> Path:
@@ -266,7 +273,8 @@ def _read_yaml(path: Path) -> Any:
     except RecursionError as error:
         raise UserError(f"cannot read {path}: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an impossible date is a ValueError
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        hint = BACKSLASH_HINT if "\\" in text else ""
+        raise UserError(f"{path} is not valid YAML: {error}{hint}") from error
 
 
 def _describe(fault: Mapping[str, Any]) -> str:

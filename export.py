@@ -89,10 +89,17 @@ def run(checkpoint: Path, output_format: str, output: Path) -> None:
             raise UserError(f"--output {target} already exists: choose a new path, or remove it first")
     require_writable(output)
     sam, model_type = inference.load_any(checkpoint)
+    sidecar = read_sidecar(checkpoint, model_type)
     if output_format == "hf":
-        export_hf(sam, model_type, output, read_sidecar(checkpoint, model_type))
-    else:
-        export_onnx(sam, model_type, output, onnx_metadata(sam, model_type, checkpoint))
+        export_hf(sam, model_type, output, sidecar)
+        return
+    if sidecar and sidecar.prompt in ("point", "box"):
+        print(
+            f"warning: {checkpoint} was trained with --prompt {sidecar.prompt}, and the ONNX file takes no "
+            "prompts: its masks may be bad; use predict.py --prompt or --format hf",
+            file=sys.stderr,
+        )
+    export_onnx(sam, model_type, output, onnx_metadata(sam, model_type, sidecar))
 
 
 def require_writable(output: Path) -> None:
@@ -229,9 +236,8 @@ class WithoutPrompt(nn.Module):
         return decoder.decode(self.sam, embeddings, no_points, no_labels)[0]
 
 
-def onnx_metadata(sam: Sam, model_type: str, checkpoint: Path) -> dict[str, str]:
+def onnx_metadata(sam: Sam, model_type: str, sidecar: Sidecar | None) -> dict[str, str]:
     """What a program that runs the ONNX file must know; strings, as `metadata_props` holds them."""
-    sidecar = read_sidecar(checkpoint, model_type)
     metadata = {
         "model_type": model_type,
         "input_size": str(sam.image_encoder.img_size),

@@ -177,7 +177,8 @@ def _describe(path: Path) -> tuple[str | None, str]:
     if suffix == ".txt":
         with path.open("rb") as file:
             first_line = file.readline(100_000).decode("utf-8-sig", errors="replace")
-        return ("yolo" if YOLO_LINE.fullmatch(first_line.strip()) else None), ""
+        is_yolo = YOLO_LINE.fullmatch(first_line.strip())
+        return ("yolo", "") if is_yolo else (None, f"no polygons of YOLO, but {first_line[:40].strip()!r}")
     if suffix in IMAGE_SUFFIXES and path.parent.name in VOC_FOLDERS:
         return "voc", ""
     return None, "packed; unpack it first" if suffix in (".zip", ".rar", ".7z", ".gz") else ""
@@ -320,7 +321,8 @@ def write_dataset(
             write_image(mask_path, mask.astype(np.uint8) * 255)
             written.append((image_path, mask_path))
     if not written:
-        reasons = summary.faults or ["no image has a label of the selected classes"]
+        shapes = [f"{count} shape(s) left out: {kind}" for kind, count in (+summary.shapes).most_common()]
+        reasons = summary.faults + shapes or ["no image has a label of the selected classes"]
         raise UserError(f"no image could be imported:\n  {format_list(reasons)}")
     write_sheet(folder / SHEET, written)
 

@@ -252,6 +252,8 @@ class Segmenter:
         if isinstance(images, np.ndarray):
             prompts = None if prompts is None else [prompts]
             return self([images], prompts, return_probs=return_probs)[0]
+        if not isinstance(images, Sequence):  # an image of Pillow or PyTorch, for example
+            _check_image(images, 0)
         logits = self.logits(images, prompts)
         return [sigmoid(x) if return_probs else x > self.threshold for x in logits]
 
@@ -276,8 +278,12 @@ class Segmenter:
             )
         for number, (image, several) in enumerate(zip(images, given, strict=True)):
             _check_image(image, number)
-            if isinstance(several, Prompt) or not several:
-                raise UserError(f"image {number}: expected a list of at least one prompt, got {several!r}")
+            is_list = isinstance(several, Sequence) and all(isinstance(one, Prompt) for one in several)
+            if not is_list or not several:
+                raise UserError(
+                    f"image {number}: expected a list of at least one prompt, got {several!r}; "
+                    "box_prompt(x1, y1, x2, y2) makes one of a box"
+                )
         predict = partial(predict_logits, self.net, prompt_batch_size=self.batch_size)
         in_tiles = partial(predict_logits_tiled, predict, batch_size=self.batch_size)
         for first in range(0, len(images), self.batch_size):
@@ -356,7 +362,7 @@ def load(
         UserError: the file cannot be read or fits no model type, an argument has a wrong value, or `tiles` is
             "auto" and the width of the cables is not known.
     """
-    _check_arguments(threshold, cable_width, batch_size, amp)
+    _check_arguments(device, threshold, cable_width, batch_size, amp)
     runtime.keep_freed_memory()
     path = Path(path)
     device = runtime.pick_device(device) if isinstance(device, str) else device
@@ -375,12 +381,16 @@ def load(
     return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
 
 
-def _check_arguments(threshold: object, cable_width: object, batch_size: object, amp: object) -> None:
+def _check_arguments(
+    device: object, threshold: object, cable_width: object, batch_size: object, amp: object
+) -> None:
     """Raise UserError for an argument of `load` with a wrong value."""
     is_width = isinstance(cable_width, Real) and 0 < float(cable_width) < math.inf
     is_threshold = isinstance(threshold, Real) and math.isfinite(threshold)
     is_size = isinstance(batch_size, Integral) and int(batch_size) >= 1
+    is_device = isinstance(device, str | torch.device)
     for name, value, is_valid, expected in (
+        ("device", device, is_device, "'auto' or a device of PyTorch, such as 'cuda:1'"),
         ("threshold", threshold, is_threshold or threshold is None, "a finite number"),
         ("cable_width", cable_width, is_width or cable_width is None, "a number above 0"),
         ("batch_size", batch_size, is_size, "a whole number of at least 1"),
@@ -407,8 +417,10 @@ def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:
-    """The prompt that is a box, in pixels of the image."""
-    return Prompt(np.array([[x1, y1], [x2, y2]], np.float32), np.array([BOX_CORNER_1, BOX_CORNER_2]))
+    """The prompt that is a box, from two opposite corners in pixels of the image."""
+    corners = np.array([[x1, y1], [x2, y2]], np.float32)
+    corners.sort(axis=0)  # SAM expects the top left corner first
+    return Prompt(corners, np.array([BOX_CORNER_1, BOX_CORNER_2]))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -31,6 +31,8 @@ def answer_first(parse_args: Callable[[], argparse.Namespace], inputs: Sequence[
 
 def path(text: str) -> Path:
     """An argparse type for paths. If `text` itself does not exist, `~` and `$NAME` in it are expanded."""
+    if not text:  # as from "$NAME" in a shell without this variable; Path("") is the current directory
+        raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text if os.path.lexists(text) else expand(text))
 
 

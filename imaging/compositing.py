@@ -209,7 +209,7 @@ def cut_out(image_and_mask: np.ndarray) -> np.ndarray:
     if not mask.any():
         return np.dstack([image_and_mask, mask])
     inside = mask >= min(128, mask.max())
-    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
+    depth = _depth(inside)
     # A cable thinner than twice the trusted depth keeps its deepest pixels: the ridge.
     ridge = cv2.dilate(depth, np.ones((5, 5), np.uint8))
     core = inside & (depth >= np.minimum(TRUSTED_DEPTH, ridge))
@@ -226,6 +226,14 @@ def _soft_edge(mask: np.ndarray, radius: np.ndarray) -> np.ndarray:
     wide = cv2.GaussianBlur(mask, (0, 0), 1.4).astype(np.float32)
     wide = np.clip(127.5 + EDGE_GAIN * (wide - 127.5), 0, 255).astype(np.uint8)
     return np.where(radius >= 2 * WIDE_RADIUS, wide, thin)
+
+
+def _depth(inside: np.ndarray) -> np.ndarray:
+    """The distance of each pixel of a mask, bool (H, W), from the nearest pixel outside: float32 (H, W)."""
+    distance = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
+    # Without a pixel outside, OpenCV gives 1e38.
+    depth: np.ndarray = np.minimum(distance, np.float32(sum(inside.shape)))
+    return depth
 
 
 # Along the center line, the depth of neighbors differs by less; across it, by at least 1.
@@ -270,7 +278,7 @@ def measure_relief(cut_out: np.ndarray) -> Relief:
     """Measure the relief of a cut-out uint8 (H, W, 5), which does not depend on color and light."""
     mask, radius = cv2.extractChannel(cut_out, 3), cv2.extractChannel(cut_out, 4)
     touched = np.flatnonzero(mask > 0)
-    depth = cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 5)
+    depth = _depth(mask > 127)
     depth = cv2.GaussianBlur(depth, (0, 0), 1)  # smooths the steps of the mask's pixels
     x, y = (cv2.Sobel(depth, cv2.CV_32F, *axis).take(touched) for axis in ((1, 0), (0, 1)))
     normals = -np.stack([x, y], axis=1) / np.maximum(np.sqrt(x * x + y * y), 1e-6)[:, None]

@@ -120,6 +120,8 @@ def to_rgb(file: DecodedFile) -> np.ndarray:
     """The pixels of a decoded file as RGB uint8 (H, W, 3); raises FileError for more than 8 bits."""
     if file.image.mode not in MODES_OF_8_BITS:
         raise FileError(f"{file.path}: expected 8-bit gray or color, got Pillow's mode {file.image.mode!r}")
+    if file.is_16_bit_color:  # of cameras with 10 or 12 bits, the high bytes are nearly black
+        raise FileError(f"{file.path}: expected 8-bit gray or color, got 16-bit color; save it with 8 bits")
     with decoding(file.path):
         return np.asarray(file.image.convert("RGB"))
 
@@ -175,7 +177,9 @@ def decode(path: Path, longest: int | None = None) -> DecodedFile:
                 f"{path}: holds {n_frames} images (frames or pages), and it is not clear which one is meant; "
                 "expected one image per file"
             )
-        is_16_bit_color = image.mode.startswith(("RGB", "LA")) and ";16" in repr(image.tile)
+        # In a BMP file, 16 are the bits of a pixel.
+        has_16_bits = ";16" in repr(image.tile) and image.format != "BMP"
+        is_16_bit_color = has_16_bits and image.mode.startswith(("RGB", "LA"))
         orientation = _exif_orientation(image)
         stored_size = image.size
         shrunk = _load_jpeg_shrunk(image, longest) if longest else None

@@ -174,6 +174,8 @@ class CocoDocument(BaseModel):
 def read_coco(path: Path) -> Iterator[LabeledImage]:
     """A COCO file of instances. Source: https://cocodataset.org/#format-data"""
     document = _validate(CocoDocument, load_json(path), path)
+    _require_distinct(f"{path}: images", ((image.id, image.file_name) for image in document.images))
+    _require_distinct(f"{path}: categories", ((kind.id, kind.name) for kind in document.categories))
     labels = {category.id: category.name for category in document.categories}
     shapes: dict[int | str, list[Instance | str]] = {image.id: [] for image in document.images}
     for number, annotation in enumerate(document.annotations):
@@ -186,6 +188,14 @@ def read_coco(path: Path) -> Iterator[LabeledImage]:
         shapes[annotation.image_id].append(_coco_shape(label, annotation.segmentation))
     for image in document.images:
         yield LabeledImage.from_shapes(path, [image.file_name], (image.height, image.width), shapes[image.id])
+
+
+def _require_distinct(where: str, named_ids: Iterable[tuple[int | str, str]]) -> None:
+    """Raise FileError if an id stands for two names, as in files that were joined by hand."""
+    names: dict[int | str, str] = {}
+    for number, name in named_ids:
+        if names.setdefault(number, name) != name:
+            raise FileError(f"{where}: {names[number]} and {name} have the same id {number}")
 
 
 def _coco_shape(label: str, segmentation: list[list[float]] | CocoRle | None) -> Instance | str:
@@ -286,7 +296,13 @@ def _floats(text: str) -> np.ndarray:
     return np.array(text.split(), float)
 
 
+MAX_FRACTION = 2.0  # polygons may lie somewhat outside of the image
+
+
 def _fill_fractions(corners: np.ndarray, size: Size) -> np.ndarray:
+    largest = float(np.abs(corners).max())
+    if largest > MAX_FRACTION:
+        raise FileError(f"coordinate {largest:g} in its labels; expected fractions of the image (not pixels)")
     return fill_polygons([corners * size[::-1]], size)
 
 

@@ -257,13 +257,18 @@ def read_images(
         yield InputImage(file.name, file.stem, image, mask)
 
 
+MAX_JPEG_SIDE = 65500  # pixels; the format has no larger images
+
+
 def encode_image(image: np.ndarray, suffix: str) -> bytes:
     """The content of a PNG file, or of a JPEG file for any suffix but .png.
 
-    `image` is uint8 (H, W, 3), uint8 (H, W), or for PNG uint16 (H, W).
+    `image` is uint8 (H, W, 3), uint8 (H, W), or for PNG uint16 (H, W). JPEG shrinks it to MAX_JPEG_SIDE.
     """
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG" if suffix == ".png" else "JPEG")
+    buffer, picture = io.BytesIO(), Image.fromarray(image)
+    if suffix != ".png":
+        picture.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
+    picture.save(buffer, format="PNG" if suffix == ".png" else "JPEG")
     return buffer.getvalue()
 
 

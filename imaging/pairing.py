@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imaging.files import NO_IMAGE_FILE, DecodedFile, FileError, decode, image_files, to_rgb
+from imaging.files import NO_IMAGE_FILE, DecodedFile, FileError, decode, image_files, to_rgb, unread_files
 from imaging.masks import MaskReading, MaskValues, interpret
 
 # What programs append to the name of an image: "x_mask.png" or "x.jpg.png" for "x.jpg".
@@ -89,8 +89,19 @@ def find_pairs(data_dir: Path, mask_values: MaskValues = None) -> tuple[list[Pai
             return [], [*faults, f"{folder}: {NO_IMAGE_FILE}"]
         found.append(list(by_stem.values()))
     matched, images, masks = match_by_stem(*found)
-    no_mask = [f"{path}: has no mask in masks/{_closest(path, masks)}" for path in images]
-    no_image = [f"{path}: has no image in imgs/{_closest(path, images)}" for path in masks]
+    unread = {
+        (folder, normalized(path.stem)): path.name
+        for folder in ("imgs", "masks")
+        for path in unread_files(data_dir / folder)
+    }
+
+    def hint(path: Path, folder: str, others: list[Path]) -> str:
+        """What may be the partner of a file in the other folder."""
+        name = unread.get((folder, normalized(path.stem)))
+        return f" ({name} there has a suffix that is not read)" if name else _closest(path, others)
+
+    no_mask = [f"{path}: has no mask in masks/{hint(path, 'masks', masks)}" for path in images]
+    no_image = [f"{path}: has no image in imgs/{hint(path, 'imgs', images)}" for path in masks]
     # A message shows the first faults of a list: both sides take turns.
     turns = chain.from_iterable(zip_longest(no_mask, no_image))
     faults += [fault for fault in turns if fault is not None]

@@ -190,10 +190,16 @@ def panel(image: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -
     return np.hstack([image, overlay(image, prediction, ground_truth)])
 
 
+MAX_ROW_HEIGHT = 4  # of a sheet, in units of its width; a strip of a few columns would fill the memory
+
+
 def sheet(panels: Sequence[np.ndarray], width: int = 1280) -> np.ndarray:
-    """Stack images of any size vertically, each scaled to `width` pixels."""
+    """Stack images of any size vertically, each scaled to `width` pixels, or less if it is very tall."""
+    tallest = MAX_ROW_HEIGHT * width
     rows = []
     for image in panels:
         height = max(1, round(image.shape[0] * width / image.shape[1]))
-        rows.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+        size = (min(width, max(1, width * tallest // height)), min(height, tallest))
+        row = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        rows.append(np.pad(row, ((0, 0), (0, width - size[0]), (0, 0)), constant_values=20))
     return np.vstack(rows)

@@ -21,6 +21,16 @@ def with_mask(image, mask):
     return np.dstack([image, (np.asarray(mask, np.float32) * 255).astype(np.uint8)])
 
 
+def test_a_mask_without_background_is_pasted_at_a_random_scale():
+    cut_out = compositing.cut_out(with_mask(np.full((60, 80, 3), 90, np.uint8), np.ones((60, 80))))
+    assert (cut_out[..., 4] == 255).all()  # the largest radius
+    relief = compositing.measure_relief(cut_out)
+    assert np.isfinite(relief.across).all() and np.isfinite(relief.normals).all()
+    for seed in range(5):
+        for placement in compositing.draw_placements(cut_out, (64, 64), rng(seed)):
+            assert np.isfinite(placement.matrix).all()
+
+
 def test_cut_out_leaves_no_trace_of_the_old_background():
     mask = draw_cable(rng(), (60, 80), 6)
     photo = np.where(mask[..., None], (200, 30, 30), (0, 255, 0)).astype(np.uint8)

@@ -186,6 +186,10 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: \0", "not valid YAML"),
         ("[" * 1_000_001, "is larger than 1000000 bytes"),
         (f"dataset: {{train: [{{data_dir: {'x' * 300}}}]}}", "dataset.train[0].data_dir: no such folder"),
+        ("dataset: {train: [{data_dir: 2024-05-01}]}", "write a name such as '2024-05-01' with quotes"),
+        ("dataset: {train: [{data_dir: cables, bg_paths: [2024]}]}", "write a name such as"),
+        (r'dataset: {train: [{data_dir: "C:\Users\me"}]}', 'write / instead, as in "C:/photos"'),
+        (r'dataset: {train: [{data_dir: "C:\new"}]}', 'write / instead, as in "C:/photos"'),
     ],
 )
 def test_fault_is_named(folders, text, message):

@@ -131,6 +131,13 @@ def test_onnx_computes_the_same_for_any_number_of_images(random_weights, graph, 
         np.testing.assert_allclose(together[number], official, atol=1e-4)
 
 
+def test_onnx_of_a_checkpoint_trained_with_boxes_gives_a_warning(random_weights, graph, tmp_path, capsys):
+    for prompt, is_warned in (("box", True), ("point", True), ("mixed", False), ("none", False)):
+        write_sidecar(Sidecar(model_type="tiny", input_size=64, prompt=prompt), random_weights)
+        assert run(random_weights, "onnx", tmp_path / f"{prompt}.onnx") == 0
+        assert (f"was trained with --prompt {prompt}, and the ONNX" in capsys.readouterr().err) == is_warned
+
+
 def test_onnx_computes_the_same_for_lite_medsam(tmp_path):
     path = variants.pretrained_path("lite_medsam")
     assert run(path, "onnx", tmp_path / "lite.onnx") == 0

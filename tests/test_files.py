@@ -2,6 +2,7 @@
 
 import struct
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
@@ -25,6 +26,17 @@ def test_16_bit_images_are_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(FileError, match=r"a\.png: expected 8-bit"):
         files.read_image(tmp_path / "a.png")
+
+
+def test_16_bit_color_is_refused_and_16_bits_for_a_pixel_are_not(tmp_path):
+    cv2.imwrite(str(tmp_path / "camera.png"), np.full((4, 6, 3), 4095, np.uint16))  # 12 bits
+    with pytest.raises(FileError, match=r"camera\.png: expected 8-bit .* got 16-bit color"):
+        files.read_image(tmp_path / "camera.png")
+    rows = np.full((4, 6), 0x7C00, "<u2").tobytes()  # red in a BMP file of 5 bits per color
+    numbers = b"BM", 54 + len(rows), 0, 54, 40, 6, 4, 1, 16, 0, len(rows), 0, 0, 0, 0
+    header = struct.pack("<2sIIIIiiHHIIiiII", *numbers)
+    (tmp_path / "a.bmp").write_bytes(header + rows)
+    assert (files.read_image(tmp_path / "a.bmp") == [255, 0, 0]).all()
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused(tmp_path):

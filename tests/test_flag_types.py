@@ -42,6 +42,12 @@ def test_home_and_variables_in_a_path_are_expanded_unless_it_exists(tmp_path, mo
     assert flag_types.path("$HOME") == Path("$HOME")
 
 
+def test_an_empty_path_is_not_the_current_directory():
+    for parse in (flag_types.path, flag_types.source):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a path, got ''"):
+            parse("")
+
+
 def run_command(command, modules, code, *argv):
     """Run a command where the import of slow modules runs `code` instead."""
     modules.mkdir()

@@ -258,7 +258,8 @@ def test_labels_of_two_formats_need_a_choice(tmp_path, capsys):
         ("a.json", "{", "a.json: cannot be read as JSON"),
         ("a.xml", "<annotation><object/></annotation>", "boxes of PASCAL VOC are no masks"),
         ("a.zip", "PK", "a.zip: packed; unpack it first"),
-        ("a.txt", "some notes", "1 other files"),
+        ("a.txt", "0 0,1 0,1 0,5 0,1 0,1 0,5\n", "a.txt: no polygons of YOLO, but '0 0,1 0,1"),
+        ("a.csv", "some notes", "1 other files"),
     ],
 )
 def test_what_is_no_label_file_is_shown(tmp_path, capsys, name, content, message):
@@ -287,6 +288,12 @@ def set_value(*keys, value):
          "instances_default.json: 1 error(s)\n  images.0.width: Input should be a valid integer"),
         ("coco", "annotations/instances_default.json", set_value("annotations", 1, "image_id", value=77),
          "annotations.1.image_id: no image has the id 77"),
+        ("coco", "annotations/instances_default.json",
+         lambda document: document["images"][1].update(id=document["images"][0]["id"]),
+         "instances_default.json: images: desk 1.jpg and desk-2.png have the same id "),
+        ("coco", "annotations/instances_default.json",
+         lambda document: document["categories"].append({**document["categories"][0], "name": "table"}),
+         " and table have the same id "),
         ("coco", "annotations/instances_default.json", set_value("annotations", 2, "category_id", value=9),
          "annotations.2.category_id: no category has the id 9"),
         ("coco", "annotations/instances_default.json",
@@ -398,6 +405,22 @@ def test_an_image_with_a_fault_is_left_out_and_named(tmp_path, capsys, fault, me
     assert message in text and "left out      1 image(s)" in text
     assert [path.name for path in (tmp_path / "data/imgs").iterdir()] == [SECOND]
     assert [path.name for path in (tmp_path / "data/masks").iterdir()] == ["desk-2.png"]
+
+
+def test_labels_that_all_lie_outside_of_their_images_are_named(tmp_path, capsys):
+    path = label_samples.write_coco(tmp_path / "export")
+    outside = [[200, 0, 210, 0, 205, 5]]
+    change_json(path, lambda document: [one.update(segmentation=outside) for one in document["annotations"]])
+    assert run(tmp_path / "export", tmp_path / "data") == 2
+    assert "3 shape(s) left out: region that covers no pixel" in capsys.readouterr().err
+
+
+def test_a_polygon_of_yolo_in_pixels_is_named(tmp_path, capsys):
+    WRITERS["yolo"][0](tmp_path / "export")
+    (tmp_path / "export/train/labels/desk-2.txt").write_text("0 4 4 30 4 4 30\n")
+    assert run(tmp_path / "export", tmp_path / "data") == 1
+    message = "desk-2.png: coordinate 30 in its labels; expected fractions of the image (not pixels)"
+    assert message in capsys.readouterr().out
 
 
 def test_a_tiny_region_is_counted_and_the_others_are_imported(tmp_path, capsys):

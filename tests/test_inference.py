@@ -277,9 +277,14 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
         load(tiny_weights, "cpu", tiles=64)(photos, boxes)
     with pytest.raises(UserError, match="3 images but 2 lists of prompts"):
         segment(photos, boxes[:2])
-    for wrong in ([], boxes[0][0]):
+    for wrong in ([], boxes[0][0], np.zeros((2, 4)), [(10, 20, 60, 40)]):
         with pytest.raises(UserError, match="image 0: expected a list of at least one prompt, got"):
             segment(photos[0], wrong)
+
+
+def test_a_box_may_be_given_by_any_two_opposite_corners():
+    for x1, y1, x2, y2 in ((10, 20, 60, 40), (60, 40, 10, 20), (60, 20, 10, 40)):
+        assert box_prompt(x1, y1, x2, y2).points.tolist() == [[10, 20], [60, 40]]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +295,8 @@ def test_prompts_of_one_image_and_of_several(tiny_weights, photos):
         (np.zeros((4, 5, 4), np.uint8), r"got uint8 \(4, 5, 4\)"),
         (np.zeros((0, 5, 3), np.uint8), r"got uint8 \(0, 5, 3\)"),
         (["photo.jpg"], "got str"),
+        (Image.new("RGB", (5, 4)), "got Image"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), "got Tensor"),
     ],
 )
 def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
@@ -302,6 +309,7 @@ def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
+        ("device", 0, "'auto' or a device of PyTorch, such as 'cuda:1'"),
         ("threshold", "a", "a finite number"),
         ("threshold", float("nan"), "a finite number"),
         ("cable_width", -1, "a number above 0"),
@@ -311,7 +319,7 @@ def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
 )
 def test_wrong_arguments_are_named_before_the_checkpoint_is_read(tmp_path, name, value, expected):
     with pytest.raises(UserError, match=f"^{name}={value!r}: expected {expected}$"):
-        load(tmp_path / "none.pth", "cpu", **{name: value})
+        load(tmp_path / "none.pth", **({"device": "cpu"} | {name: value}))
 
 
 def test_a_segmenter_is_shown_in_a_line(tiny_weights):

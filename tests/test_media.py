@@ -1,5 +1,6 @@
 """Images, videos and cameras in and out of prediction."""
 
+import io
 import itertools
 import math
 import time
@@ -397,3 +398,11 @@ def test_a_video_that_does_not_open_again_is_named(tmp_path, monkeypatch):
         video.write(np.zeros((48, 64, 3), np.uint8))
         with pytest.raises(UserError, match=r"out\.mp4 could not be written"):
             video.finish()
+
+
+def test_an_image_longer_than_jpeg_allows_is_shrunk():
+    image = np.full((20, 70_000, 3), 90, np.uint8)
+    with Image.open(io.BytesIO(media.encode_image(image, ".jpg"))) as written:
+        assert written.size == (65_500, 19)
+    with Image.open(io.BytesIO(media.encode_image(image, ".png"))) as written:
+        assert written.size == (70_000, 20)

@@ -112,6 +112,14 @@ def test_unmatched_files_are_shown_from_both_sides_in_turn(tmp_path):
     assert "truth0.png: has no image in imgs/ (without a partner there: photo0.jpg)" in message
 
 
+def test_a_file_of_the_same_stem_that_is_not_read_is_named(tmp_path):
+    pairs, faults = touch_pairs(tmp_path, ["a.heic", "b.jpg", "c.jpg"], ["a.png", "b.gif", "c.png"])
+    assert pairs == [("c.jpg", "c.png")]
+    no_mask, no_image = faults
+    assert no_mask.endswith("b.jpg: has no mask in masks/ (b.gif there has a suffix that is not read)")
+    assert no_image.endswith("a.png: has no image in imgs/ (a.heic there has a suffix that is not read)")
+
+
 # --- EXIF ---
 
 

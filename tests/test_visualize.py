@@ -118,6 +118,15 @@ def test_sheet_stacks_images_of_any_size():
     assert (stacked[:50] == 0).all() and (stacked[50:] == 9).all()
 
 
+def test_a_sheet_of_a_strip_is_at_most_four_times_as_tall_as_wide():
+    strip, square = np.full((4000, 2, 3), 200, np.uint8), np.full((8, 8, 3), 100, np.uint8)
+    stacked = visualize.sheet([strip, square], width=100)
+    assert stacked.shape == (500, 100, 3)
+    assert (
+        (stacked[:400, 0] == 200).all() and (stacked[:400, 1:] == 20).all() and (stacked[400:] == 100).all()
+    )
+
+
 def test_a_contact_sheet_fills_its_rows():
     images = [np.full((10, 20, 3), value, np.uint8) for value in (1, 2, 3)]
     sheet = visualize.contact_sheet(images, columns=2, width=40)
