@@ -116,14 +116,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def require_finite(weights: dict[str, Tensor], path: Path, way: str) -> None:
+def require_finite(weights: dict[str, Tensor], path: Path, hint: str) -> None:
     """Raise UserError, which names `path` and the first such weight, if weights are NaN or infinite.
 
-    way: what the user can do.
+    hint: what the user can do.
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise UserError(f"{path} holds weights that are NaN or infinite, such as {name}: {way}")
+            raise UserError(f"{path} holds weights that are NaN or infinite, such as {name}: {hint}")
 
 
 def safe_load(path: Path) -> Any:
@@ -218,7 +218,7 @@ def keep_best(folder: Path, iteration: int) -> None:
 
 
 def remove_kept_best(folder: Path) -> None:
-    """After a state was saved: it names the weights in `best.pth`, if these could be written."""
+    """Remove the kept weights, once a state is saved that names those in `best.pth`."""
     for path in _kept(folder) if (folder / BEST_FILE).exists() else ():
         with _renaming(path):
             sidecar_path(path).unlink(missing_ok=True)
@@ -226,7 +226,7 @@ def remove_kept_best(folder: Path) -> None:
 
 
 def restore_best(folder: Path, iteration: int | None) -> None:
-    """When a run is resumed: bring back the best weights, of `iteration`, that its state names."""
+    """Restore the best weights, those of `iteration`, that the state of a resumed run names."""
     best, kept = folder / BEST_FILE, folder / KEPT_BEST.format(iteration)
     with _renaming(kept):
         if kept.exists():

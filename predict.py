@@ -3,14 +3,16 @@
     python predict.py --checkpoint exp/NAME/checkpoints/best.pth --input FOLDER --output predictions
 
 Writes a mask (0 and 255) and an overlay for each image. With `--masks`, also compares the predictions with
-the true masks.
+the ground truth masks.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from base.flag_types import MAX_PIXELS, MIN_TILE, answer_first, number, path, positive, positive_int, source
 
@@ -24,48 +26,59 @@ finite = number(float, math.isfinite, "a finite number")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Segment the cables in images, videos, or what a camera sees.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Segment the cables in images, videos, or what a camera sees."
     )
-    add = parser.add_argument
-    add_path = partial(add, type=path, required=True, default=argparse.SUPPRESS)
-    add_path("--checkpoint", help="a checkpoint of this tool or of another one; the model type is detected")
+    checkpoint_help = "a checkpoint of this tool or of another one; the model type is detected"
+    parser.add_argument("--checkpoint", type=path, required=True, help=checkpoint_help)
     input_help = "an image, a video, a folder of these, the URL of a stream, or the number of a camera"
-    add("--input", type=source, required=True, default=argparse.SUPPRESS, help=input_help)
-    add_path("--output", help="folder for the results: masks/, overlays/ and others")
-    add("--masks", type=path, help="folder of true masks, matched by stem; scores are printed")
-    add("--probabilities", action="store_true", help="also write probabilities as 16-bit PNG files")
-    add("--polygons", action="store_true", help="also write polygons.json, a COCO file")
-    lines_help = "also write the centerline of each cable, as JSON and drawn"
-    add("--centerlines", action="store_true", help=lines_help)
-    instances_help = "also write the number of the cable at each pixel, as 16-bit PNG"
-    add("--instances", action="store_true", help=instances_help)
-    threshold_help = "a pixel is cable if its logit is above it (default: that of the sidecar, else 0)"
-    add("--threshold", type=finite, default=argparse.SUPPRESS, help=threshold_help)
-    prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
-    add("--prompt", type=path, help=prompt_help)
-    tiles_help = (
-        "predict overlapping tiles of this side; auto: tiles in which cables are as wide as in training, and "
-        "the whole image; off: only the whole image (default: auto if the width of cables in training is "
-        "known; off for videos and with --prompt)"
-    )
-    add("--tiles", type=tile_size, metavar="PIXELS", default=argparse.SUPPRESS, help=tiles_help)
-    width_help = "for --tiles auto: width of cables in training, in pixels of the model's input"
-    add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
-    add("--batch_size", type=positive_int, default=4, help="images or tiles predicted together")
-    pixels_help = "most pixels an image may have; larger ones are left out"
-    add("--max_pixels", type=positive_int, default=MAX_PIXELS, help=pixels_help)
-    add("--rle", action="store_true", help="also write rle.json, a COCO file like that of --polygons")
-    area_help = "smaller regions, in pixels, are left out of --polygons and --rle"
-    add("--min_area", type=positive_int, default=1, help=area_help)
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="device to run on")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
-    args = parser.parse_args(argv, argparse.Namespace(threshold=None, tiles=None))
+    parser.add_argument("--input", type=source, required=True, help=input_help)
+    output_help = "folder for the results: masks/, overlays/ and others"
+    parser.add_argument("--output", type=path, required=True, help=output_help)
+    masks_help = "folder of ground truth masks, matched by stem: prints metrics"
+    parser.add_argument("--masks", type=path, help=masks_help)
+    add_outputs(parser.add_argument_group("what is also written").add_argument)
+    add_settings(parser.add_argument_group("prediction").add_argument)
+    args = parser.parse_args(argv)
     if args.tiles not in (None, "off") and args.prompt:
         parser.error("--tiles cannot be combined with --prompt: prompts are for whole images")
     if args.cable_width and (args.tiles not in (None, "auto") or args.prompt):
         parser.error("--cable_width is for --tiles auto")
     return args
+
+
+def add_outputs(add: Callable[..., Any]) -> None:
+    """Add the flags that choose what is written besides masks and overlays."""
+    add("--centerlines", action="store_true", help="the centerline of each cable, as JSON and drawn")
+    add("--instances", action="store_true", help="the id of the cable at each pixel, as 16-bit PNG files")
+    add("--probabilities", action="store_true", help="probabilities, as 16-bit PNG files")
+    add("--polygons", action="store_true", help="polygons.json, a COCO file of the regions of the masks")
+    add("--rle", action="store_true", help="rle.json, the same as run-length encoding")
+    area_help = "leave smaller regions, in pixels, out of --polygons and --rle (default: 1)"
+    add("--min_area", type=positive_int, default=1, help=area_help)
+
+
+def add_settings(add: Callable[..., Any]) -> None:
+    """Add the flags that change how images are predicted."""
+    threshold_help = "a pixel is cable if its logit is above it (default: that of the sidecar, else 0)"
+    add("--threshold", type=finite, help=threshold_help)
+    tiles_help = (
+        "predict overlapping tiles of this side; auto: tiles in which cables are as wide as in training, and "
+        "the whole image; off: only the whole image (default: auto if the width of cables in training is "
+        "known; off for videos and with --prompt)"
+    )
+    add("--tiles", type=tile_size, metavar="PIXELS", help=tiles_help)
+    width_help = "--tiles auto: width of cables in training, in pixels of the model's input"
+    add("--cable_width", type=positive, metavar="PIXELS", help=f"{width_help} (default: the sidecar's)")
+    prompt_help = "CSV or COCO file of points or boxes, for checkpoints trained with prompts"
+    add("--prompt", type=path, help=prompt_help)
+    batch_help = "images or tiles predicted together (default: 4)"
+    add("--batch_size", type=positive_int, default=4, help=batch_help)
+    pixels_help = f"largest number of pixels of an image; larger ones are left out (default: {MAX_PIXELS})"
+    add("--max_pixels", type=positive_int, default=MAX_PIXELS, help=pixels_help)
+    device_help = "auto: the first available of cuda, mps, cpu (default: auto)"
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help=device_help)
+    amp_help = "mixed precision; auto: what the hardware computes fast (default: auto)"
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=amp_help)
 
 
 if __name__ == "__main__":
@@ -75,7 +88,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
 
@@ -290,7 +303,7 @@ FRAMES_AT_ONCE = 1000  # of a video that are listed together: every time, the wh
 
 
 def announced(frames: Iterator[InputImage], video: Video, options: Options) -> Iterator[InputImage]:
-    """The same frames. The files of those that will come are listed before they are written.
+    """Yield the frames, and list the files of each before they are written.
 
     The number of frames in a header is not used for this: it may be wrong by billions.
     """
@@ -367,7 +380,7 @@ def warn_of_small_tiles(segment: inference.Segmenter, image: np.ndarray) -> None
 
 
 def describe_shares(shares: Sequence[float]) -> str:
-    """A line if masks are empty or cover most of their image, as those of a model that has learned little."""
+    """A line if masks are empty or cover most of their image, which suggests too little training."""
     empty, full = sum(share == 0 for share in shares), sum(share > MAX_SHARE for share in shares)
     if not empty and not full:
         return ""

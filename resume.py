@@ -53,18 +53,18 @@ def save_resume_state(state: ResumeState, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_resume_state(path: Path, way: str = "start the run again") -> ResumeState:
+def load_resume_state(path: Path, hint: str = "start the run again") -> ResumeState:
     """Read what `save_resume_state` wrote.
 
     Raises UserError, which names `path`, and says why if the file cannot be read. If it is damaged or of
-    another version, the message ends with `way`: what the user can do.
+    another version, the message ends with `hint`: what the user can do.
     """
     try:
         state = safe_load(path)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        raise UserError(f"{path} cannot be read, and may be damaged: {way}") from error
+        raise UserError(f"{path} cannot be read, and may be damaged: {hint}") from error
     types = get_type_hints(ResumeState)
     if not (
         isinstance(state, dict)
@@ -72,7 +72,7 @@ def load_resume_state(path: Path, way: str = "start the run again") -> ResumeSta
         and all(isinstance(state[key], get_origin(kind) or kind) for key, kind in types.items())
         and all(isinstance(weight, Tensor) for weight in state["weights"].values())
     ):
-        raise UserError(f"{path} is not a state that this version saved: {way}")
+        raise UserError(f"{path} is not a state that this version saved: {hint}")
     return state  # type: ignore[return-value]  # its keys are checked
 
 
@@ -92,9 +92,9 @@ def find_resume_state(folder: Path) -> ResumeState | None:
         )
     best = folder / "checkpoints" / BEST_FILE
     weights_left = f" and --checkpoint {best}" if best.exists() else ""
-    way = f"start the run again with another --exp_name{weights_left}"
-    state = load_resume_state(folder / RESUME_FILE, way)
-    require_finite(state["weights"], folder / RESUME_FILE, f"{way}; a lower --lr may help")
+    hint = f"start the run again with another --exp_name{weights_left}"
+    state = load_resume_state(folder / RESUME_FILE, hint)
+    require_finite(state["weights"], folder / RESUME_FILE, f"{hint}; a lower --lr may help")
     return state
 
 
