@@ -216,8 +216,15 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
     if args.threshold is not None:
         origin = "--threshold"
     print(f"threshold {segment.threshold:g} ({origin})")
-    if args.prompt and segment.sidecar and segment.sidecar.prompt == "none":
+    trained_with = segment.sidecar.prompt if segment.sidecar else None
+    if args.prompt and trained_with == "none":
         print(f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse")
+    if not args.prompt and trained_with in ("point", "box"):
+        print(
+            f"warning: {args.checkpoint} was trained with --prompt {trained_with}, and there are no prompts: "
+            "its masks may be bad; for images, give --prompt FILE",
+            file=sys.stderr,
+        )
     args.threshold = segment.threshold
     return segment
 

@@ -70,6 +70,29 @@ def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tm
 
 
 @pytest.mark.parametrize(
+    ("trained_with", "with_file", "warning"),
+    [
+        ("box", False, "was trained with --prompt box, and there are no prompts"),
+        ("point", False, "was trained with --prompt point, and there are no prompts"),
+        ("none", True, "was trained without prompts"),
+        ("box", True, None),
+        ("none", False, None),
+        ("mixed", False, None),
+    ],
+)
+def test_prompts_that_do_not_fit_the_training_are_warned_of(
+    tiny_weights, data, tmp_path, capsys, trained_with, with_file, warning
+):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, prompt=trained_with), tiny_weights)
+    (tmp_path / "p.csv").write_text("image,x,y\n1.png,5,6\n")
+    flags = ("--prompt", tmp_path / "p.csv") if with_file else ()
+    assert run(tiny_weights, data / "test/imgs/1.png", tmp_path / "out", *flags) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("warning")]
+    assert len(lines) == (1 if warning else 0) and all(warning in line for line in lines)
+
+
+@pytest.mark.parametrize(
     ("tiles", "cable_width", "times"),
     [(64, 4, "7.8"), (300, 4, None), (64, 30, None), (64, None, None)],  # 500 px would fit
 )
