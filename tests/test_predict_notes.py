@@ -92,6 +92,33 @@ def test_prompts_that_do_not_fit_the_training_are_warned_of(
     assert len(lines) == (1 if warning else 0) and all(warning in line for line in lines)
 
 
+def test_photos_that_are_not_read_are_counted_and_named(tiny_weights, data, tmp_path, capsys):
+    photos = data / "test/imgs"
+    assert run(tiny_weights, photos, tmp_path / "out") == 0
+    assert "not read" not in capsys.readouterr().err
+    for name in "abcd":
+        (photos / f"{name}.heic").touch()
+    assert run(tiny_weights, photos, tmp_path / "out") == 0
+    line = (
+        "note: 4 file(s) are not predicted, because their format is not read: a.heic, b.heic, c.heic, ...\n"
+    )
+    assert line in capsys.readouterr().err
+
+
+def test_true_masks_that_may_be_inverted_are_named(tiny_weights, data, tmp_path, capsys):
+    flags = (data / "test/imgs", tmp_path / "out", "--masks", data / "test/masks")
+    assert run(tiny_weights, *flags) == 0
+    assert "inverted" not in capsys.readouterr().err
+    for name in ("1.png", "2.png"):
+        path = data / "test/masks" / name
+        with Image.open(path) as file:
+            mask = np.asarray(file)
+        Image.fromarray(255 - mask).save(path)
+    assert run(tiny_weights, *flags) == 0
+    line = f"more than half of 2 mask(s), e.g. {data / 'test/masks/1.png'}: are they inverted?\n"
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tiles", "cable_width", "times"),
     [(64, 4, "7.8"), (300, 4, None), (64, 30, None), (64, None, None)],  # 500 px would fit
