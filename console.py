@@ -90,9 +90,16 @@ def start_summary(experiment: Experiment, is_unmeasured: bool) -> str:
 
 
 def result_summary(
-    baseline: dict[str, float] | None, best: dict[str, float] | None, folder: Path, images: Path
+    baseline: dict[str, float] | None,
+    best: dict[str, float] | None,
+    folder: Path,
+    images: Path,
+    prompt: str = "none",
 ) -> str:
-    """The closing lines of a run: baseline against best, where the files are, and how to predict `images`."""
+    """The closing lines of a run: baseline against best, where the files are, and how to predict `images`.
+
+    prompt: the flag `--prompt` of the training.
+    """
     best_weights, last_weights = (folder / "checkpoints" / name for name in (BEST_FILE, LAST_FILE))
     lines = []
     if baseline and best:
@@ -112,11 +119,18 @@ def result_summary(
     weights = next((path for path in (best_weights, last_weights) if path.exists()), None)
     if weights:
         flags = ("--checkpoint", weights, "--input", images, "--output", Path("predictions") / folder.name)
-        lines.append(f"next             {tool_command('predict.py', *flags)}")
+        lines.append(f"next             {tool_command('predict.py', *flags, *prompt_flags(prompt))}")
+        if prompt_flags(prompt):
+            lines.append(f"{'':17}FILE: points or boxes of the images, as in docs/prediction.md#prompts")
     return "\n".join(lines)
 
 
 # --- Commands ---------------------------------------------------------------------------------
+
+
+def prompt_flags(prompt: str) -> tuple[str, ...]:
+    """What predict.py also needs after a training with this `--prompt`; the user must write the file."""
+    return ("--prompt", "FILE") if prompt in ("point", "box") else ()
 
 
 def tool_command(script: str, *arguments: str | Path, processes: int = 1) -> str:

@@ -131,6 +131,19 @@ def require_unused(folder: Path) -> None:
         )
 
 
+def make_folder(experiment: Experiment) -> None:
+    """Make the folder of the run. Raises UserError if this fails, or if another run made it meanwhile."""
+    config, checkpoints = experiment.config, experiment.checkpoints
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=config.resume)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not config.resume:
+            raise UserError(
+                f"another run has just started in {config.folder}; choose another --exp_name"
+            ) from error
+        raise UserError(f"{checkpoints} cannot be made: {error}") from error
+
+
 # --- Data -------------------------------------------------------------------------------------
 
 

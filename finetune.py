@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import SIGINT
 
@@ -32,7 +33,7 @@ from dataset_index import file_digests
 from disk_space import warn_of_disk_space
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
 from evaluation import run_test, train_panels, training_cable_width
-from experiment import Experiment, prepare, preview
+from experiment import Experiment, make_folder, prepare, preview
 from losses import sum_losses
 from report import write_report
 from resume import RESUME_FILE, ResumeState
@@ -455,10 +456,6 @@ def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.Stop
     if not runtime.is_main():
         train_to_the_end(config, experiment, stop)
         return
-    try:
-        experiment.checkpoints.mkdir(parents=True, exist_ok=config.resume)
-    except OSError as error:
-        raise UserError(f"{experiment.checkpoints} cannot be made: {error}") from error
     with resume.locked(experiment.folder):
         train_to_the_end(config, experiment, stop)
 
@@ -491,7 +488,7 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
         logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
     shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
     images = shown.config.data_dir / "imgs"
-    logger.print(result_summary(state.baseline, state.best, experiment.folder, images))
+    logger.print(result_summary(state.baseline, state.best, experiment.folder, images, config.prompt))
     logger.close()
 
 
@@ -525,6 +522,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             experiment = prepare(config)
             runtime.barrier()
+            runtime.from_main(partial(make_folder, experiment))
     except runtime.Interrupted as signal:
         if runtime.is_main():
             print(f"{signal.name}: nothing was trained", file=sys.stderr)

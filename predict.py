@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, faults: list[str]) -> None:
     """Predict what the flags say. What is left out is appended to `faults`; raises UserError."""
     images, videos = media.find_inputs(args.input)
+    print(describe_unread(media.find_unread(args.input)), end="", file=sys.stderr)
     videos = check_videos(args, images, videos, faults)
     mask_paths = media.find_masks(args.masks, images) if args.masks else {}
     prompts = media.find_prompts(args.prompt, images) if args.prompt else {}
@@ -176,10 +177,22 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         if args.rle:
             write_regions(output, names, "rle.json", partial(run_lengths, min_area=args.min_area))
         if stats:
+            print(describe_large_masks(stats, mask_paths), end="", file=sys.stderr)
             report_scores(output, stats, options.threshold)
             write_worst(output, stats, {file.stem: file.path for file in images}, mask_paths)
     finally:
         output.finish()
+
+
+MAX_NAMES = 3  # of files in a note
+
+
+def describe_unread(paths: Sequence[Path]) -> str:
+    """A line if there are photos whose format is not read."""
+    if not paths:
+        return ""
+    names = ", ".join(path.name for path in paths[:MAX_NAMES]) + ", ..." * (len(paths) > MAX_NAMES)
+    return f"note: {len(paths)} file(s) are not predicted, because their format is not read: {names}\n"
 
 
 def check_videos(
@@ -216,8 +229,15 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
     if args.threshold is not None:
         origin = "--threshold"
     print(f"threshold {segment.threshold:g} ({origin})")
-    if args.prompt and segment.sidecar and segment.sidecar.prompt == "none":
+    trained_with = segment.sidecar.prompt if segment.sidecar else None
+    if args.prompt and trained_with == "none":
         print(f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse")
+    if not args.prompt and trained_with in ("point", "box"):
+        print(
+            f"warning: {args.checkpoint} was trained with --prompt {trained_with}, and there are no prompts: "
+            "its masks may be bad; for images, give --prompt FILE",
+            file=sys.stderr,
+        )
     args.threshold = segment.threshold
     return segment
 
@@ -488,6 +508,17 @@ def report_scores(output: OutputFolder, stats: Mapping[str, ImageStats], thresho
     summary = aggregate(list(stats.values()))
     summary["best_threshold"] += threshold
     print(", ".join(f"{name} {value:.4f}" for name, value in summary.items() if name not in SCORE_NAMES))
+
+
+def describe_large_masks(stats: Mapping[str, ImageStats], mask_paths: Mapping[str, Path]) -> str:
+    """A line if true masks cover more than half of their image, which suggests that they are inverted."""
+    large = [stem for stem, image in stats.items() if image.pixel_counts[1] > image.pixel_counts[0]]
+    if not large:
+        return ""
+    first = mask_paths[large[0]]
+    return (
+        f"note: foreground covers more than half of {len(large)} mask(s), e.g. {first}: are they inverted?\n"
+    )
 
 
 def write_worst(

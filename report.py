@@ -17,7 +17,7 @@ import runtime
 from base.atomic import write_atomically
 from base.errors import UserError
 from checkpoint import BEST_FILE, LAST_FILE
-from console import EMPTY_HINT, EMPTY_IOU, REPORT_FILE, dataset_table, tool_command
+from console import EMPTY_HINT, EMPTY_IOU, REPORT_FILE, dataset_table, prompt_flags, tool_command
 from experiment import Experiment, with_test_interval
 from imaging.media import encode_image
 from imaging.metrics import THRESHOLDS
@@ -365,7 +365,8 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         # The test set of --val_percentage has no folder of its own.
         has_test_folder = experiment.test_set and not config.val_percentage
         purpose = f"Predict the {'test' if has_test_folder else 'training'} images"
-        commands[purpose] = tool_command("predict.py", *checkpoint, "--input", data / "imgs", *masks, *output)
+        flags = (*checkpoint, "--input", data / "imgs", *masks, *prompt_flags(config.prompt), *output)
+        commands[purpose] = tool_command("predict.py", *flags)
         commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
     resume, processes = ("--exp_name", config.exp_name, "--resume"), runtime.local_world_size()
     if not is_done:

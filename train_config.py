@@ -238,6 +238,9 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         flags.batch_size, flags.virtual_batch_size = found.batch_size, found.virtual_batch_size
     if flags.embedding_reuse > 1 and flags.train not in (None, "decoder"):
         parser.error(f"--embedding_reuse above 1 needs a frozen encoder, but --train is {flags.train}")
+    losses = ("--focal_weight", "--dice_weight", "--iou_weight", "--cldice_weight")
+    if not any(getattr(flags, name[2:]) for name in losses):
+        parser.error(f"{', '.join(losses)} are all 0, so nothing would train: expected one above 0")
     return flags
 
 

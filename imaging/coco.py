@@ -59,9 +59,9 @@ def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
     """Read the prompts of each image, by its `normalized` stem: one for all its points, one for each box.
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
-    background) or per box (`image,x1,y1,x2,y2`). It may be separated by semicolons or tabs, and then have
-    decimal commas. In a COCO file, an annotation gives its visible keypoints, or its box if it has no
-    keypoints. All coordinates are pixels of the image.
+    background) or per box (`image,x1,y1,x2,y2`: two opposite corners). It may be separated by semicolons or
+    tabs, and then have decimal commas. In a COCO file, an annotation gives its visible keypoints, or its box
+    if it has no keypoints. All coordinates are pixels of the image.
 
     sizes: (h, w) of images, by the same stem. Images of other stems are not checked.
 
@@ -77,7 +77,7 @@ def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
         if isinstance(item, _Point):
             points.setdefault(stem, []).append(item)
         else:
-            corners = np.array(item, np.float32).reshape(2, 2)
+            corners = np.sort(np.array(item, np.float32).reshape(2, 2), axis=0)  # the top left one first
             labels = np.array([BOX_CORNER_1, BOX_CORNER_2], np.int64)
             prompts.setdefault(stem, []).append(Prompt(corners, labels))
     for stem, items in points.items():
@@ -132,6 +132,8 @@ def _read_csv(path: Path) -> Iterator[_Located]:
         if rows.fieldnames is None or "image" not in rows.fieldnames:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
+        if not is_box and {"w", "h", "width", "height"}.intersection(rows.fieldnames):
+            raise ValueError(f"its header {','.join(rows.fieldnames)} gives boxes by their size")
         for row in rows:
             place, name = f"line {rows.line_num}", _require_text(row["image"])
             texts = [row[column] or "" for column in (("x1", "y1", "x2", "y2") if is_box else ("x", "y"))]

@@ -48,6 +48,11 @@ VIDEO_SUFFIXES = (
     ".flv", ".f4v", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".mxf", ".dv", ".mjpg", ".mjpeg",
     ".h264", ".264", ".h265", ".265", ".hevc", ".y4m", ".gif",
 )  # fmt: skip
+# Photos in formats that are not read. Formats that often hold other data, such as .pgm or .psd, are left out.
+UNREAD_PHOTO_SUFFIXES = (
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".jpe", ".jfif", ".ppm",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+)  # fmt: skip
 DEFAULT_FRAME_RATE = 25.0
 MAX_FRAME_RATE = 1000.0  # headers without a frame rate state the clock of their format instead, such as 90000
 MAX_RATE_DENOMINATOR = 65535  # rates are fractions; 30000/1001 is the most usual one that is no whole number
@@ -125,6 +130,23 @@ def find_inputs(source: Path | str | int) -> tuple[list[InputFile], list[Video]]
     videos = [file for file in files if file not in images]
     _require_distinct(source, images, videos)
     return images, [Video(file.path, str(file.path), file.stem) for file in videos]
+
+
+def find_unread(source: Path | str | int) -> list[Path]:
+    """The photos in the folders that `find_inputs` reads whose format is not read; [] for any other source.
+
+    A photo beside an image of the same stem is left out: cameras write a JPEG file beside a raw one.
+    """
+    if not isinstance(source, Path) or not os.path.isdir(source):
+        return []
+    folders: set[Path] = set()
+    _files_in(source, folders)
+    found = []
+    for folder in sorted(folders):
+        stems = {path.stem for path in image_files(folder)}
+        photos = [path for path in unread_files(folder) if path.suffix.lower() in UNREAD_PHOTO_SUFFIXES]
+        found += [path for path in photos if path.stem not in stems]
+    return found
 
 
 def without_password(source: Path | str | int) -> str:

@@ -179,11 +179,11 @@ def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
 
 def test_every_box_is_a_prompt(tmp_path):
     path = tmp_path / "boxes.csv"
-    path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,5,6,7,8\n")
+    path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,7,6,5,8\n")
     first, second = read_prompts(path, {})["a"]
     assert first.points.tolist() == [[1, 2], [30, 40]]
     assert first.labels.tolist() == [BOX_CORNER_1, BOX_CORNER_2]
-    assert second.points.tolist() == [[5, 6], [7, 8]]
+    assert second.points.tolist() == [[5, 6], [7, 8]]  # its corners are put in order
 
 
 def test_coco_boxes_and_keypoints(tmp_path):
@@ -209,6 +209,8 @@ def test_coco_boxes_and_keypoints(tmp_path):
         ("p.csv", "image,x,y\na.png,1,nan\n"),
         ("p.csv", "image,x,y,label\na.png,1,2,7\n"),
         ("p.csv", "image,x1,y1\na.png,1,2\n"),
+        ("p.csv", "image,x,y,w,h\na.png,1,2,3,4\n"),
+        ("p.csv", "image;width;height;x;y\na.png;3;4;1;2\n"),
         ("p.csv", ""),
         ("p.csv", "x,y,image\n1,2\n"),
         ("p.json", "{"),

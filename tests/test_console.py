@@ -48,6 +48,14 @@ def test_the_summary_ends_with_a_command_that_can_be_pasted(tmp_path, monkeypatc
         assert args.output == Path("predictions/my run")
 
 
+@pytest.mark.parametrize(("prompt", "is_needed"), [("none", 0), ("mixed", 0), ("point", 1), ("box", 1)])
+def test_the_next_command_has_a_prompt_file_if_the_training_had_prompts(tmp_path, prompt, is_needed):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.pth").touch()
+    text = result_summary(None, None, tmp_path, Path("photos"), prompt)
+    assert [text.count(words) for words in ("--prompt FILE", "FILE: points or boxes")] == 2 * [is_needed]
+
+
 def test_commands_name_paths_as_seen_from_the_current_directory(monkeypatch):
     monkeypatch.chdir(Path(predict.__file__).parent)
     monkeypatch.setattr(sys, "executable", str(Path(".venv/bin/python").absolute()))

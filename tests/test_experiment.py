@@ -72,6 +72,22 @@ def test_the_length_of_a_run_of_minutes_does_not_come_from_the_number_of_epochs(
     assert images == [2 * 60 * experiment.IMAGES_PER_SECOND] * 3
 
 
+def test_a_run_that_starts_a_moment_later_under_the_same_name_is_refused(
+    config_file, tiny_weights, monkeypatch, capsys
+):
+    load = experiment.load_data_config
+
+    def load_while_another_run_starts(config):
+        Path("exp/run/checkpoints").mkdir(parents=True)  # after the check that exp/run is unused
+        return load(config)
+
+    monkeypatch.setattr(experiment, "load_data_config", load_while_another_run_starts)
+    assert run_tiny(config_file(), tiny_weights) == 2
+    error = capsys.readouterr().err
+    assert "error: another run has just started in exp/run; choose another --exp_name" in error
+    assert "--resume" not in error and not list(Path("exp/run/checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(
     ("local_rank", "expected"), [("0", ["download", "wait"]), ("1", ["wait", "download"])]
 )

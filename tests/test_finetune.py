@@ -177,6 +177,7 @@ def train_in_memory(config):
     experiment = finetune.prepare(config)
     sam = experiment.net.sam
     before = {name: tensor.detach().clone() for name, tensor in tensors_in_memory(sam).items()}
+    finetune.make_folder(experiment)
     finetune.run_training(experiment.config, experiment, runtime.StopRequest())
     after = tensors_in_memory(sam)
     assert after.keys() == before.keys()

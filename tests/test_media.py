@@ -111,6 +111,18 @@ def test_folders_are_read_as_their_imgs_or_their_subfolders(tmp_path):
     assert images == [media.InputFile(tmp_path / "d/imgs/0.png", "0.png", "0")] and videos == []
 
 
+def test_photos_that_are_not_read_are_found_in_the_folders_that_are_read(tmp_path):
+    for name in (
+        "a/0.jpg", "a/0.CR2", "a/1.HEIC", "a/notes.txt", "a/0.json", "a/0.npy", "a/Thumbs.db",
+        "a/deeper/2.heic", "b/3.avif", "c/4.mov", "c/4.heic", "out/masks/5.heic", "out/predictions.json",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in media.find_unread(tmp_path)]
+    assert found == ["a/1.HEIC", "b/3.avif", "c/4.heic"]  # a camera wrote 0.jpg beside 0.CR2
+    assert media.find_unread(tmp_path / "a/0.jpg") == media.find_unread(0) == []
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -70,6 +70,56 @@ def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tm
 
 
 @pytest.mark.parametrize(
+    ("trained_with", "with_file", "warning"),
+    [
+        ("box", False, "was trained with --prompt box, and there are no prompts"),
+        ("point", False, "was trained with --prompt point, and there are no prompts"),
+        ("none", True, "was trained without prompts"),
+        ("box", True, None),
+        ("none", False, None),
+        ("mixed", False, None),
+    ],
+)
+def test_prompts_that_do_not_fit_the_training_are_warned_of(
+    tiny_weights, data, tmp_path, capsys, trained_with, with_file, warning
+):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, prompt=trained_with), tiny_weights)
+    (tmp_path / "p.csv").write_text("image,x,y\n1.png,5,6\n")
+    flags = ("--prompt", tmp_path / "p.csv") if with_file else ()
+    assert run(tiny_weights, data / "test/imgs/1.png", tmp_path / "out", *flags) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("warning")]
+    assert len(lines) == (1 if warning else 0) and all(warning in line for line in lines)
+
+
+def test_photos_that_are_not_read_are_counted_and_named(tiny_weights, data, tmp_path, capsys):
+    photos = data / "test/imgs"
+    assert run(tiny_weights, photos, tmp_path / "out") == 0
+    assert "not read" not in capsys.readouterr().err
+    for name in "abcd":
+        (photos / f"{name}.heic").touch()
+    assert run(tiny_weights, photos, tmp_path / "out") == 0
+    line = (
+        "note: 4 file(s) are not predicted, because their format is not read: a.heic, b.heic, c.heic, ...\n"
+    )
+    assert line in capsys.readouterr().err
+
+
+def test_true_masks_that_may_be_inverted_are_named(tiny_weights, data, tmp_path, capsys):
+    flags = (data / "test/imgs", tmp_path / "out", "--masks", data / "test/masks")
+    assert run(tiny_weights, *flags) == 0
+    assert "inverted" not in capsys.readouterr().err
+    for name in ("1.png", "2.png"):
+        path = data / "test/masks" / name
+        with Image.open(path) as file:
+            mask = np.asarray(file)
+        Image.fromarray(255 - mask).save(path)
+    assert run(tiny_weights, *flags) == 0
+    line = f"more than half of 2 mask(s), e.g. {data / 'test/masks/1.png'}: are they inverted?\n"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("tiles", "cable_width", "times"),
     [(64, 4, "7.8"), (300, 4, None), (64, 30, None), (64, None, None)],  # 500 px would fit
 )

@@ -136,6 +136,13 @@ def test_its_commands_can_be_pasted(tiny_weights, config_file, monkeypatch):
     assert resumed.resume and (resumed.exp_name, resumed.epoch_num) == ("run", 4)
 
 
+def test_after_a_training_with_boxes_its_commands_need_a_file_of_them(tiny_weights, config_file, capsys):
+    assert run_tiny(config_file(), tiny_weights, "-e", 1, "--prompt", "box") == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
+    commands = [text for text in Page().text("pre") if "predict.py" in text] + printed
+    assert len(commands) == 2 and all(" --prompt FILE" in command for command in commands)
+
+
 @pytest.mark.parametrize(
     ("with_test", "flags", "expected"),
     [

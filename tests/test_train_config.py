@@ -10,7 +10,7 @@ import torch
 from conftest import run_tiny
 
 from sam.variants import VARIANTS
-from train_config import MODEL_TYPES, default_workers, parse_args
+from train_config import MODEL_TYPES, default_workers, parse_args, read_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,6 +192,14 @@ def test_reuse_needs_a_frozen_encoder(tiny_weights, config_file, capsys):
     assert run_tiny(config_file(), tiny_weights, "--train", "lora", "--embedding_reuse", 2) == 2
     assert "--embedding_reuse above 1 needs a frozen encoder, but --train is lora" in capsys.readouterr().err
     assert not Path("exp").exists()
+
+
+def test_a_training_needs_a_loss(tiny_weights, config_file, capsys):
+    weights = ("--focal_weight", 0, "--dice_weight", 0, "--iou_weight", 0)
+    assert run_tiny(config_file(), tiny_weights, *weights) == 2
+    assert "--iou_weight, --cldice_weight are all 0" in capsys.readouterr().err
+    assert not Path("exp").exists()
+    read_flags(["--config", str(config_file()), *map(str, weights), "--cldice_weight", "0.5"])
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
