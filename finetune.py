@@ -60,7 +60,7 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what it computes with, where it stands, what it shows, and who may stop it."""
+    """A run under way: its settings, model and data, its state, its logs, and the request to stop it."""
 
     config: TrainConfig
     experiment: Experiment
@@ -195,7 +195,7 @@ def save_state(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, name: str) -> None:
-    """Save the weights, and beside them what is known of them. Every process must call this."""
+    """Save the weights and their sidecar. Every process must call this."""
     if not run.state.has_saved:  # a run with weights and without a state could not be resumed
         save_state(run)
     if runtime.is_main():

@@ -28,7 +28,7 @@ from sam.point_labels import (
 
 # The argument of cv2.approxPolyDP, in pixels. It leaves out corners so far from a line, and then some more at
 # 0.71 of this distance. The sum is below 0.35, the distance from the edge of a mask to the centers of its
-# pixels, so that no pixel is lost or won.
+# pixels, so that no pixel is lost or gained.
 TOLERANCE = 0.2
 
 # --- Prompts ----------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def polygons(mask: np.ndarray, min_area: int = 1) -> list[Region]:
 
 
 def _join(rings: list[np.ndarray]) -> np.ndarray:
-    """Join rings of corners (n, 2) to one, by a slit to each but the first: there and back on one line."""
+    """Join rings of corners (n, 2) to one, by a slit to each but the first: traversed in both directions."""
     if len(rings) == 1:
         return rings[0]
     corners = np.concatenate(rings)

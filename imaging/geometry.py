@@ -102,7 +102,7 @@ def pad_to_square(array: np.ndarray, side: int) -> np.ndarray:
 def to_model_input(image: np.ndarray, mask: np.ndarray, spec: InputSpec) -> ModelInput:
     """Bring an image uint8 (h, w, 3) and its soft mask float32 (h', w') to the model's frame.
 
-    The two may differ in size but not in proportions. The result shares no memory with them.
+    The two may differ in size but not in proportions. The result shares no memory with the arguments.
     """
     import torch
 

@@ -19,7 +19,16 @@ import import_labels
 import predict
 import runtime
 from imaging.files import read_image
-from tools import bench, draw_cables, measure_colors, measure_crossings, plot_curves, results, soak
+from tools import (
+    bench,
+    draw_cables,
+    measure_colors,
+    measure_crossings,
+    measure_edges,
+    plot_curves,
+    results,
+    soak,
+)
 from train_config import MAY_CHANGE_ON_RESUME
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +43,7 @@ SCRIPTS = {
     "tools/draw_cables.py": draw_cables,
     "tools/measure_colors.py": measure_colors,
     "tools/measure_crossings.py": measure_crossings,
+    "tools/measure_edges.py": measure_edges,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
@@ -68,6 +78,9 @@ RUN_ELSEWHERE = {
     "python tools/measure_crossings.py": ("tests/test_measure_crossings.py", "tool.main("),
     "python tools/measure_colors.py --checkpoint exp/all/checkpoints/last.pth --data data/cables_plain "
     "--every 4": ("tests/test_measure_colors.py", "measure_colors.main("),
+    "python tools/measure_edges.py --data data/cables_cluttered --predictions "
+    "predictions/cables_cluttered/masks --move 1": ("tests/test_measure_edges.py", "tool.main(argv)"),
+    "python tools/measure_edges.py --data my_cables": ("tests/test_measure_edges.py", 'tool.main(["--data"'),
     "python tools/draw_cables.py --out data/drawn --n 500": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',

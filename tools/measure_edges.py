@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             print_edge("predictions", zip(images, predicted, strict=True))
             print("\nscores of predictions       IoU  precision  recall")
             print_scores("masks as they are", masks, predicted, 0)
+        if predicted and args.move:
             print_scores(f"masks moved by {args.move:+.1f} px", masks, predicted, args.move)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
