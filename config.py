@@ -52,7 +52,7 @@ def _resolve_folder(value: Any, info: ValidationInfo) -> Path:
                 raise ValueError("the folder may not be read; change its permissions")
             return folder.resolve()
     tried = " and ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
-    hint = BACKSLASH_HINT if any(char < " " for char in value) else ""  # "C:\new" has a line break
+    hint = BACKSLASH_HINT if not value.isprintable() else ""  # YAML reads "\n" in "C:\new" as a line break
     raise ValueError(f"no such folder (tried {tried}){hint}")
 
 

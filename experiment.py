@@ -1,4 +1,4 @@
-"""The preparation of a run: what it works with, checked before anything is written."""
+"""The preparation of a run: what it works with, checked before anything is written; then its folder."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -27,7 +27,6 @@ import checkpoint
 import resume
 import runtime
 from base.errors import UserError
-from checkpoint import remove_old_checkpoints
 from console import result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
 from disk_space import warn_of_disk_space
@@ -343,7 +342,7 @@ def count_iteration(run: Run, losses: dict[str, Tensor], samples: int) -> None:
 
 
 def save_if_due(run: Run, since_save: Timer, epochs: int) -> int:
-    """Save the state if one process wants this; returns the signal that any process got, else 0.
+    """Save the state if it is due, after a signal and at the end; returns the signal of any process, else 0.
 
     epochs: how many the run has, if process 0 has just measured it; else 0.
     """
@@ -403,7 +402,7 @@ def finish_iteration(run: Run) -> None:
     if batch_index == 0 and epoch % config.save_interval == 0:
         save_checkpoint(run, f"epoch_{epoch:04d}.pth")
         if config.keep_last and runtime.is_main():
-            remove_old_checkpoints(experiment.checkpoints, config.keep_last)
+            checkpoint.remove_old_checkpoints(experiment.checkpoints, config.keep_last)
     if run.is_last:
         save_checkpoint(run, checkpoint.LAST_FILE)
     state.is_finished = True

@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=path, required=True, help=output_help)
     masks_help = "folder of ground truth masks, matched by stem: prints metrics"
     parser.add_argument("--masks", type=path, help=masks_help)
-    add_outputs(parser.add_argument_group("what is also written").add_argument)
+    add_outputs(parser.add_argument_group("additional output").add_argument)
     add_settings(parser.add_argument_group("prediction").add_argument)
     args = parser.parse_args(argv)
     if args.tiles not in (None, "off") and args.prompt:
@@ -52,7 +52,7 @@ def add_outputs(add: Callable[..., Any]) -> None:
     add("--instances", action="store_true", help="the id of the cable at each pixel, as 16-bit PNG files")
     add("--probabilities", action="store_true", help="probabilities, as 16-bit PNG files")
     add("--polygons", action="store_true", help="polygons.json, a COCO file of the regions of the masks")
-    add("--rle", action="store_true", help="rle.json, the same as run-length encoding")
+    add("--rle", action="store_true", help="rle.json: these regions as run-length encoding")
     area_help = "leave smaller regions, in pixels, out of --polygons and --rle (default: 1)"
     add("--min_area", type=positive_int, default=1, help=area_help)
 
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
     print(describe_unread(media.find_unread(args.input)), end="", file=sys.stderr)
     videos = check_videos(args, images, videos, faults)
     mask_paths = media.find_masks(args.masks, images) if args.masks else {}
-    prompts = media.find_prompts(args.prompt, images) if args.prompt else {}
+    prompts = media.find_prompts(args.prompt, images, args.max_pixels) if args.prompt else {}
     inputs = [args.input, args.masks, args.checkpoint, args.prompt, *mask_paths.values()]
     inputs += [*(file.path for file in images), *(video.source for video in videos)]
     output = OutputFolder(args.output, [path for path in inputs if isinstance(path, Path)])
@@ -231,7 +231,10 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
     print(f"threshold {segment.threshold:g} ({origin})")
     trained_with = segment.sidecar.prompt if segment.sidecar else None
     if args.prompt and trained_with == "none":
-        print(f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse")
+        print(
+            f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse",
+            file=sys.stderr,
+        )
     if not args.prompt and trained_with in ("point", "box"):
         print(
             f"warning: {args.checkpoint} was trained with --prompt {trained_with}, and there are no prompts: "

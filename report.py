@@ -367,7 +367,8 @@ def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
         purpose = f"Predict the {'test' if has_test_folder else 'training'} images"
         flags = (*checkpoint, "--input", data / "imgs", *masks, *prompt_flags(config.prompt), *output)
         commands[purpose] = tool_command("predict.py", *flags)
-        commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
+        if not prompt_flags(config.prompt):  # the graph takes no prompts
+            commands["Export for ONNX Runtime"] = tool_command("export.py", *checkpoint, *onnx)
     resume, processes = ("--exp_name", config.exp_name, "--resume"), runtime.local_world_size()
     if not is_done:
         commands["Continue"] = tool_command("finetune.py", *resume, processes=processes)

@@ -115,7 +115,7 @@ def cast_shadow(alpha: np.ndarray, image: np.ndarray, light: Light) -> None:
     shadow = cv2.warpAffine(alpha, shift, (width, height))
     sigma = unit * light.shadow_blur
     kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma)
-    box = touched_box(shadow, margin=len(kernel) // 2 + 1)  # OpenCV mirrors at the border what is there
+    box = touched_box(shadow, margin=len(kernel) // 2 + 1)  # beyond the box, OpenCV mirrors its pixels
     # cv2.GaussianBlur takes twice as long for uint8 images.
     shadow = cv2.sepFilter2D(shadow[box], cv2.CV_32F, kernel, kernel)
     factor = 1 - light.shadow / 255 * shadow

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -55,7 +55,11 @@ class _Box(NamedTuple):
 _Located = tuple[str, str, _Point | _Box]  # where it is in the file, the name of its image, and itself
 
 
-def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[Prompt]]:
+SizeOf = Callable[[str], tuple[int, int] | None]
+BOX_COLUMNS = {"w", "h", "width", "height", "x2", "y2"}  # of other tools, beside x and y
+
+
+def read_prompts(path: Path, size_of: SizeOf) -> dict[str, list[Prompt]]:
     """Read the prompts of each image, by its `normalized` stem: one for all its points, one for each box.
 
     A CSV file has a header and one row per point (`image,x,y`, and optionally `label`: 1 for cable, 0 for
@@ -63,13 +67,13 @@ def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
     tabs, and then have decimal commas. In a COCO file, an annotation gives its visible keypoints, or its box
     if it has no keypoints. All coordinates are pixels of the image.
 
-    sizes: (h, w) of images, by the same stem. Images of other stems are not checked.
+    size_of: gives the size (h, w) of an image by the same stem; with None, its prompts are not checked.
 
     Raises FileError, which says what is wrong with the file and what is expected, also if a point or a whole
     box lies outside of its image.
     """
     located = _read_items(path)
-    _require_inside(path, located, sizes)
+    _require_inside(path, located, size_of)
     points: dict[str, list[_Point]] = {}
     prompts: dict[str, list[Prompt]] = {}
     for _, image_name, item in located:
@@ -87,14 +91,14 @@ def read_prompts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
     return prompts
 
 
-def _require_inside(path: Path, located: Iterable[_Located], sizes: Mapping[str, tuple[int, int]]) -> None:
+def _require_inside(path: Path, located: Iterable[_Located], size_of: SizeOf) -> None:
     """Raise FileError, which lists them, if points or whole boxes lie outside of their images."""
     outside = []
     for place, image_name, item in located:
-        stem = normalized(Path(image_name).stem)
-        if stem not in sizes:
+        size = size_of(normalized(Path(image_name).stem))
+        if size is None:
             continue
-        (height, width), is_point = sizes[stem], isinstance(item, _Point)
+        (height, width), is_point = size, isinstance(item, _Point)
         numbers: tuple[float, ...] = item[:2] if is_point else item
         xs, ys = numbers[::2], numbers[1::2]
         if max(xs) < 0 or min(xs) > width or max(ys) < 0 or min(ys) > height:
@@ -104,7 +108,7 @@ def _require_inside(path: Path, located: Iterable[_Located], sizes: Mapping[str,
             )
     if outside:
         raise FileError(
-            f"--prompt {path}: {len(outside)} points or boxes lie outside of their image; expected pixels, x "
+            f"--prompt {path}: {len(outside)} point(s) or box(es) outside of their image; expected pixels, x "
             "to the right and y down from the top left corner. Correct or remove these:\n  "
             f"{format_list(outside)}"
         )
@@ -132,8 +136,9 @@ def _read_csv(path: Path) -> Iterator[_Located]:
         if rows.fieldnames is None or "image" not in rows.fieldnames:
             raise ValueError(f"its header is {rows.fieldnames}")
         is_box = "x1" in rows.fieldnames
-        if not is_box and {"w", "h", "width", "height"}.intersection(rows.fieldnames):
-            raise ValueError(f"its header {','.join(rows.fieldnames)} gives boxes by their size")
+        columns = set(rows.fieldnames)
+        if not is_box and "label" not in columns and columns & BOX_COLUMNS:
+            raise ValueError(f"its header {','.join(rows.fieldnames)} may mean boxes; points need a label")
         for row in rows:
             place, name = f"line {rows.line_num}", _require_text(row["image"])
             texts = [row[column] or "" for column in (("x1", "y1", "x2", "y2") if is_box else ("x", "y"))]

@@ -121,7 +121,9 @@ def to_rgb(file: DecodedFile) -> np.ndarray:
     if file.image.mode not in MODES_OF_8_BITS:
         raise FileError(f"{file.path}: expected 8-bit gray or color, got Pillow's mode {file.image.mode!r}")
     if file.is_16_bit_color:  # of cameras with 10 or 12 bits, the high bytes are nearly black
-        raise FileError(f"{file.path}: expected 8-bit gray or color, got 16-bit color; save it with 8 bits")
+        raise FileError(
+            f"{file.path}: expected 8-bit gray or color, got 16 bits per value; save it with 8 bits"
+        )
     with decoding(file.path):
         return np.asarray(file.image.convert("RGB"))
 
@@ -142,7 +144,10 @@ def check_size(path: Path, max_pixels: int = MAX_PIXELS) -> int:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """The size (h, w) of an image file as `decode` gives it, from its header; raises FileError."""
+    """The size (h, w) of an image file as `decode` gives it; raises FileError.
+
+    A PNG file is decoded, because its orientation may follow its pixels.
+    """
     with decoding(path), Image.open(path, formats=FORMATS) as image:
         if image.format == "TIFF" and _exif_orientation(image) > 1:
             image.load()  # Pillow then rotates it, and reports it as upright

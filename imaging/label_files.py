@@ -287,7 +287,7 @@ def read_yolo(path: Path, names: dict[str, str]) -> Iterator[LabeledImage]:
         elif len(corners) % 2:
             shapes.append("polygon with an odd number of coordinates")
         else:
-            shapes.append(Instance(name, partial(_fill_fractions, corners.reshape(-1, 2))))
+            shapes.append(Instance(name, partial(_fill_yolo, corners.reshape(-1, 2))))
     parts = ["images" if part == "labels" else part for part in path.with_suffix(".*").parts]
     yield LabeledImage.from_shapes(path, ["/".join(parts[-3:])], None, shapes)
 
@@ -299,10 +299,14 @@ def _floats(text: str) -> np.ndarray:
 MAX_FRACTION = 2.0  # polygons may lie somewhat outside of the image
 
 
-def _fill_fractions(corners: np.ndarray, size: Size) -> np.ndarray:
+def _fill_yolo(corners: np.ndarray, size: Size) -> np.ndarray:
     largest = float(np.abs(corners).max())
     if largest > MAX_FRACTION:
         raise FileError(f"coordinate {largest:g} in its labels; expected fractions of the image (not pixels)")
+    return _fill_fractions(corners, size)
+
+
+def _fill_fractions(corners: np.ndarray, size: Size) -> np.ndarray:
     return fill_polygons([corners * size[::-1]], size)
 
 

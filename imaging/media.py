@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import count
 from pathlib import Path, PurePosixPath
 from queue import Empty, Queue
@@ -125,7 +126,10 @@ def find_inputs(source: Path | str | int) -> tuple[list[InputFile], list[Video]]
         raise UserError(f"--input {source}: no such file or folder, or no permission to read it")
     files = [_input_file(path, source) for path in _files_in(source, set())]
     if not files:
-        raise UserError(f"--input {source}: {NO_IMAGE_FILE}, no video, and none in its folders")
+        unread = [f"; {path.name} has a format that is not read" for path in find_unread(source)[:1]]
+        raise UserError(
+            f"--input {source}: {NO_IMAGE_FILE}, no video, and none in its folders{''.join(unread)}"
+        )
     images = [file for file in files if file.path.suffix.lower() in IMAGE_SUFFIXES]
     videos = [file for file in files if file not in images]
     _require_distinct(source, images, videos)
@@ -225,7 +229,7 @@ def _mask_files(folder: Path) -> list[Path]:
     return image_files(folder) or (image_files(folder / "masks") if (folder / "masks").is_dir() else [])
 
 
-def find_prompts(path: Path, images: Iterable[InputFile]) -> dict[str, list[Prompt]]:
+def find_prompts(path: Path, images: Iterable[InputFile], max_pixels: int) -> dict[str, list[Prompt]]:
     """Read the prompts of each image, by its stem, from a CSV or COCO file, which has the names of files.
 
     Raises UserError if the file cannot be read, if images of two subfolders have the same name, or listing
@@ -239,11 +243,15 @@ def find_prompts(path: Path, images: Iterable[InputFile]) -> dict[str, list[Prom
                 f"--prompt {path}: {other.name} and {image.name} have the same file name, which does not say "
                 "whose prompt it is; predict one subfolder at a time"
             )
-    sizes: dict[str, tuple[int, int]] = {}
-    for stem, image in names.items():
+
+    @cache
+    def size_of(stem: str) -> tuple[int, int] | None:
         with suppress(FileError):  # `read_images` leaves the image out
-            sizes[stem] = read_size(image.path)
-    prompts = read_prompts(path, sizes)
+            if stem in names and check_size(names[stem].path, max_pixels):
+                return read_size(names[stem].path)
+        return None
+
+    prompts = read_prompts(path, size_of)
     missing = [image.path.name for stem, image in names.items() if stem not in prompts]
     if missing:
         raise UserError(

@@ -93,6 +93,7 @@ def find_pairs(data_dir: Path, mask_values: MaskValues = None) -> tuple[list[Pai
         (folder, normalized(path.stem)): path.name
         for folder in ("imgs", "masks")
         for path in unread_files(data_dir / folder)
+        if path.is_file()
     }
 
     def hint(path: Path, folder: str, others: list[Path]) -> str:

@@ -75,7 +75,7 @@ def test_gloss_brightens_a_line_between_center_and_light():
     normals = np.stack([np.sign(np.linspace(-1, 1, 41)), np.zeros(41)], axis=1).astype(np.float32)
     shading = Shading(drop=0.0, power=2.0, gloss=0.5, gloss_width=0.2)
     shaded = appearance.shade(np.full((41, 3), 100, np.float32), across, normals, shading, light())[:, 0]
-    assert shaded.argmax() == 12  # 0.4 of the radius towards the light
+    assert shaded.argmax() == 12  # 0.4 of the radius toward the light
     assert shaded.max() == pytest.approx(100 + 0.5 * 155, abs=1) and shaded[-1] == pytest.approx(100, abs=1)
 
 

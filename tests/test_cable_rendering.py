@@ -96,7 +96,7 @@ def test_a_coil_casts_a_shadow_on_itself_but_a_bend_does_not():
     assert (draw(crossed, light=light)[0] != draw(crossed)[0]).any()
 
 
-def test_brightness_falls_towards_the_edge_by_its_formula():
+def test_brightness_falls_toward_the_edge_by_its_formula():
     look = Look(np.array([0.8, 0.8, 0.8]), limb=0.5, limb_power=2.0, grain=0.0)
     image, _ = draw(line((5, 30), (75, 30), 15, look=look))
     across = np.abs(np.arange(16, 44) + 0.5 - 30) / 15
@@ -105,7 +105,7 @@ def test_brightness_falls_towards_the_edge_by_its_formula():
 
 
 @pytest.mark.parametrize(("direction", "bright", "dark"), [((0, -1), 22, 38), ((0, 1), 38, 22)])
-def test_the_side_towards_the_light_is_brighter(direction, bright, dark):
+def test_the_side_toward_the_light_is_brighter(direction, bright, dark):
     light = Light(np.array(direction, float), side=0.4, shadow=0.0)
     for start, stop in (((5, 30), (75, 30)), ((75, 30), (5, 30))):  # whatever the direction of the curve
         image, _ = draw(line(start, stop, 15), light=light)

@@ -23,6 +23,8 @@ from imaging.coco import (
 )
 from sam.point_labels import BACKGROUND_POINT, BOX_CORNER_1, BOX_CORNER_2, FOREGROUND_POINT, NOT_A_POINT
 
+NO_SIZES = {}.get
+
 
 def fill(part, size):
     """What COCO's tools fill: even-odd, by pixels' centers."""
@@ -137,7 +139,7 @@ def test_the_document_ties_regions_to_their_images():
 def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text("image,x,y,label\na.png,3,4,1\nb.png,1,1,\na.png,5.5,6,0\n")
-    prompts = read_prompts(path, {})
+    prompts = read_prompts(path, NO_SIZES)
     (prompt,) = prompts["a"]
     assert prompt.points[:2].tolist() == [[3, 4], [5.5, 6]]
     assert prompt.labels.tolist() == [FOREGROUND_POINT, BACKGROUND_POINT, NOT_A_POINT]
@@ -156,7 +158,7 @@ def test_points_of_a_csv_are_one_prompt_per_image(tmp_path):
 def test_csv_files_as_spreadsheets_write_them(tmp_path, text):
     path = tmp_path / "points.csv"
     path.write_bytes(text.encode())
-    (prompt,) = read_prompts(path, {})["a"]
+    (prompt,) = read_prompts(path, NO_SIZES)["a"]
     assert prompt.points[0].tolist() == [3.5, 4] and prompt.labels[0] == BACKGROUND_POINT
 
 
@@ -164,7 +166,7 @@ def test_a_comma_in_a_number_of_a_csv_with_commas_is_refused(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text('image,x,y\na.png,"1,234",4\n')
     with pytest.raises(UserError, match=r"points\.csv: could not convert"):
-        read_prompts(path, {})
+        read_prompts(path, NO_SIZES)
 
 
 def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
@@ -174,13 +176,13 @@ def test_a_coco_file_with_a_byte_order_mark_is_read(tmp_path):
         "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}],
     }
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(document).encode())
-    assert read_prompts(path, {})["ü"][0].points.tolist() == [[1, 2], [3, 5]]
+    assert read_prompts(path, NO_SIZES)["ü"][0].points.tolist() == [[1, 2], [3, 5]]
 
 
 def test_every_box_is_a_prompt(tmp_path):
     path = tmp_path / "boxes.csv"
     path.write_text("image,x1,y1,x2,y2\na.png,1,2,30,40\na.png,7,6,5,8\n")
-    first, second = read_prompts(path, {})["a"]
+    first, second = read_prompts(path, NO_SIZES)["a"]
     assert first.points.tolist() == [[1, 2], [30, 40]]
     assert first.labels.tolist() == [BOX_CORNER_1, BOX_CORNER_2]
     assert second.points.tolist() == [[5, 6], [7, 8]]  # its corners are put in order
@@ -194,10 +196,15 @@ def test_coco_boxes_and_keypoints(tmp_path):
     images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "sub/b.jpg"}]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    prompts = read_prompts(path, {})
+    prompts = read_prompts(path, NO_SIZES)
     assert prompts["a"][0].points.tolist() == [[1, 2], [10, 21]]
     assert prompts["b"][0].points.tolist() == [[3, 4], [0, 0]]
     assert prompts["b"][0].labels.tolist() == [FOREGROUND_POINT, NOT_A_POINT]
+
+
+def test_points_with_labels_may_have_other_columns(tmp_path):
+    (tmp_path / "p.csv").write_text("image,x,y,label,width,height\na.png,1,2,1,64,48\n")
+    assert read_prompts(tmp_path / "p.csv", NO_SIZES)["a"][0].points[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +217,7 @@ def test_coco_boxes_and_keypoints(tmp_path):
         ("p.csv", "image,x,y,label\na.png,1,2,7\n"),
         ("p.csv", "image,x1,y1\na.png,1,2\n"),
         ("p.csv", "image,x,y,w,h\na.png,1,2,3,4\n"),
+        ("p.csv", "image,x,y,x2,y2\na.png,1,2,3,4\n"),
         ("p.csv", "image;width;height;x;y\na.png;3;4;1;2\n"),
         ("p.csv", ""),
         ("p.csv", "x,y,image\n1,2\n"),
@@ -225,7 +233,7 @@ def test_coco_boxes_and_keypoints(tmp_path):
 def test_files_without_prompts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}: .*expected a CSV"):
-        read_prompts(tmp_path / name, {})
+        read_prompts(tmp_path / name, NO_SIZES)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +250,12 @@ def test_files_without_prompts_are_named(tmp_path, name, text):
 def test_prompts_outside_of_their_image_are_listed(tmp_path, header, inside, outside):
     path, size = tmp_path / "p.csv", {"a": (48, 64)}
     path.write_text("\n".join([header, *(f"a.png,{row}" for row in inside), f"b.png,{outside[0]}"]))
-    assert read_prompts(path, size).keys() == {"a", "b"}  # the size of b is not known
+    assert read_prompts(path, size.get).keys() == {"a", "b"}  # the size of b is not known
     path.write_text("\n".join([header, f"a.png,{inside[0]}", *(f"a.png,{row}" for row in outside)]))
-    with pytest.raises(UserError, match=rf"--prompt .*p\.csv: {len(outside)} points or boxes") as raised:
-        read_prompts(path, size)
+    with pytest.raises(
+        UserError, match=rf"--prompt .*p\.csv: {len(outside)} point\(s\) or box\(es\)"
+    ) as raised:
+        read_prompts(path, size.get)
     _, *listed = str(raised.value).splitlines()
     kind = "point" if header == "image,x,y" else "box"
     assert listed == [
@@ -260,14 +270,14 @@ def test_a_coco_box_outside_of_its_image_is_named(tmp_path):
     images = [{"id": 7, "file_name": "a.jpg"}]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     with pytest.raises(
-        UserError, match=r"p\.json: 1 points .*\n  annotation 2: box \(-10, 2, -1, 21\) in a\.jpg"
+        UserError, match=r"p\.json: 1 point.*\n  annotation 2: box \(-10, 2, -1, 21\) in a\.jpg"
     ):
-        read_prompts(path, {"a": (48, 64)})
+        read_prompts(path, {"a": (48, 64)}.get)
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--prompt .*p\.csv: cannot be read"):
-        read_prompts(tmp_path / "p.csv", {})
+        read_prompts(tmp_path / "p.csv", NO_SIZES)
 
 
 # --- masks from labels ---

@@ -189,6 +189,7 @@ def test_all_faults_are_reported_at_once_with_key_path_and_value(folders):
         ("dataset: {train: [{data_dir: 2024-05-01}]}", "write a name such as '2024-05-01' with quotes"),
         ("dataset: {train: [{data_dir: cables, bg_paths: [2024]}]}", "write a name such as"),
         (r'dataset: {train: [{data_dir: "C:\Users\me"}]}', 'write / instead, as in "C:/photos"'),
+        (r'dataset: {train: [{data_dir: "C:\Photos"}]}', 'write / instead, as in "C:/photos"'),
         (r'dataset: {train: [{data_dir: "C:\new"}]}', 'write / instead, as in "C:/photos"'),
     ],
 )

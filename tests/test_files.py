@@ -30,11 +30,11 @@ def test_16_bit_images_are_refused(tmp_path):
 
 def test_16_bit_color_is_refused_and_16_bits_for_a_pixel_are_not(tmp_path):
     cv2.imwrite(str(tmp_path / "camera.png"), np.full((4, 6, 3), 4095, np.uint16))  # 12 bits
-    with pytest.raises(FileError, match=r"camera\.png: expected 8-bit .* got 16-bit color"):
+    with pytest.raises(FileError, match=r"camera\.png: expected 8-bit .* got 16 bits"):
         files.read_image(tmp_path / "camera.png")
-    rows = np.full((4, 6), 0x7C00, "<u2").tobytes()  # red in a BMP file of 5 bits per color
-    numbers = b"BM", 54 + len(rows), 0, 54, 40, 6, 4, 1, 16, 0, len(rows), 0, 0, 0, 0
-    header = struct.pack("<2sIIIIiiHHIIiiII", *numbers)
+    rows = np.full((4, 6), 0xF800, "<u2").tobytes()  # red in a BMP file of 5, 6 and 5 bits per pixel
+    numbers = b"BM", 66 + len(rows), 0, 66, 40, 6, 4, 1, 16, 3, len(rows), 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F
+    header = struct.pack("<2sIIIIiiHHIIiiIIIII", *numbers)
     (tmp_path / "a.bmp").write_bytes(header + rows)
     assert (files.read_image(tmp_path / "a.bmp") == [255, 0, 0]).all()
 

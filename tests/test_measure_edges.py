@@ -49,6 +49,21 @@ def test_an_image_without_a_prediction_is_named(tmp_path, capsys):
     assert "b.png: has no mask in" in capsys.readouterr().err
 
 
+def test_a_prediction_of_another_size_is_named(tmp_path, capsys):
+    data, other = write_band(tmp_path / "data", "a"), tmp_path / "other"
+    other.mkdir()
+    Image.new("L", (80, 60)).save(other / "a.png")
+    assert tool.main(["--data", str(data), "--predictions", str(other)]) == 2
+    assert "a.png: is (60, 80) but" in capsys.readouterr().err
+
+
+def test_an_empty_mask_counts_no_place(tmp_path, capsys):
+    data = write_band(write_band(tmp_path, "a"), "b")
+    Image.new("L", (160, 120)).save(data / "masks/b.png")
+    assert tool.main(["--data", str(data)]) == 0
+    assert row_of(capsys.readouterr().out, "masks ")[0] == "1"
+
+
 @pytest.mark.parametrize("band", [{"width": 3}, {"color": (92, 92, 92)}])
 def test_cables_whose_edge_cannot_be_measured_are_reported(tmp_path, capsys, band):
     assert tool.main(["--data", str(write_band(tmp_path, "a", **band))]) == 2

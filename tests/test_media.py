@@ -15,6 +15,7 @@ from conftest import draw_cable, rng, write_dataset, write_video
 from PIL import Image
 
 from base.errors import UserError
+from base.flag_types import MAX_PIXELS
 from imaging import files, masks, media
 
 
@@ -63,7 +64,7 @@ def test_names_are_compared_as_they_look(tmp_path):
     (tmp_path / "p.csv").write_text(f"image,x,y\n{composed}.jpg,1,2\n", encoding="utf-8")
     image = input_file(tmp_path / f"{decomposed}.jpg")
     assert media.find_masks(folder / "masks", [image]).keys() == {decomposed}
-    assert media.find_prompts(tmp_path / "p.csv", [image]).keys() == {decomposed}
+    assert media.find_prompts(tmp_path / "p.csv", [image], MAX_PIXELS).keys() == {decomposed}
 
 
 def test_all_missing_and_doubled_masks_are_listed(tmp_path):
@@ -158,7 +159,7 @@ def test_masks_of_images_in_subfolders_are_in_the_same_subfolders(tmp_path):
         media.find_masks(tmp_path, images)
     (tmp_path / "p.csv").write_text("image,x,y\n0.png,1,2\n1.png,3,4\n")
     with pytest.raises(UserError, match=r"a/0\.png and b/0\.png have the same file name"):
-        media.find_prompts(tmp_path / "p.csv", images)
+        media.find_prompts(tmp_path / "p.csv", images, MAX_PIXELS)
 
 
 def test_cameras_and_streams_have_names_without_passwords():
@@ -172,9 +173,13 @@ def test_cameras_and_streams_have_names_without_passwords():
 
 def test_prompts_are_required_for_every_image(tmp_path):
     (tmp_path / "p.csv").write_text("image,x,y\na.png,1,2\nother.png,3,4\n")
-    assert media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / "a.jpg")]).keys() == {"a"}
+    assert media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / "a.jpg")], MAX_PIXELS).keys() == {
+        "a"
+    }
     with pytest.raises(UserError, match=r"--prompt .*p\.csv: no prompt for 1 of 2 images.*\n  b\.jpg"):
-        media.find_prompts(tmp_path / "p.csv", [input_file(tmp_path / f"{name}.jpg") for name in "ab"])
+        media.find_prompts(
+            tmp_path / "p.csv", [input_file(tmp_path / f"{name}.jpg") for name in "ab"], MAX_PIXELS
+        )
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
@@ -185,10 +190,10 @@ def test_prompts_are_for_the_upright_image(tmp_path, suffix):
     image = input_file(tmp_path / f"a{suffix}")
     assert files.read_image(image.path).shape == (64, 48, 3)
     (tmp_path / "p.csv").write_text("image,x,y\na.png,40,60\n")
-    assert media.find_prompts(tmp_path / "p.csv", [image]).keys() == {"a"}
+    assert media.find_prompts(tmp_path / "p.csv", [image], MAX_PIXELS).keys() == {"a"}
     (tmp_path / "p.csv").write_text("image,x,y\na.png,60,40\n")
     with pytest.raises(UserError, match=r"line 2: point \(60, 40\) in a\.png, which is 48 px wide and 64 px"):
-        media.find_prompts(tmp_path / "p.csv", [image])
+        media.find_prompts(tmp_path / "p.csv", [image], MAX_PIXELS)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

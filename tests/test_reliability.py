@@ -490,7 +490,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys)
 
 
 @pytest.mark.parametrize("spoil", ["nothing", "none", "shape"])
-def test_a_spoilt_state_is_refused(config, tiny_weights, capsys, spoil):
+def test_a_spoiled_state_is_refused(config, tiny_weights, capsys, spoil):
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 1) == 0
     path = Path("exp/run/resume.pth")
     state = torch.load(path, weights_only=True)

@@ -58,7 +58,7 @@ class Light:
     """The light of a scene: `direction` (2,) is the unit vector (x, y) that points to the light."""
 
     direction: np.ndarray
-    side: float  # how much brighter the side towards the light is, 0 to 1
+    side: float  # how much brighter the side toward the light is, 0 to 1
     shadow: float  # depth of the shadow at a crossing, 0 to 1
 
 

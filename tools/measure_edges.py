@@ -57,6 +57,8 @@ def contrast_profiles(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     distance = signed_distance(mask)
     places = np.argwhere(mask & (distance > -1))
+    if not len(places):
+        return np.empty((0, len(DISTANCES)), np.float32)
     y, x = np.random.default_rng(0).permutation(places)[:MAX_PLACES].T
     smooth = cv2.GaussianBlur(distance, (0, 0), 1.5)
     outward = np.stack([cv2.Sobel(smooth, cv2.CV_32F, *axis)[y, x] for axis in ((1, 0), (0, 1))])
@@ -77,7 +79,7 @@ def contrast_profiles(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def visible_edge(profile: np.ndarray) -> float:
     """The distance at which a profile (21,) falls below one half, in pixels."""
-    last = int(np.flatnonzero(profile >= 0.5)[-1])
+    last = int(np.flatnonzero(profile[:-1] >= 0.5)[-1])
     return float(DISTANCES[last] + (profile[last] - 0.5) / (profile[last] - profile[last + 1]))
 
 
@@ -96,7 +98,14 @@ def read_data(data_dir: Path, predictions: Path | None) -> tuple[list[ImageAndMa
             raise UserError(f"{missing[0]}: has no mask in {predictions}; run predict.py on all images")
         paths = dict(matched)
         predicted = [read_mask(paths[pair.image_path]) for pair in pairs]
-    return [read_pair(pair) for pair in pairs], predicted
+    read = [read_pair(pair) for pair in pairs]
+    for pair, (_, mask), prediction in zip(pairs, read, predicted, strict=False):
+        if mask.shape != prediction.shape:
+            raise UserError(
+                f"{paths[pair.image_path]}: is {prediction.shape} but {pair.mask_path} is {mask.shape} "
+                "(h, w); expected the masks that predict.py writes for these images"
+            )
+    return read, predicted
 
 
 def print_edge(name: str, images_and_masks: Iterable[ImageAndMask]) -> None:
@@ -113,7 +122,7 @@ def print_edge(name: str, images_and_masks: Iterable[ImageAndMask]) -> None:
 
 
 def print_scores(name: str, masks: Sequence[np.ndarray], predicted: list[np.ndarray], move: float) -> None:
-    """Print a row: the mean scores against masks whose edge is moved outwards by `move` pixels."""
+    """Print a row: the mean scores against masks whose edge is moved outward by `move` pixels."""
     truths = (GroundTruth.from_mask(signed_distance(mask) < move) for mask in masks)
     scores = [score(prediction, truth) for prediction, truth in zip(predicted, truths, strict=True)]
     means = np.mean([(each.iou, each.precision, each.recall) for each in scores], axis=0)
@@ -124,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how far masks end from the visible edge of cables.")
     parser.add_argument("--data", type=Path, required=True, help="folder with imgs/ and masks/")
     parser.add_argument("--predictions", type=Path, help="folder of predicted masks, matched by stem")
-    move_help = "also score against masks whose edge is moved outwards by so many pixels (default: 0)"
+    move_help = "also score against masks whose edge is moved outward by so many pixels (default: 0)"
     parser.add_argument("--move", type=float, default=0.0, help=move_help)
     return parser.parse_args(argv)
 
