@@ -6,8 +6,8 @@
 Across the edge of a cable, the color changes from that of the cable to that of the background. The visible
 edge is where half of this change has happened. Prints how far it lies outside the edge of the masks, in
 pixels: above 0, the masks are thinner than the cables; below 0, they are wider. Exact masks of renders have
--0.6, because the sides of a cable are darker. With --predictions, prints the same for predicted masks, and
-their scores against the masks as they are and against masks whose edge is moved.
+-0.6, probably because the sides of a cable are darker. With --predictions, prints the same for predicted
+masks, and their scores against the masks as they are and against masks whose edge is moved.
 """
 
 import argparse
