@@ -112,12 +112,12 @@ def errors_of_logits(model_type: str, device: str) -> dict[str, float]:
     return {amp: relative_error(logits(device, amp), expected) for amp in PRECISIONS}
 
 
-# The last layers of these random models amplify rounding: measured in bfloat16 and float16 on a CPU.
+# Autocast to bfloat16 on a CPU, which rounds as CUDA does, has errors of 0.008 to 0.02.
 @pytest.mark.parametrize("model_type", ["tiny", "lite_medsam", "lite_medsam_512", "mobile_sam", "vit_b"])
 def test_logits_equal_those_of_the_cpu(model_type):
     errors = in_new_process(errors_of_logits, model_type, DEVICE)
     limits = {"off": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-    assert all(errors[amp] < limits[amp] for amp in limits), errors
+    assert all(errors[amp] < limits[amp] for amp in limits), f"{errors}"
 
 
 def training_gradients(net: LoadedSam) -> tuple[float, dict[str, np.ndarray]]:
@@ -144,41 +144,49 @@ def training_gradients(net: LoadedSam) -> tuple[float, dict[str, np.ndarray]]:
     return total.item(), {name: x.cpu().numpy() / SCALE for name, x in gradients(net.sam).items()}
 
 
-def errors_of_gradients(model_type: str, train: str, device: str) -> dict[str, tuple[float, float, str]]:
-    """By precision: the relative errors of the loss and of the worst gradient, and the name of that."""
+def errors_of_gradients(model_type: str, train: str, device: str) -> dict[str, dict[str, float]]:
+    """By precision: the relative errors of the loss, of all gradients together, and of the worst of them."""
     rates = {"lr": 1e-3, "encoder_lr": 1e-3, "layer_decay": 1.0, "lora_rank": 4, "lora_alpha": 8}
-    found, weights = {}, None
+    errors, weights = {}, {}
     for place, amp in [("cpu", "off"), *((device, amp) for amp in PRECISIONS)]:
         net = build(model_type, place, amp, train)
         prepare_training(net.sam, train=train, grad_checkpointing=False, **rates)
-        if weights is None:
+        if not weights:
             for name, parameter in net.sam.named_parameters():
                 if "lora_B" in name:  # they start as 0
                     parameter.data.normal_(0, 0.05)
             weights = trained_weights(net.sam)
             expected_loss, expected = training_gradients(net)
+            norm = np.linalg.norm(joined(expected))
             continue
         load_trained_weights(net.sam, weights)
         loss, ours = training_gradients(net)
         assert ours.keys() == expected.keys()
-        small = 1e-2 * math.sqrt(sum(np.square(x).sum() for x in expected.values()))  # rounding alone
-        worst = max(
-            (float(np.linalg.norm(ours[name] - x) / (np.linalg.norm(x) + small)), name)
+        by_name = {  # a gradient that is 0 but for rounding counts little
+            name: float(np.linalg.norm(ours[name] - x) / (np.linalg.norm(x) + 0.01 * norm))
             for name, x in expected.items()
-        )
-        found[amp] = (abs(loss / expected_loss - 1), *worst)
-    return found
+        }
+        worst = max(by_name, key=by_name.get)
+        total = relative_error(joined(ours), joined(expected))
+        errors[amp] = {"loss": abs(loss / expected_loss - 1), "all": total, worst: by_name[worst]}
+    return errors
 
 
-TRAINED = [(model_type, train) for model_type in ("tiny", "lite_medsam") for train in ("decoder", "lora", "encoder")]
+def joined(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([x.ravel() for x in arrays.values()])
+
+
+MODES = ("decoder", "lora", "encoder")
+TRAINED = [(model_type, train) for model_type in ("tiny", "lite_medsam") for train in MODES]
 
 
 @pytest.mark.parametrize(("model_type", "train"), [*TRAINED, ("vit_b", "decoder")])
 def test_gradients_equal_those_of_the_cpu(model_type, train):
     errors = in_new_process(errors_of_gradients, model_type, train, DEVICE)
-    for amp, (loss_limit, limit) in {"off": (1e-5, 1e-3), "bf16": (1e-2, 0.3), "fp16": (2e-3, 0.1)}.items():
-        loss_error, gradient_error, _ = errors[amp]
-        assert loss_error < loss_limit and gradient_error < limit, errors
+    assert errors["off"]["loss"] < 1e-4 and errors["off"]["all"] < 1e-3, f"{errors}"
+    assert max(errors["off"].values()) < 5e-3, f"{errors}"
+    for amp, limit in (("bf16", 0.3), ("fp16", 0.1)):
+        assert errors[amp]["loss"] < 0.01 and errors[amp]["all"] < limit, f"{errors}"
 
 
 # --- Commands ---------------------------------------------------------------------------------
@@ -193,13 +201,19 @@ def run_command(*command, code: int = 0, **environment) -> str:
 
 
 # 9 samples in batches of 2: the last batch of an epoch has one.
-FLAGS = ("-b", 2, "-e", 6, "--lr", 3e-3, "--log_interval", 1, "--test_interval", 15, "--num_workers", 1)
+FLAGS = ("-b", 2, "-e", 6, "--lr", 1e-2, "--encoder_lr", 1e-3, "--log_interval", 1, "--test_interval", 15)
+
+
+@pytest.fixture
+def composites(config_file) -> Path:
+    """A config of composites whose cables keep their places and colors, so that little training is enough."""
+    return config_file(percentage=1.5, w_aug=False)
 
 
 def train_on_gpu(config, weights, *flags, name: str = "gpu", **options) -> Path:
     """Train the tiny SAM; returns the folder of the run."""
     given = ("-c", config, "--model_type", "tiny", "--checkpoint", weights, "-n", name, "--device", DEVICE)
-    run_command(TINY_RUN, *given, *FLAGS, *flags, **options)
+    run_command(TINY_RUN, *given, *FLAGS, *flags, "--num_workers", 1, **options)
     return Path("exp", name)
 
 
@@ -211,28 +225,30 @@ def tested(folder: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 TRAININGS = {
     "decoder": ("--train", "decoder", "--prompt", "mixed", "--embedding_reuse", 2, "--virtual_batch_size", 2),
     "lora": ("--train", "lora", "--prompt", "box"),
-    "encoder": ("--train", "encoder", "--grad_checkpointing", "--cldice_weight", 1),
-    "compiled": ("--train", "encoder", "--compile", "on"),
+    "encoder": ("--train", "encoder", "--grad_checkpointing", "--cldice_weight", 0.1),
+    "compiled": ("--train", "encoder", "--prompt", "point", "--compile", "on"),
 }
-CASES = [pytest.param(name, marks=needs_compiler if name == "compiled" else ()) for name in TRAININGS]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+CASES = [
+    *((training, amp) for training in ("decoder", "lora", "encoder") for amp in PRECISIONS),
+    *(pytest.param("compiled", amp, marks=needs_compiler) for amp in ("off", "bf16")),
+]
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("training", CASES)
-def test_training_follows_that_of_the_cpu(config, tiny_weights, training, amp):
+@pytest.mark.parametrize(("training", "amp"), CASES)
+def test_training_follows_that_of_the_cpu(composites, tiny_weights, training, amp):
     flags = TRAININGS[training]
-    ours = train_on_gpu(config, tiny_weights, *flags, "--amp", amp)
-    assert run_tiny(config, tiny_weights, *FLAGS, *flags, "--compile", "off") == 0
+    ours = train_on_gpu(composites, tiny_weights, *flags, "--amp", amp)
+    assert run_tiny(composites, tiny_weights, *FLAGS, *flags, "--compile", "off") == 0
     losses, expected = losses_of(ours), losses_of("exp/run")
     assert len(losses) == len(expected) == 30
     # `--amp off` rounds products to TF32. In float16, the first steps only lower the scale of the gradient.
-    n, tolerance = {"off": (10, 0.01), "bf16": (5, 0.03), "fp16": (1, 0.01)}[amp]
+    n, tolerance = {"off": (10, 0.02), "bf16": (5, 0.03), "fp16": (1, 0.01)}[amp]
     assert losses[:n] == pytest.approx(expected[:n], rel=tolerance)
-    assert np.isfinite(losses).all() and losses[-10:].mean() < 0.9 * losses[:10].mean(), losses
+    assert losses[-10:].mean() < 0.8 * losses[:10].mean(), f"{losses}"
     tests, expected_tests = tested(ours), tested("exp/run")
     assert [test["iteration"] for test in tests] == [0, 15, 30]
     assert tests[0]["iou"] == pytest.approx(expected_tests[0]["iou"], abs=0.02)
@@ -241,20 +257,20 @@ def test_training_follows_that_of_the_cpu(config, tiny_weights, training, amp):
     assert all(weight.isfinite().all() for weight in best.values())
 
 
-def test_batch_size_auto_takes_a_whole_step(config, tiny_weights):
+def test_batch_size_auto_takes_a_whole_step(composites, tiny_weights):
     flags = ("--train", "encoder", "-b", "auto", "--virtual_batch_size", 4)
-    folder = train_on_gpu(config, tiny_weights, *flags)
+    folder = train_on_gpu(composites, tiny_weights, *flags)
     settings = yaml.safe_load((folder / "args.yaml").read_text())
     assert (settings["batch_size"], settings["virtual_batch_size"]) == (4, 1)
     assert np.isfinite(losses_of(folder)).all()
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(config, tiny_weights, amp):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(composites, tiny_weights, amp):
     flags = ("--train", "encoder", "--prompt", "mixed", "--virtual_batch_size", 2, "--amp", amp)
-    whole = train_on_gpu(config, tiny_weights, *flags, name="whole")
-    train_on_gpu(config, tiny_weights, *flags, name="parts", code=143, GROUP_IN=13)
-    parts = train_on_gpu(config, tiny_weights, *flags, "--resume", name="parts")
+    whole = train_on_gpu(composites, tiny_weights, *flags, name="whole")
+    train_on_gpu(composites, tiny_weights, *flags, name="parts", code=143, GROUP_IN=13)
+    parts = train_on_gpu(composites, tiny_weights, *flags, "--resume", name="parts")
     initial, expected, ours = (
         checkpoint.load_weights(path)
         for path in (tiny_weights, whole / "checkpoints/last.pth", parts / "checkpoints/last.pth")
@@ -269,8 +285,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config, tiny_weights, amp):
     assert losses_of(parts) == pytest.approx(losses_of(whole), rel=0.05)
 
 
-def test_predictions_equal_those_of_the_cpu(config, data):
-    given = ("-c", config, "--model_type", "lite_medsam", "-n", "run", "--device", DEVICE)
+def test_predictions_equal_those_of_the_cpu(composites, data):
+    given = ("-c", composites, "--model_type", "lite_medsam", "-n", "run", "--device", DEVICE)
     run_command(ROOT / "finetune.py", *given, "--train", "encoder", "-b", 2, "-e", 6, "--test_interval", 100)
 
     def masks(*flags) -> np.ndarray:
@@ -289,8 +305,8 @@ def test_predictions_equal_those_of_the_cpu(config, data):
         assert different["off"] < 0.003 and max(different.values()) < 0.02, (tiles, different)
 
 
-def test_a_benchmark_measures_every_row(config):
-    flags = ("-c", config, "--model_type", "lite_medsam", "--device", DEVICE, "--seconds", "0.2", "--reuse", 2)
+def test_a_benchmark_measures_every_row(composites):
+    flags = ("-c", composites, "--model_type", "lite_medsam", "--device", DEVICE, "--seconds", "0.2", "--reuse", 2)
     table = run_command(ROOT / "tools/bench.py", *flags)
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row[:2] == "| "]
     assert len(rows) >= 5, table
