@@ -49,6 +49,25 @@ run_logger.sheet = partial(run_logger.sheet, width=64)
 
 TINY_SIZE, TINY_PATCH, TINY_DIM = 64, 8, 32
 
+ALL_GPUS = "all"
+
+
+def pytest_configure() -> None:
+    """Hide GPUs from the tests and the processes that they start: defaults depend on whether there is one.
+
+    The variable VISIBLE_GPUS keeps what was visible for test_cuda.py. Workers of pytest-xdist inherit it.
+    """
+    os.environ.setdefault("VISIBLE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ALL_GPUS))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> None:
+    """Let the processes that a test starts see the GPUs of this machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ["VISIBLE_GPUS"])
+    if os.environ["VISIBLE_GPUS"] == ALL_GPUS:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory, monkeypatch) -> Path:

@@ -104,11 +104,14 @@ def build_library(path: Path) -> None:
     folders = (*SITE.glob("nvidia/cu*/include"), SITE / "triton/backends/nvidia/include")
     command = ["g++", "-xc++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(path), "-"]
     subprocess.run([*command, *(f"-I{folder}" for folder in folders)], input=text, text=True, check=True)
+    # PyTorch would ask NVML for the number of GPUs, which are those of this machine. This library cannot say.
+    path.with_name("libnvidia-ml.so.1").symlink_to(path.name)
 
 
 def environment(library: Path, *, sm: int, gib: int = 80, gpus: int = 1) -> dict[str, str]:
     """The environment of a process that uses the stand-in."""
-    return os.environ | {
+    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return variables | {
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": str(library.parent),
         "FAKE_SM": str(sm),
