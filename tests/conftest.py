@@ -61,12 +61,11 @@ def pytest_configure() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture
-def gpus(monkeypatch) -> None:
-    """Let the processes that a test starts see the GPUs of this machine."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ["VISIBLE_GPUS"])
+def show_gpus(patch: pytest.MonkeyPatch) -> None:
+    """Let the processes that are started from now on see the GPUs of this machine."""
+    patch.setenv("CUDA_VISIBLE_DEVICES", os.environ["VISIBLE_GPUS"])
     if os.environ["VISIBLE_GPUS"] == ALL_GPUS:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        patch.delenv("CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(autouse=True)
