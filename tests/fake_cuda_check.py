@@ -104,8 +104,8 @@ def build_library(path: Path) -> None:
     folders = (*SITE.glob("nvidia/cu*/include"), SITE / "triton/backends/nvidia/include")
     command = ["g++", "-xc++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(path), "-"]
     subprocess.run([*command, *(f"-I{folder}" for folder in folders)], input=text, text=True, check=True)
-    # PyTorch would ask NVML for the number of GPUs, which are those of this machine. This library cannot say.
-    path.with_name("libnvidia-ml.so.1").symlink_to(path.name)
+    # PyTorch would ask NVML for the GPUs of this machine. An empty file cannot be loaded, so it does not.
+    path.with_name("libnvidia-ml.so.1").touch()
 
 
 def environment(library: Path, *, sm: int, gib: int = 80, gpus: int = 1) -> dict[str, str]:

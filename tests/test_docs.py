@@ -72,7 +72,6 @@ RUN_ELSEWHERE = {
         ".ci/run",
         "tools/bench.py --model_type lite_medsam --batch_size 1 --seconds 0 --train lora --parts step",
     ),
-    ".venv/bin/python -m pytest tests/test_cuda.py -n 4": ("Makefile", "-m pytest"),
     "python tests/fake_cuda_check.py --sm 75": (".ci/run", "tests/fake_cuda_check.py --sm 75"),
     "python tests/fake_cuda_check.py --gib 160 --case 'finetune.py --model_type vit_b --checkpoint vit_b.pth "
     "--train lora --batch_size 4'": ("tests/test_cuda_stand_in.py", "run_cases(library"),
