@@ -7,7 +7,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -138,7 +137,6 @@ def _score(prediction: np.ndarray, mask: np.ndarray, truth: GroundTruth) -> Scor
         raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {mask.shape}")
     if not prediction.any() and not mask.any():
         return Scores(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    whole = _overlap(prediction, mask)
     boundary = _overlap(boundary_region(prediction), boundary_region(mask))
     box = _bounding_box(prediction)
     skeleton = _skeleton(prediction[box])
@@ -146,11 +144,8 @@ def _score(prediction: np.ndarray, mask: np.ndarray, truth: GroundTruth) -> Scor
     topology_precision = _ratio(np.count_nonzero(skeleton & mask[box]), np.count_nonzero(skeleton))
     topology_recall = _ratio(n_true, len(truth.centerline))
     return Scores(
-        iou=whole.iou,
-        dice=whole.dice,
-        precision=whole.precision,
-        recall=whole.recall,
-        boundary_iou=boundary.iou,
+        **_overlap(prediction, mask),
+        boundary_iou=boundary["iou"],
         cldice=_ratio(2 * topology_precision * topology_recall, topology_precision + topology_recall),
     )
 
@@ -166,22 +161,16 @@ def _skeleton(mask: np.ndarray) -> np.ndarray:
     return skeletonize(mask) if mask.size else mask
 
 
-class _Overlap(NamedTuple):
-    iou: float
-    dice: float
-    precision: float
-    recall: float
-
-
-def _overlap(prediction: np.ndarray, truth: np.ndarray) -> _Overlap:
-    n_both = int(np.count_nonzero(prediction & truth))
-    n_predicted, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
-    return _Overlap(
-        iou=_ratio(n_both, n_predicted + n_true - n_both),
-        dice=_ratio(2 * n_both, n_predicted + n_true),
-        precision=_ratio(n_both, n_predicted),
-        recall=_ratio(n_both, n_true),
-    )
+def _overlap(prediction: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """The scores of `Scores` that count pixels, by name."""
+    n_both = int(np.count_nonzero(prediction & mask))
+    n_predicted, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(mask))
+    return {
+        "iou": _ratio(n_both, n_predicted + n_true - n_both),
+        "dice": _ratio(2 * n_both, n_predicted + n_true),
+        "precision": _ratio(n_both, n_predicted),
+        "recall": _ratio(n_both, n_true),
+    }
 
 
 def _ratio(part: float | np.integer, whole: float | np.integer) -> float:
