@@ -25,6 +25,7 @@ from tools import (
     measure_colors,
     measure_crossings,
     measure_edges,
+    measure_threshold,
     plot_curves,
     results,
     soak,
@@ -44,6 +45,7 @@ SCRIPTS = {
     "tools/measure_colors.py": measure_colors,
     "tools/measure_crossings.py": measure_crossings,
     "tools/measure_edges.py": measure_edges,
+    "tools/measure_threshold.py": measure_threshold,
     "tools/results.py": results,
     "tools/soak.py": soak,
     "tests/fake_cuda_check.py": fake_cuda_check,
@@ -81,6 +83,11 @@ RUN_ELSEWHERE = {
     "python tools/measure_edges.py --data data/cables_cluttered --predictions "
     "predictions/cables_cluttered/masks --move 1": ("tests/test_measure_edges.py", "tool.main(argv)"),
     "python tools/measure_edges.py --data my_cables": ("tests/test_measure_edges.py", 'tool.main(["--data"'),
+    "python tools/measure_threshold.py --checkpoint exp/all/checkpoints/last.pth "
+    "--data data/cables_cluttered": (
+        "tests/test_measure_threshold.py",
+        "tool.main(",
+    ),
     "python tools/draw_cables.py --out data/drawn --n 500": (
         "tests/test_draw_cables.py",
         'draw_cables.main(["--out"',

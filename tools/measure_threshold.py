@@ -1,0 +1,78 @@
+"""Measure a checkpoint whose threshold is chosen on photos like those that it will see.
+
+    python tools/measure_threshold.py --checkpoint exp/NAME/checkpoints/last.pth --data my_test_photos
+
+The threshold for one half of the photos is chosen on the other half, as a training chooses it on its test
+set, and the other way around. Prints the metrics with these two thresholds and with that of the checkpoint,
+each the mean over all photos.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import inference
+from base.errors import UserError
+from imaging.files import read_image
+from imaging.masks import read_mask
+from imaging.metrics import (
+    MIN_IMAGES_FOR_THRESHOLD,
+    GroundTruth,
+    Scores,
+    compute_stats,
+    robust_threshold,
+    score,
+)
+from imaging.pairing import Pair, find_pairs
+
+
+def measure(pairs: Sequence[Pair], segment: inference.Segmenter) -> None:
+    """Print the table."""
+    logits = [next(segment.logits([read_image(pair.image_path)])) for pair in pairs]
+    truths = [GroundTruth.from_mask(read_mask(pair.mask_path)) for pair in pairs]
+    stats = list(map(compute_stats, logits, truths))
+    chosen = [robust_threshold(stats[first::2]) for first in (0, 1)]  # on every second photo
+    print("threshold of  " + "  ".join(f"{field.name:>12}" for field in fields(Scores)))
+    for name, thresholds in {"checkpoint": [segment.threshold] * 2, "other half": chosen[::-1]}.items():
+        scores = [
+            astuple(score(of_image > thresholds[number % 2], truth))
+            for number, (of_image, truth) in enumerate(zip(logits, truths, strict=True))
+        ]
+        print(f"{name:<12}  " + "  ".join(f"{value:12.3f}" for value in np.mean(scores, axis=0)))
+    of_halves = " and ".join(f"{threshold:g}" for threshold in chosen)
+    print(f"thresholds: {segment.threshold:g} of the checkpoint, {of_halves} of the halves")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a threshold that is chosen on similar photos.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of any model type")
+    parser.add_argument("--data", type=Path, required=True, help="folder with imgs/ and masks/")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 after a message."""
+    args = parse_args(argv)
+    try:
+        pairs, faults = find_pairs(args.data)
+        if faults:
+            raise UserError(faults[0])
+        if len(pairs) < 2 * MIN_IMAGES_FOR_THRESHOLD:
+            needed = 2 * MIN_IMAGES_FOR_THRESHOLD
+            raise UserError(f"{args.data} has {len(pairs)} photos; two halves need at least {needed}")
+        measure(pairs, inference.load(args.checkpoint))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
