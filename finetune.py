@@ -27,7 +27,7 @@ import checkpoint
 import resume
 import runtime
 from base.errors import UserError
-from console import result_summary, shell_command, start_summary, tool_command
+from console import bad_steps_message, result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
 from disk_space import warn_of_disk_space
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
@@ -433,21 +433,6 @@ def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[
     if state.device.type == "cuda":
         scalars["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return scalars
-
-
-MAX_NAMES = 3  # of files in a message
-
-
-def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
-    """Why a run ends whose losses or gradients are not finite."""
-    datasets, best = experiment.train_set.datasets, experiment.checkpoints / checkpoint.BEST_FILE
-    names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
-    shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
-    return (
-        f"iteration {state.iteration + 1}: the loss or its gradient was not finite in "
-        f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); a lower --lr may help\n"
-        f"the last batch holds {shown}; best weights: {best if state.best else 'none were saved'}"
-    )
 
 
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
