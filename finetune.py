@@ -35,7 +35,7 @@ from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, make_folder, prepare, preview
 from losses import sum_losses
 from report import write_report
-from resume import RESUME_FILE, ResumeState
+from resume import LOCK_FILE, RESUME_FILE, ResumeState
 from run_logger import RunLogger, remove_logs
 from sam.encoder import valid_pixels
 from sam.trainable import (
@@ -549,8 +549,8 @@ def print_error(error: Exception) -> None:
 
 
 def print_resume_hint(config: TrainConfig) -> None:
-    """Say how an interrupted run continues."""
-    if not runtime.is_main():
+    """Say how an interrupted run continues, unless another process trains it."""
+    if not runtime.is_main() or (config.folder / LOCK_FILE).exists():
         return
     state = config.folder / RESUME_FILE
     where = f"the last state is in {state}" if state.exists() else "no state was saved yet"
