@@ -52,11 +52,9 @@ def missing() -> str:
     with pytest.MonkeyPatch.context() as patch:
         show_gpus(patch)
         done = subprocess.run([sys.executable, "-c", SEES_GPU], capture_output=True, text=True)
-    return (
-        ""
-        if done.stdout.strip() == "True"
-        else f"needs an NVIDIA GPU: {done.stderr.strip().splitlines()[-1:]}"
-    )
+    if done.stdout.strip() == "True":
+        return ""
+    return f"needs an NVIDIA GPU: {done.stderr.strip().splitlines()[-1:]}"
 
 
 @pytest.fixture(autouse=True)

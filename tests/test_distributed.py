@@ -102,7 +102,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
     flags = together(config, tiny_weights, "-b", 2, *options)
     died = run_torchrun(*flags, "--resume_interval", 1e-9, KILL_IN=8)
     assert died.returncode != 0
-    assert time.monotonic() - started < 90
+    assert time.monotonic() - started < 300  # else a process waits for the dead one, for half an hour
     assert not Path("exp/together/checkpoints/last.pth").exists()
     resumed = run_torchrun(*flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
