@@ -100,6 +100,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
+        if isinstance(error, SafetensorError):
+            refuse_text(path)
         raise UserError(f"{path} cannot be read as safetensors; is it truncated? ({error})") from error
 
 
@@ -126,6 +128,22 @@ def require_finite(weights: dict[str, Tensor], path: Path, hint: str) -> None:
             raise UserError(f"{path} holds weights that are NaN or infinite, such as {name}: {hint}")
 
 
+# Texts that a download may leave in the place of weights: their first bytes, and what the file is.
+TEXTS = {
+    b"version https://git-lfs.github.com/spec/v1": "a Git LFS pointer, not the weights: run git lfs pull",
+    b"<": "a web page, not the weights: download them again",
+}
+
+
+def refuse_text(path: Path) -> None:
+    """Raise UserError, which says what the file is, if a file that does not load is one of `TEXTS`."""
+    with path.open("rb") as file:
+        start = file.read(100)
+    for text, meaning in TEXTS.items():
+        if start.startswith(text):
+            raise UserError(f"{path} is {meaning}")
+
+
 def safe_load(path: Path) -> Any:
     """What `torch.save` wrote to a file; code in it is never run."""
     if not os.path.isfile(path):  # False also for a path that cannot be asked for
@@ -135,6 +153,7 @@ def safe_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refuse_text(path)
         raise UserError(
             f"{path} is refused: it is damaged, or could run code when loaded. If you trust it, save its "
             "weights alone: torch.save(model.state_dict(), PATH)"

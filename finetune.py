@@ -27,7 +27,7 @@ import checkpoint
 import resume
 import runtime
 from base.errors import UserError
-from console import result_summary, shell_command, start_summary, tool_command
+from console import bad_steps_message, result_summary, shell_command, start_summary, tool_command
 from dataset_index import file_digests
 from disk_space import warn_of_disk_space
 from embeddings import EncodedTestSample, TrainBatch, encode_test_set, training_batches
@@ -35,7 +35,7 @@ from evaluation import run_test, train_panels, training_cable_width
 from experiment import Experiment, make_folder, prepare, preview
 from losses import sum_losses
 from report import write_report
-from resume import RESUME_FILE, ResumeState
+from resume import LOCK_FILE, RESUME_FILE, ResumeState
 from run_logger import RunLogger, remove_logs
 from sam.encoder import valid_pixels
 from sam.trainable import (
@@ -435,21 +435,6 @@ def training_scalars(state: TrainState, loss_weights: dict[str, float]) -> dict[
     return scalars
 
 
-MAX_NAMES = 3  # of files in a message
-
-
-def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
-    """Why a run ends whose losses or gradients are not finite."""
-    datasets, best = experiment.train_set.datasets, experiment.checkpoints / checkpoint.BEST_FILE
-    names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
-    shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
-    return (
-        f"iteration {state.iteration + 1}: the loss or its gradient was not finite in "
-        f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); a lower --lr may help\n"
-        f"the last batch holds {shown}; best weights: {best if state.best else 'none were saved'}"
-    )
-
-
 def run_training(config: TrainConfig, experiment: Experiment, stop: runtime.StopRequest) -> None:
     """Train in the folder of the run, and keep other processes out of it."""
     if not runtime.is_main():
@@ -564,8 +549,8 @@ def print_error(error: Exception) -> None:
 
 
 def print_resume_hint(config: TrainConfig) -> None:
-    """Say how an interrupted run continues."""
-    if not runtime.is_main():
+    """Say how an interrupted run continues, unless another process trains it."""
+    if not runtime.is_main() or (config.folder / LOCK_FILE).exists():
         return
     state = config.folder / RESUME_FILE
     where = f"the last state is in {state}" if state.exists() else "no state was saved yet"

@@ -9,9 +9,10 @@ The test during training, predict.py and Python callers all compute their logits
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, overload
@@ -211,6 +212,7 @@ class Segmenter:
     cable_width: median width of the cables in training, in pixels of the model's input; "auto" needs it.
     batch_size: how many images, tiles or prompts are computed together.
     sidecar: what is known of the checkpoint, if it has a sidecar.
+    path: the checkpoint, for messages.
     """
 
     net: LoadedSam
@@ -219,6 +221,7 @@ class Segmenter:
     cable_width: float | None = None
     batch_size: int = 4
     sidecar: Sidecar | None = field(default=None, repr=False)
+    path: Path | None = field(default=None, repr=False)
 
     @overload
     def __call__(
@@ -271,6 +274,8 @@ class Segmenter:
             raise UserError(
                 f"tiles={self.tiles} cannot be combined with prompts: prompts are for whole images"
             )
+        if prompts is None:
+            self.warn_of_missing_prompts()
         given = [NO_PROMPT] * len(images) if prompts is None else prompts
         if len(given) != len(images):
             raise UserError(
@@ -300,6 +305,11 @@ class Segmenter:
                     continue
                 weight = min(MAX_WEIGHT_OF_WHOLE, side / max(whole.shape))
                 yield weight * whole + (1 - weight) * in_tiles(image, tile_size=side), side
+
+    def warn_of_missing_prompts(self) -> None:
+        """Warn, once in a process, if the checkpoint was trained with points or boxes."""
+        if self.sidecar and self.sidecar.prompt in ("point", "box"):
+            _warn_of_missing_prompts(self.path, self.sidecar.prompt)
 
     def tile_size(self, whole: np.ndarray) -> int | None:
         """Side in pixels of the tiles that "auto" cuts an image into; None: the image stays whole.
@@ -378,7 +388,7 @@ def load(
     net = LoadedSam(sam, model_type, low_precision)
     if device.type != "cpu":
         list(predict_logits(net, [np.zeros((*[net.spec.img_size] * 2, 3), np.uint8)], [NO_PROMPT]))
-    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar)
+    return Segmenter(net, threshold, tiles, cable_width, batch_size, sidecar, path)
 
 
 def _check_arguments(
@@ -414,6 +424,15 @@ def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path
     if not isinstance(chosen, Integral) or chosen < MIN_TILE:
         raise UserError(f"tiles={chosen!r}: expected a whole number of at least {MIN_TILE}, 'auto' or 'off'")
     return int(chosen)
+
+
+@cache  # Python's own filter of repeated warnings is reset by other libraries
+def _warn_of_missing_prompts(path: Path | None, prompt: str) -> None:
+    warnings.warn(
+        f"{path} was trained with --prompt {prompt}, and there are no prompts: its masks may be bad; "
+        "for images, give prompts (predict.py: --prompt FILE)",
+        stacklevel=3,
+    )
 
 
 def box_prompt(x1: float, y1: float, x2: float, y2: float) -> Prompt:

@@ -226,18 +226,13 @@ def load_segmenter(args: argparse.Namespace) -> inference.Segmenter:
     if args.threshold is not None:
         origin = "--threshold"
     print(f"threshold {segment.threshold:g} ({origin})")
-    trained_with = segment.sidecar.prompt if segment.sidecar else None
-    if args.prompt and trained_with == "none":
+    if args.prompt and segment.sidecar and segment.sidecar.prompt == "none":
         print(
             f"warning: {args.checkpoint} was trained without prompts; --prompt may make its masks worse",
             file=sys.stderr,
         )
-    if not args.prompt and trained_with in ("point", "box"):
-        print(
-            f"warning: {args.checkpoint} was trained with --prompt {trained_with}, and there are no prompts: "
-            "its masks may be bad; for images, give --prompt FILE",
-            file=sys.stderr,
-        )
+    if not args.prompt:
+        segment.warn_of_missing_prompts()  # before the progress bar is shown
     args.threshold = segment.threshold
     return segment
 

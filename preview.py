@@ -1,5 +1,6 @@
 """Look at the data before training: contact sheets of the samples, sizes, cable widths, duplicates."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from imaging.pairing import Pair
 from imaging.visualize import contact_sheet, darkened, draw_points, outline
 
 MIN_SHOWN_SIDE = 400  # pixels to which a sample is enlarged at least, as on the contact sheet
+SHEET_NAME = re.compile(r"(train_(0|[1-9][0-9]*)|test)\.jpg")  # what `preview_dataset` writes
 N_SAMPLES = 12  # samples on a contact sheet
 N_MEASURED = 60  # masks of a dataset that are measured: each takes a tenth of a second
 MIN_WIDTH = 2.0  # pixels of the model's mask; a thinner cable has no interior there
@@ -48,10 +50,7 @@ def write_preview(
 
     Raises UserError if `folder` cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error})") from error
+    start_folder(folder)
     for number, index in enumerate(train):
         train_set = TrainSet([with_all_pairs(index)], spec=spec, prompt=prompt, seed=seed)
         train_samples = (train_set[key] for key in train_set.epoch(0)[:N_SAMPLES])
@@ -69,6 +68,17 @@ def write_preview(
     if duplicates:
         lines = [f"{test_path} = {train_path}" for test_path, train_path in duplicates]
         print(f"warning: test images look like training images:\n  {format_list(lines)}")
+
+
+def start_folder(folder: Path) -> None:
+    """Make the folder of a preview, and remove the contact sheets of an earlier one. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if SHEET_NAME.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error})") from error
 
 
 def preview_dataset(

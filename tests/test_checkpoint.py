@@ -62,6 +62,26 @@ def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
         checkpoint.load_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("name", ["w.pth", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 375042383\n",
+            "a Git LFS pointer, not the weights: run git lfs pull",
+        ),
+        (b"<!DOCTYPE html>\n<html>", "a web page, not the weights: download them again"),
+    ],
+    ids=["lfs", "html"],
+)
+def test_a_text_in_the_place_of_weights_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        checkpoint.load_weights(path)
+    assert str(raised.value) == f"{path} is {message}"
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.pth"):
         checkpoint.load_weights(tmp_path / "gone.pth")

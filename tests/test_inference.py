@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,23 @@ def test_what_is_no_rgb_image_is_refused(tiny_weights, image, found):
         load(tiny_weights, "cpu")(image)
     with pytest.raises(UserError, match="image 0: expected a NumPy array"):
         list(load(tiny_weights, "cpu").logits(image if isinstance(image, list) else [image]))
+
+
+@pytest.mark.parametrize(("trained_with", "times"), [("box", 1), ("point", 1), ("mixed", 0), ("none", 0)])
+def test_a_checkpoint_trained_with_prompts_warns_once_without_them(
+    tiny_weights, recwarn, trained_with, times
+):
+    write_sidecar(Sidecar(model_type="tiny", input_size=64, prompt=trained_with), tiny_weights)
+    image = np.zeros((48, 64, 3), np.uint8)
+    segment = load(tiny_weights, "cpu")
+    segment(image, [box_prompt(1, 2, 30, 40)])
+    assert len(recwarn) == 0
+    for _ in range(2):
+        segment([image, image])
+        with warnings.catch_warnings():  # forgets which warnings were shown
+            pass
+    words = f"{tiny_weights} was trained with --prompt {trained_with}, and there are no prompts"
+    assert len(recwarn) == times and all(str(one.message).startswith(words) for one in recwarn)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_speed_is_printed_also_without_a_progress_bar(tiny_weights, data, tm
     ],
 )
 def test_prompts_that_do_not_fit_the_training_are_warned_of(
-    tiny_weights, data, tmp_path, capsys, trained_with, with_file, warning
+    tiny_weights, data, tmp_path, capsys, recwarn, trained_with, with_file, warning
 ):
     write_sidecar(Sidecar(model_type="tiny", input_size=64, prompt=trained_with), tiny_weights)
     (tmp_path / "p.csv").write_text("image,x,y\n1.png,5,6\n")
@@ -89,6 +89,7 @@ def test_prompts_that_do_not_fit_the_training_are_warned_of(
     assert run(tiny_weights, data / "test/imgs/1.png", tmp_path / "out", *flags) == 0
     printed = capsys.readouterr()
     lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("warning")]
+    lines += [str(one.message) for one in recwarn]
     assert len(lines) == (1 if warning else 0) and all(warning in line for line in lines)
 
 

@@ -74,6 +74,21 @@ def test_it_shows_every_dataset_and_trains_nothing(tiny_weights, config_file, da
     assert finetune.main([str(part) for part in (*same_name, *on_cpu)]) == 0
 
 
+def test_a_second_preview_leaves_only_its_own_sheets_and_the_files_of_the_user(tiny_weights, config_file):
+    config = config_file()
+    folder, users_files = Path("exp/run/preview"), {"train.jpg", "train_01.jpg", "train_1.png", "my_test.jpg"}
+    document = yaml.safe_load(config.read_text())
+    document["dataset"]["train"].append({"data_dir": "cables"})
+    config.write_text(yaml.safe_dump(document))
+    assert preview(config) == 0 and (folder / "train_1.jpg").exists()
+    for name in users_files:
+        (folder / name).touch()
+    del document["dataset"]["train"][1], document["dataset"]["test"]
+    config.write_text(yaml.safe_dump(document))
+    assert preview(config) == 0
+    assert {path.name for path in folder.iterdir()} == {"train_0.jpg"} | users_files
+
+
 def test_it_warns_of_thin_cables_empty_masks_and_near_duplicates(tiny_weights, config_file, data, capsys):
     write_dataset(data / "thin", 4, size=(96, 128), width=2)
     Image.new("L", (128, 96)).save(data / "thin/masks/2.png")

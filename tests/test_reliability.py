@@ -485,6 +485,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(config, tiny_weights, capsys)
         process = run_forked(*apart(config, tiny_weights, "-e", 2, "--resume"))
     assert process.returncode == 1
     assert "another process is training this run" in process.stderr and "Traceback" not in process.stderr
+    assert "to continue" not in process.stderr
     assert run_tiny(config, tiny_weights, *FLAGS, "-e", 2, "--resume") == 0
     assert not Path("exp/run/.lock").exists()
 
