@@ -332,15 +332,8 @@ SHARED_MEMORY_HINT = (
 )
 
 
-@dataclass(frozen=True)
-class SampleError:
-    """A sample that could not be made. A data worker returns it as a value, with the message."""
-
-    message: str
-
-
 class _ErrorsAsValues(Dataset[Any]):
-    """The same samples, but a `SampleError` is returned where a UserError is raised."""
+    """The same samples, but a UserError is returned: PyTorch would change its message on the way here."""
 
     def __init__(self, samples: Dataset[Any]) -> None:
         self.samples = samples
@@ -349,13 +342,13 @@ class _ErrorsAsValues(Dataset[Any]):
         try:
             return self.samples[key]
         except UserError as error:
-            return SampleError(str(error))
+            return error
 
 
 def _collate(samples: list[Any]) -> Any:
-    """One batch of several samples, or the first `SampleError` among them."""
+    """One batch of several samples, or the first UserError among them."""
     for sample in samples:
-        if isinstance(sample, SampleError):
+        if isinstance(sample, UserError):
             return sample
     return default_collate(samples)
 
@@ -423,8 +416,8 @@ def _iterate(loader: DataLoader[Any], sample_bytes: int) -> Iterator[Any]:
                     f"no data came from the data workers for {WORKER_TIMEOUT} s ({SHARED_MEMORY_HINT})"
                 ) from error
             raise
-        if isinstance(batch, SampleError):
-            raise UserError(batch.message)
+        if isinstance(batch, UserError):
+            raise batch
         yield batch
     runtime.forget_data_workers(workers)
 

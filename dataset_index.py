@@ -19,6 +19,7 @@ from imaging.files import (
     NO_IMAGE_FILE,
     FileError,
     check_size,
+    first_few,
     format_list,
     image_files,
     read_image,
@@ -27,7 +28,6 @@ from imaging.files import (
 from imaging.masks import MaskValues, read_mask
 from imaging.pairing import Pair, find_pairs, normalized
 
-MAX_NAMES = 3  # of files or colors in a note
 MAX_FOREGROUND = 0.5  # of the pixels, over a dataset: cables cover a few percent
 
 
@@ -77,11 +77,8 @@ class DatasetIndex:
         """What a user should know about the files: lines of text."""
         notes = []
         if self.unread:
-            names = ", ".join(f"{path.parent.name}/{path.name}" for path in self.unread[:MAX_NAMES])
-            more = ", ..." if len(self.unread) > MAX_NAMES else ""
-            notes.append(
-                f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}{more}"
-            )
+            names = first_few([f"{path.parent.name}/{path.name}" for path in self.unread])
+            notes.append(f"not read: {len(self.unread)} file(s) without the suffix of an image: {names}")
         large = [path for path, share in self._shares() if share > MAX_FOREGROUND]
         if large and not self.config.allow_large_foreground:
             notes.append(
@@ -90,10 +87,9 @@ class DatasetIndex:
             )
         colors = sorted({color for pair in self.pairs for color in self.infos[pair.mask_path].colors})
         if len(colors) > 1:
-            names = ", ".join(map(str, colors[:MAX_NAMES])) + (", ..." if len(colors) > MAX_NAMES else "")
             notes.append(
-                f"masks have {len(colors)} colors besides the background; each counts as cable: {names} "
-                "(mask_values selects some)"
+                f"masks have {len(colors)} colors besides the background; each counts as cable: "
+                f"{first_few(colors)} (mask_values selects some)"
             )
         return notes
 
@@ -252,19 +248,13 @@ def find_data(
     if val_percentage:
         datasets, test = split_off_test(datasets, val_percentage)
     labeled = find_cables_in_backgrounds(datasets)
-    if labeled and runtime.is_main():
-        warnings.warn(
-            "bg_paths contains photos of cables, and training takes these cables for background:\n  "
-            f"{format_list(labeled)}",
-            stacklevel=2,
-        )
     leaks = find_leaks(datasets, test) if test else []
-    if leaks and runtime.is_main():
-        warnings.warn(
-            "test images are also used in training, so the test does not measure generalization:\n  "
-            f"{format_list(leaks)}",
-            stacklevel=2,
-        )
+    for fault, files in (
+        ("bg_paths contains photos of cables, and training takes these cables for background", labeled),
+        ("test images are also used in training, so the test does not measure generalization", leaks),
+    ):
+        if files and runtime.is_main():
+            warnings.warn(f"{fault}:\n  {format_list(files)}", stacklevel=2)
     return datasets, test
 
 

@@ -39,7 +39,8 @@ if __name__ == "__main__":
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,18 +114,23 @@ def require_writable(output: Path) -> None:
         raise UserError(f"--output {output}: no permission to write to {folder}; choose another folder")
 
 
-def make_parent(output: Path) -> None:
-    """Create the folder of `output`; raises UserError."""
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `output` if the block raises nothing.
+
+    Raises UserError, which names `output` and not the temporary path, if the files cannot be written.
+    """
+    from safetensors import SafetensorError  # the error of transformers
+
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(output, error) from error
-
-
-def not_written(output: Path, error: Exception) -> UserError:
-    """The error for the user, which names the path that the user gave, not a temporary file in it."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UserError(f"--output {output}: could not be written ({reason}); choose another path")
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+            complete = Path(temporary) / output.name
+            yield complete
+            complete.rename(output)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"--output {output}: could not be written ({reason}); choose another path") from error
 
 
 # --- Hugging Face -----------------------------------------------------------------------------
@@ -142,23 +148,16 @@ def export_hf(sam: Sam, model_type: str, output: Path, sidecar: Sidecar | None) 
         raise UserError(f"--format hf: transformers has no model of {model_type}; use --format onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from safetensors import SafetensorError
         from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
     hf = SamModel(SamConfig(**hf_config(sam)))
     hf.load_state_dict(hf_weights(sam.state_dict()), strict=True)
     processor = SamProcessor(SamImageProcessor(**hf_sizes(sam)))
-    make_parent(output)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-            complete = Path(temporary) / output.name
-            hf.save_pretrained(complete)
-            processor.save_pretrained(complete)
-            if sidecar:
-                write_sidecar(sidecar, complete)
-            complete.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise not_written(output, error) from error
+    with written_whole(output) as complete:
+        hf.save_pretrained(complete)
+        processor.save_pretrained(complete)
+        if sidecar:
+            write_sidecar(sidecar, complete)
 
 
 def hf_sizes(sam: Sam) -> dict[str, Any]:
@@ -266,16 +265,10 @@ def export_onnx(sam: Sam, model_type: str, output: Path, metadata: Mapping[str, 
     is_large = sum(weight.numel() for weight in sam.parameters()) * 4 > ONNX_LIMIT
     onnx = to_onnx(sam, model_type)
     onnx.model.metadata_props.update(metadata)
-    make_parent(output)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-            complete = Path(temporary) / output.name
-            onnx.save(complete, external_data=is_large)
-            if is_large:  # first: the other file needs it as soon as it appears
-                external_data_path(complete).rename(external_data_path(output))
-            complete.rename(output)
-    except OSError as error:
-        raise not_written(output, error) from error
+    with written_whole(output) as complete:
+        onnx.save(complete, external_data=is_large)
+        if is_large:  # first: the other file needs it as soon as it appears
+            external_data_path(complete).rename(external_data_path(output))
 
 
 def to_onnx(sam: Sam, model_type: str) -> torch.onnx.ONNXProgram:

@@ -177,15 +177,9 @@ def _describe(path: Path) -> tuple[str | None, str]:
     if suffix == ".txt":
         with path.open("rb") as file:
             first_line = file.readline(100_000).decode("utf-8-sig", errors="replace")
-        is_yolo = YOLO_LINE.fullmatch(first_line.strip())
-        return (
-            ("yolo", "")
-            if is_yolo
-            else (
-                None,
-                f"no polygons of YOLO, but {first_line[:40].strip()!r}" if first_line else "it is empty",
-            )
-        )
+        if YOLO_LINE.fullmatch(first_line.strip()):
+            return "yolo", ""
+        return None, f"no polygons of YOLO, but {first_line[:40].strip()!r}" if first_line else "it is empty"
     if suffix in IMAGE_SUFFIXES and path.parent.name in VOC_FOLDERS:
         return "voc", ""
     return None, "packed; unpack it first" if suffix in (".zip", ".rar", ".7z", ".gz") else ""

@@ -101,7 +101,7 @@ from base.errors import UserError
 from imaging import media
 from imaging.centerlines import cables_document, centerlines, find_crossings, instance_mask
 from imaging.coco import Region, coco_document, polygons, run_lengths
-from imaging.files import read_image
+from imaging.files import first_few, read_image
 from imaging.masks import read_mask
 from imaging.media import InputFile, InputImage, Video
 from imaging.metrics import GroundTruth, ImageStats, Scores, aggregate, compute_stats
@@ -184,14 +184,11 @@ def run(args: argparse.Namespace, faults: list[str]) -> None:
         output.finish()
 
 
-MAX_NAMES = 3  # of files in a note
-
-
 def describe_unread(paths: Sequence[Path]) -> str:
     """A line if there are photos whose format is not read."""
     if not paths:
         return ""
-    names = ", ".join(path.name for path in paths[:MAX_NAMES]) + ", ..." * (len(paths) > MAX_NAMES)
+    names = first_few([path.name for path in paths])
     return f"note: {len(paths)} file(s) are not predicted, because their format is not read: {names}\n"
 
 
@@ -365,7 +362,10 @@ def predict_images(
             if not names:
                 warn_of_small_tiles(segment, batch[0].image)
             options.output.announce(name for image in batch for name in options.names(image.stem))
-            for image, logits in zip(batch, predict_batch(segment, batch, prompts, tile_sizes), strict=True):
+            given = [prompts[image.stem] for image in batch] if prompts else None
+            predicted = segment.logits_and_tiles([image.image for image in batch], given)
+            for image, (logits, tile_size) in zip(batch, predicted, strict=True):
+                tile_sizes.append(tile_size)
                 if image.mask is not None:
                     ground_truth = GroundTruth.from_mask(image.mask)
                     stats[image.stem] = compute_stats(logits - options.threshold, ground_truth)
@@ -403,19 +403,6 @@ def describe_shares(shares: Sequence[float]) -> str:
     if not empty and not full:
         return ""
     return f"note: {empty} of {len(shares)} masks are empty, and {full} cover more than half of the image\n"
-
-
-def predict_batch(
-    segment: inference.Segmenter,
-    batch: list[InputImage],
-    prompts: Mapping[str, Sequence[Prompt]],
-    tile_sizes: list[int | None],
-) -> Iterator[np.ndarray]:
-    """Yield the logits float32 (H, W) of each image. Appends the tile size of each to `tile_sizes`."""
-    given = [prompts[image.stem] for image in batch] if prompts else None
-    for logits, tile_size in segment.logits_and_tiles([image.image for image in batch], given):
-        tile_sizes.append(tile_size)
-        yield logits
 
 
 def describe_tiles(tile_sizes: Sequence[int | None]) -> str:

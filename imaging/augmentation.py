@@ -22,31 +22,11 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def recolor_scene(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Change hue, saturation and brightness of a background or a whole photo mildly."""
-    return _shift_hsv(
-        image,
-        hue=rng.uniform(-15, 15),
-        saturation=(rng.uniform(0.6, 1.4), 0.0),
-        gamma=np.exp(rng.uniform(-0.4, 0.4)),
-    )
-
-
-def _shift_hsv(image: np.ndarray, *, hue: float, saturation: tuple[float, float], gamma: float) -> np.ndarray:
-    """Change an image in HSV space.
-
-    Args:
-        hue: shift in units of 2 degrees, OpenCV's.
-        saturation: factor and offset, on the scale 0..255.
-        gamma: exponent of the value channel; below 1 brightens.
-    """
+    hue, saturation = rng.uniform(-15, 15), rng.uniform(0.6, 1.4)  # hue in OpenCV's units of 2 degrees
+    gamma = np.exp(rng.uniform(-0.4, 0.4))  # below 1 brightens
     levels = np.arange(256, dtype=np.float32)
-    table = np.stack(
-        [
-            (levels + hue) % 180,
-            np.clip(levels * saturation[0] + saturation[1], 0, 255),
-            255 * (levels / 255) ** gamma,
-        ],
-        axis=-1,
-    )
+    channels = (levels + hue) % 180, np.clip(levels * saturation, 0, 255), 255 * (levels / 255) ** gamma
+    table = np.stack(channels, axis=-1)
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB)
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import networkx as nx
@@ -323,24 +323,15 @@ def _tip(arm: _Arm, distance: np.ndarray) -> np.ndarray:
     return steps[max(int(np.argmax(outside)) - 1, 0) if outside.any() else -1]
 
 
-# --- Lines: branches that are joined to cables -------------------------------------------------
-
-
-class _Line(NamedTuple):
-    """A cable before it has a number; the fields are those of `Cable`."""
-
-    points: np.ndarray
-    widths: np.ndarray
-    closed: bool
-    ends: tuple[str, ...]
+# --- Cables: branches that are joined ----------------------------------------------------------
 
 
 def _join(
     branches: Sequence[Branch], arms: _Arms, pairs: Iterable[tuple[_Arm, _Arm]], distance: np.ndarray
-) -> list[_Line]:
-    """Join the branches whose arms are paired, and smooth what is joined."""
+) -> list[Cable]:
+    """Join the branches whose arms are paired to smooth cables, which all have the id 0 at first."""
     partner = {a.key: b for first, second in pairs for a, b in ((first, second), (second, first))}
-    lines: list[_Line] = []
+    cables: list[Cable] = []
     done: set[int] = set()
     for key in [*(key for key in arms if key not in partner), *arms]:  # a ring has no end to begin at
         if key[0] in done:
@@ -363,8 +354,8 @@ def _join(
         line = np.concatenate(parts)
         line[:, :2] = line[:, :2].clip(0, np.array(distance.shape[::-1]) - 1)
         if len(line) > 1 and np.isfinite(line[:, 2]).any():
-            lines.append(_smooth(line, arm is not None, tuple(ends)))
-    return lines
+            cables.append(_smooth(line, arm is not None, tuple(ends)))
+    return cables
 
 
 def _body(branch: Branch, first: _Arm, last: _Arm, distance: np.ndarray) -> np.ndarray:
@@ -411,7 +402,7 @@ def _curve(leaving: _Arm, entering: _Arm) -> np.ndarray:
     return np.column_stack([points, np.full(len(points), np.nan)])
 
 
-def _smooth(line: np.ndarray, closed: bool, ends: tuple[str, ...]) -> _Line:
+def _smooth(line: np.ndarray, closed: bool, ends: tuple[str, ...]) -> Cable:
     """Smooth the steps of the pixels, and place the points at equal distances of about half a width.
 
     `line` is (N, 3) of (x, y, width); an unknown width is interpolated.
@@ -427,7 +418,7 @@ def _smooth(line: np.ndarray, closed: bool, ends: tuple[str, ...]) -> _Line:
         padded[:, 2] = np.pad(fine[:, 2], margin, mode="edge")
         smooth = gaussian_filter1d(padded, sigma, axis=0)[margin : len(padded) - margin]
     line = _resample(smooth, closed, max(1.0, width / 2))
-    return _Line(line[:, :2].astype(np.float32), line[:, 2].clip(1).astype(np.float32), closed, ends)
+    return Cable(0, line[:, :2].astype(np.float32), line[:, 2].clip(1).astype(np.float32), closed, ends)
 
 
 def _resample(line: np.ndarray, closed: bool, step: float) -> np.ndarray:
@@ -446,12 +437,11 @@ def _ring(points: np.ndarray) -> np.ndarray:
     return np.concatenate([points, points[:1]])
 
 
-def _number_cables(lines: Iterable[_Line]) -> list[Cable]:
-    """Give numbers to the lines that are long enough to be cables, the longest first."""
-    cables = [Cable(0, *line) for line in lines]
-    cables = [c for c in cables if c.length >= max(MIN_LENGTH, MIN_ASPECT * float(np.median(c.widths)))]
-    cables.sort(key=lambda cable: -cable.length)
-    return [replace(cable, id=number) for number, cable in enumerate(cables[:MAX_ID], 1)]
+def _number_cables(cables: Iterable[Cable]) -> list[Cable]:
+    """The cables that are long enough, with their ids, the longest first."""
+    long = [c for c in cables if c.length >= max(MIN_LENGTH, MIN_ASPECT * float(np.median(c.widths)))]
+    long.sort(key=lambda cable: -cable.length)
+    return [replace(cable, id=number) for number, cable in enumerate(long[:MAX_ID], 1)]
 
 
 # --- Crossings and instances -------------------------------------------------------------------

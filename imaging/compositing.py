@@ -102,10 +102,8 @@ def composite(
         augment: if False, the cables keep their place and colors and the background its colors.
         read: `read(load, item, longest)` returns `load(item, longest)`, possibly from a cache.
 
-    Returns:
-        Image RGB uint8 (h, w, 3) and soft mask float32 (h, w) of all cables in it.
-
-    Raises FileError.
+    Returns the image, RGB uint8 (h, w, 3), and the soft mask, float32 (h, w), of all cables in it. Raises
+    FileError.
     """
 
     def random_background() -> np.ndarray:
@@ -115,28 +113,16 @@ def composite(
     def cut_out_of(index: int) -> np.ndarray:
         return read(load_cut_out, pairs[index], longest_side(size))
 
-    if augment:
-        return _augmented_composite(random_background, cut_out_of, len(pairs), pair_index, size, rng)
     image, mask = random_background(), np.zeros(size, np.float32)
-    paste(premultiply(resize_area(cut_out_of(pair_index)[..., :4], size)), image, mask)
-    return image, mask
-
-
-def _augmented_composite(
-    random_background: Callable[[], np.ndarray],
-    cut_out_of: Callable[[int], np.ndarray],
-    n_pairs: int,
-    pair_index: int,
-    size: tuple[int, int],
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`composite` with augmentation, from functions that read the files."""
-    image, mask = recolor_scene(flip(random_background(), rng), rng), np.zeros(size, np.float32)
+    if not augment:
+        paste(premultiply(resize_area(cut_out_of(pair_index)[..., :4], size)), image, mask)
+        return image, mask
+    image = recolor_scene(flip(image, rng), rng)
     if rng.random() < DISTRACTOR_PROBABILITY:
         image = add_distractors(image, random_background(), rng)
     light = draw_light(image, rng)
     n_others = rng.choice(len(CUT_OUT_PROBABILITIES), p=CUT_OUT_PROBABILITIES)
-    for index in (*rng.integers(n_pairs, size=n_others), pair_index):
+    for index in (*rng.integers(len(pairs), size=n_others), pair_index):
         paste_augmented(cut_out_of(index), image, mask, light, rng)
     if rng.random() < OCCLUDER_PROBABILITY:
         mask *= 1 - put_patch(image, random_background(), rng)

@@ -61,6 +61,11 @@ def format_list(items: Sequence[str]) -> str:
     return "\n  ".join(shown)
 
 
+def first_few(items: Sequence[object]) -> str:
+    """The first 3 items in one line, and dots if there are more."""
+    return ", ".join(map(str, items[:3])) + ", ..." * (len(items) > 3)
+
+
 # --- Finding -----------------------------------------------------------------------------------
 
 

@@ -190,7 +190,7 @@ def _select(file: DecodedFile, mask_values: MaskValues) -> np.ndarray:
         numbers.append(255)
     mask = np.isin(plane, numbers) if plane is not None else np.zeros(file.image.size[::-1], bool)
     if colors:
-        mask |= np.isin(_packed(_rgb(file.image)), [_pack(color) for color in colors])
+        mask |= np.isin(_packed(_rgb(file.image)), _packed(np.array(colors)))
     return mask
 
 
@@ -329,10 +329,6 @@ def _read_lossy_gray(path: Path, values: np.ndarray) -> MaskReading:
 
 
 # --- Color -------------------------------------------------------------------------------------
-
-
-def _pack(color: tuple[int, ...]) -> int:
-    return color[0] << 16 | color[1] << 8 | color[2]
 
 
 def _unpack(packed: int) -> Color:

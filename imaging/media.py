@@ -295,10 +295,10 @@ def encode_image(image: np.ndarray, suffix: str) -> bytes:
 
     `image` is uint8 (H, W, 3), uint8 (H, W), or for PNG uint16 (H, W). JPEG shrinks it to MAX_JPEG_SIDE.
     """
-    buffer, picture = io.BytesIO(), Image.fromarray(image)
+    buffer, pil_image = io.BytesIO(), Image.fromarray(image)
     if suffix != ".png":
-        picture.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
-    picture.save(buffer, format="PNG" if suffix == ".png" else "JPEG")
+        pil_image.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
+    pil_image.save(buffer, format="PNG" if suffix == ".png" else "JPEG")
     return buffer.getvalue()
 
 

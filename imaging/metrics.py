@@ -7,7 +7,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -91,14 +90,14 @@ class ImageStats:
     pixel_counts: np.ndarray
 
 
-def compute_stats(logits: np.ndarray, truth: GroundTruth) -> ImageStats:
+def compute_stats(logits: np.ndarray, ground_truth: GroundTruth) -> ImageStats:
     """Compare the logits of one image, float (h, w), with its ground truth; NaN counts as background."""
-    prediction, mask = logits > 0, truth.mask
+    prediction, mask = logits > 0, ground_truth.mask
     histograms = _histograms(logits, mask)
     return ImageStats(
-        scores=_score(prediction, mask, truth),
-        widths=truth.widths,
-        is_found=prediction.reshape(-1)[truth.centerline],
+        scores=_score(prediction, mask, ground_truth),
+        widths=ground_truth.widths,
+        is_found=prediction.reshape(-1)[ground_truth.centerline],
         counts=histograms[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:],
         pixel_counts=histograms.sum(axis=1),
     )
@@ -124,33 +123,29 @@ def _histograms(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return counts[: 2 * n_bins].reshape(2, n_bins)
 
 
-def score(prediction: np.ndarray, truth: GroundTruth) -> Scores:
+def score(prediction: np.ndarray, ground_truth: GroundTruth) -> Scores:
     """Compare a predicted mask with a ground truth of the same size.
 
     If both masks are empty, all scores are 1. If only one is empty, all scores are 0.
     """
-    return _score(prediction, truth.mask, truth)
+    return _score(prediction, ground_truth.mask, ground_truth)
 
 
-def _score(prediction: np.ndarray, mask: np.ndarray, truth: GroundTruth) -> Scores:
+def _score(prediction: np.ndarray, mask: np.ndarray, ground_truth: GroundTruth) -> Scores:
     """Like `score`, with the unpacked mask of the ground truth."""
     if prediction.shape != mask.shape:
         raise ValueError(f"the prediction is {prediction.shape} but the ground truth is {mask.shape}")
     if not prediction.any() and not mask.any():
         return Scores(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    whole = _overlap(prediction, mask)
     boundary = _overlap(boundary_region(prediction), boundary_region(mask))
     box = _bounding_box(prediction)
     skeleton = _skeleton(prediction[box])
-    n_true = np.count_nonzero(prediction.reshape(-1)[truth.centerline])
+    n_true = np.count_nonzero(prediction.reshape(-1)[ground_truth.centerline])
     topology_precision = _ratio(np.count_nonzero(skeleton & mask[box]), np.count_nonzero(skeleton))
-    topology_recall = _ratio(n_true, len(truth.centerline))
+    topology_recall = _ratio(n_true, len(ground_truth.centerline))
     return Scores(
-        iou=whole.iou,
-        dice=whole.dice,
-        precision=whole.precision,
-        recall=whole.recall,
-        boundary_iou=boundary.iou,
+        **_overlap(prediction, mask),
+        boundary_iou=boundary["iou"],
         cldice=_ratio(2 * topology_precision * topology_recall, topology_precision + topology_recall),
     )
 
@@ -166,22 +161,16 @@ def _skeleton(mask: np.ndarray) -> np.ndarray:
     return skeletonize(mask) if mask.size else mask
 
 
-class _Overlap(NamedTuple):
-    iou: float
-    dice: float
-    precision: float
-    recall: float
-
-
-def _overlap(prediction: np.ndarray, truth: np.ndarray) -> _Overlap:
-    n_both = int(np.count_nonzero(prediction & truth))
-    n_predicted, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
-    return _Overlap(
-        iou=_ratio(n_both, n_predicted + n_true - n_both),
-        dice=_ratio(2 * n_both, n_predicted + n_true),
-        precision=_ratio(n_both, n_predicted),
-        recall=_ratio(n_both, n_true),
-    )
+def _overlap(prediction: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """The scores of `Scores` that count pixels, by name."""
+    n_both = int(np.count_nonzero(prediction & mask))
+    n_predicted, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(mask))
+    return {
+        "iou": _ratio(n_both, n_predicted + n_true - n_both),
+        "dice": _ratio(2 * n_both, n_predicted + n_true),
+        "precision": _ratio(n_both, n_predicted),
+        "recall": _ratio(n_both, n_true),
+    }
 
 
 def _ratio(part: float | np.integer, whole: float | np.integer) -> float:

@@ -42,15 +42,16 @@ def overlay(image: np.ndarray, prediction: np.ndarray, ground_truth: np.ndarray 
     Without a ground truth, all of the prediction counts as found. Every mask is drawn larger by 1/800 of the
     longer side of the image, so that a thin cable can be seen where the image is shown small.
     """
-    truth = prediction if ground_truth is None else ground_truth
+    if ground_truth is None:
+        ground_truth = prediction
     drawn = darkened(image)
     shading = drawn.copy()
     kernel = np.ones(2 * [2 * round(max(image.shape[:2]) / 800) + 1], np.uint8)
-    outside = ~(truth | prediction)
+    outside = ~(ground_truth | prediction)
     parts = (
-        (prediction & ~truth, WRONG_COLOR),
-        (truth & ~prediction, MISSED_COLOR),
-        (truth & prediction, FOUND_COLOR),
+        (prediction & ~ground_truth, WRONG_COLOR),
+        (ground_truth & ~prediction, MISSED_COLOR),
+        (ground_truth & prediction, FOUND_COLOR),
     )
     for mask, color in parts if kernel.size > 1 else ():
         drawn[cv2.dilate(mask.view(np.uint8), kernel).view(bool) & outside] = color

@@ -27,9 +27,11 @@ import yaml
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from plot_curves import plot_fault
+
+from imaging.masks import read_mask
 
 LINKS = Path("exp/results_data")
 PHOTOS_FOLDER, BACKGROUNDS = "cables_plain", "backgrounds"
@@ -208,7 +210,7 @@ def write_prompts(images: Path, kind: str) -> Path:
     path = images / f"{kind}.csv"
     rows = ["image,x,y" if kind == "point" else "image,x1,y1,x2,y2"]
     for file in sorted((images / "masks").iterdir()):
-        mask = read_mask(file)
+        mask = read_mask(file).astype(np.uint8)
         values: Sequence[int]
         if kind == "point":
             distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
@@ -219,14 +221,6 @@ def write_prompts(images: Path, kind: str) -> Path:
         rows.append(",".join([file.name, *map(str, values)]))
     path.write_text("\n".join(rows))
     return path
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Read a mask file; returns uint8 (H, W) of 0 and 1."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if mask is None:
-        raise OSError(f"cannot read {path}")
-    return (mask > mask.max() / 2).astype(np.uint8)
 
 
 # --- Showing ----------------------------------------------------------------------------------
@@ -300,7 +294,7 @@ def iou_by_stem(row: Row, name: str) -> Scores:
 
 def error_map(truth: Path, prediction: Path) -> np.ndarray:
     """Color the pixels of two mask files by their agreement; returns RGB uint8 (H, W, 3)."""
-    true, predicted = read_mask(truth).astype(bool), read_mask(prediction).astype(bool)
+    true, predicted = read_mask(truth), read_mask(prediction)
     image = np.full((*true.shape, 3), 255, np.uint8)
     image[true & predicted] = FOUND
     image[true & ~predicted] = MISSED
