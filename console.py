@@ -12,6 +12,7 @@ from checkpoint import BEST_FILE, LAST_FILE
 from dataset_index import DatasetIndex
 from embeddings import TrainBatch, pool_spec
 from experiment import Experiment
+from imaging.files import first_few
 from train_state import TrainState
 
 REPORT_FILE = "report.html"  # see report.py
@@ -126,18 +127,14 @@ def result_summary(
     return "\n".join(lines)
 
 
-MAX_NAMES = 3  # of files in a message
-
-
 def bad_steps_message(state: TrainState, experiment: Experiment, batch: TrainBatch) -> str:
     """Why a run ends whose losses or gradients are not finite."""
     datasets, best = experiment.train_set.datasets, experiment.checkpoints / BEST_FILE
     names = sorted({str(datasets[key.dataset].pairs[key.pair].image_path) for key in batch["keys"]})
-    shown = ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
     return (
         f"iteration {state.iteration + 1}: the loss or its gradient was not finite in "
         f"{state.bad_steps_in_a_row} steps in a row (--max_bad_steps); a lower --lr may help\n"
-        f"the last batch holds {shown}; best weights: {best if state.best else 'none were saved'}"
+        f"the last batch holds {first_few(names)}; best weights: {best if state.best else 'none were saved'}"
     )
 
 

@@ -56,6 +56,11 @@ class Experiment:
     def datasets(self) -> list[DatasetIndex]:
         return [*self.train_set.datasets, *([self.test_set.dataset] if self.test_set else [])]
 
+    @property
+    def dataset_to_predict(self) -> DatasetIndex:
+        """The dataset on which the commands that come next predict: the test set if there is one."""
+        return self.test_set.dataset if self.test_set else self.train_set.datasets[0]
+
 
 def preview(config: TrainConfig) -> None:
     """What `--preview` does, without weights. Raises UserError as `prepare` does."""

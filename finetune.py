@@ -470,8 +470,7 @@ def train_to_the_end(config: TrainConfig, experiment: Experiment, stop: runtime.
     write_report(experiment, state.iteration, run.is_last)
     if run.is_out_of_patience:
         logger.print(f"the last {state.tests_without_gain} tests brought no gain: --patience ends the run")
-    shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
-    images = shown.config.data_dir / "imgs"
+    images = experiment.dataset_to_predict.config.data_dir / "imgs"
     logger.print(result_summary(state.baseline, state.best, experiment.folder, images, config.prompt))
     logger.close()
 

@@ -12,7 +12,7 @@ import numpy as np
 from base.errors import UserError
 from dataset import TestSet, TrainSet
 from dataset_index import DatasetIndex
-from imaging.files import format_list, read_image
+from imaging.files import first_few, format_list, read_image
 from imaging.geometry import InputSpec
 from imaging.masks import read_mask
 from imaging.media import write_image
@@ -92,9 +92,7 @@ def preview_dataset(
     chosen = np.unique(np.linspace(0, len(index.pairs) - 1, N_MEASURED).astype(int))
     stats = measure_masks([index.pairs[number] for number in chosen], spec.mask_grid)
     sizes = sorted({index.infos[pair.image_path].size for pair in index.pairs})
-    size_text = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
-    if len(sizes) > 3:
-        size_text += ", ..."
+    size_text = first_few([f"{height} x {width}" for height, width in sizes])
     print(f"{role}  {index.config.data_dir}")
     print(f"  {len(index.pairs)} pairs of {size_text} (h x w), {len(index.backgrounds)} backgrounds")
     print(f"  foreground {index.foreground:.2%} of the pixels, mean of all masks")

@@ -353,13 +353,13 @@ def two_columns(names: Iterable[str], flags: dict[str, Any]) -> str:
 def next_commands(experiment: Experiment, is_done: bool) -> dict[str, str]:
     """The commands that come next, by their purpose."""
     config, folder = experiment.config, experiment.folder
-    shown = experiment.test_set.dataset if experiment.test_set else experiment.train_set.datasets[0]
+    dataset = experiment.dataset_to_predict.config
     weights = [path for name in (BEST_FILE, LAST_FILE) if (path := experiment.checkpoints / name).exists()]
     commands = {}
     if weights:
-        checkpoint, data = ("--checkpoint", weights[0]), shown.config.data_dir
+        checkpoint, data = ("--checkpoint", weights[0]), dataset.data_dir
         # predict.py reads only masks that need no `mask_values`
-        masks = () if shown.config.mask_values else ("--masks", data / "masks")
+        masks = () if dataset.mask_values else ("--masks", data / "masks")
         output = ("--output", Path("predictions") / folder.name)
         onnx = ("--format", "onnx", "--output", folder / "best.onnx")
         # The test set of --val_percentage has no folder of its own.
