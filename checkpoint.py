@@ -138,7 +138,7 @@ TEXTS = {
 def refuse_text(path: Path) -> None:
     """Raise UserError, which says what the file is, if a file that does not load is one of `TEXTS`."""
     with path.open("rb") as file:
-        start = file.read(100)
+        start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()  # web pages may begin with blank lines
     for text, meaning in TEXTS.items():
         if start.startswith(text):
             raise UserError(f"{path} is {meaning}")

@@ -333,7 +333,7 @@ SHARED_MEMORY_HINT = (
 
 
 class _ErrorsAsValues(Dataset[Any]):
-    """The same samples, but a UserError is returned: PyTorch would change its message on the way here."""
+    """The same samples, but a UserError is returned: PyTorch would add a traceback to its message."""
 
     def __init__(self, samples: Dataset[Any]) -> None:
         self.samples = samples

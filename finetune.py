@@ -548,7 +548,7 @@ def print_error(error: Exception) -> None:
 
 
 def print_resume_hint(config: TrainConfig) -> None:
-    """Say how an interrupted run continues, unless another process trains it."""
+    """Say how an interrupted run continues, unless a lock file says that another process trains it."""
     if not runtime.is_main() or (config.folder / LOCK_FILE).exists():
         return
     state = config.folder / RESUME_FILE

@@ -429,8 +429,8 @@ def _tiles(chosen: Tiles | Literal["off"], cable_width: float | None, path: Path
 @cache  # Python's own filter of repeated warnings is reset by other libraries
 def _warn_of_missing_prompts(path: Path | None, prompt: str) -> None:
     warnings.warn(
-        f"{path} was trained with --prompt {prompt}, and there are no prompts: its masks may be bad; "
-        "for images, give prompts (predict.py: --prompt FILE)",
+        f"{path or 'this checkpoint'} was trained with --prompt {prompt}, and there are no prompts: "
+        "its masks may be bad; for images, give prompts (predict.py: --prompt FILE)",
         stacklevel=3,
     )
 

@@ -78,7 +78,7 @@ def start_folder(folder: Path) -> None:
             if SHEET_NAME.fullmatch(path.name):
                 path.unlink()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from error
+        raise UserError(f"{folder}: cannot be prepared ({error})") from error
 
 
 def preview_dataset(

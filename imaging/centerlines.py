@@ -329,7 +329,7 @@ def _tip(arm: _Arm, distance: np.ndarray) -> np.ndarray:
 def _join(
     branches: Sequence[Branch], arms: _Arms, pairs: Iterable[tuple[_Arm, _Arm]], distance: np.ndarray
 ) -> list[Cable]:
-    """Join the branches whose arms are paired to smooth cables, which all have the id 0 at first."""
+    """Join the branches whose arms are paired. The cables are smooth, and their ids are 0."""
     partner = {a.key: b for first, second in pairs for a, b in ((first, second), (second, first))}
     cables: list[Cable] = []
     done: set[int] = set()
@@ -438,7 +438,7 @@ def _ring(points: np.ndarray) -> np.ndarray:
 
 
 def _number_cables(cables: Iterable[Cable]) -> list[Cable]:
-    """The cables that are long enough, with their ids, the longest first."""
+    """Number the cables that are long enough, the longest first."""
     long = [c for c in cables if c.length >= max(MIN_LENGTH, MIN_ASPECT * float(np.median(c.widths)))]
     long.sort(key=lambda cable: -cable.length)
     return [replace(cable, id=number) for number, cable in enumerate(long[:MAX_ID], 1)]

@@ -58,7 +58,7 @@ def pytest_configure() -> None:
     The variable VISIBLE_GPUS keeps what was visible for test_cuda.py. Workers of pytest-xdist inherit it.
     """
     os.environ.setdefault("VISIBLE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ALL_GPUS))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # Windows removes a variable that is empty
 
 
 def show_gpus(patch: pytest.MonkeyPatch) -> None:

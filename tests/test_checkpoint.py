@@ -70,7 +70,7 @@ def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 375042383\n",
             "a Git LFS pointer, not the weights: run git lfs pull",
         ),
-        (b"<!DOCTYPE html>\n<html>", "a web page, not the weights: download them again"),
+        (b"\n\n<!DOCTYPE html>\n<html>", "a web page, not the weights: download them again"),
     ],
     ids=["lfs", "html"],
 )

@@ -54,7 +54,7 @@ def missing() -> str:
         done = subprocess.run([sys.executable, "-c", SEES_GPU], capture_output=True, text=True)
     if done.stdout.strip() == "True":
         return ""
-    return f"needs an NVIDIA GPU: {done.stderr.strip().splitlines()[-1:]}"
+    return f"needs an NVIDIA GPU: {(done.stderr.strip() or 'PyTorch finds none').splitlines()[-1]}"
 
 
 @pytest.fixture(autouse=True)

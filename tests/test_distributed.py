@@ -1,7 +1,6 @@
 """Several processes train as one does. The runs are real ones on gloo, one of them under torchrun."""
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -97,12 +96,11 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_from_its_state(tiny_we
     config = config_file(percentage=1.5)
     options = ("-e", 4, "--lr", 3e-3, "--test_interval", 4, "--virtual_batch_size", 2, "--log_interval", 1)
     assert run_tiny(config, tiny_weights, "-b", 4, *options) == 0
-    started = time.monotonic()
     # Every iteration saves a state, the last one amid a step.
+    # `run_process` fails if a process waits for the dead one.
     flags = together(config, tiny_weights, "-b", 2, *options)
     died = run_torchrun(*flags, "--resume_interval", 1e-9, KILL_IN=8)
     assert died.returncode != 0
-    assert time.monotonic() - started < 300  # else a process waits for the dead one, for half an hour
     assert not Path("exp/together/checkpoints/last.pth").exists()
     resumed = run_torchrun(*flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr

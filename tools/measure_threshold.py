@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import inference
+import runtime
 from base.errors import UserError
-from imaging.files import read_image
-from imaging.masks import read_mask
 from imaging.metrics import (
     MIN_IMAGES_FOR_THRESHOLD,
     GroundTruth,
@@ -30,20 +29,23 @@ from imaging.metrics import (
     robust_threshold,
     score,
 )
-from imaging.pairing import Pair, find_pairs
+from imaging.pairing import Pair, find_pairs, read_pair
 
 
 def measure(pairs: Sequence[Pair], segment: inference.Segmenter) -> None:
     """Print the table."""
-    logits = [next(segment.logits([read_image(pair.image_path)])) for pair in pairs]
-    truths = [GroundTruth.from_mask(read_mask(pair.mask_path)) for pair in pairs]
-    stats = list(map(compute_stats, logits, truths))
+    logits, ground_truths = [], []
+    for pair in pairs:
+        image, mask = read_pair(pair)
+        logits += segment.logits([image])
+        ground_truths.append(GroundTruth.from_mask(mask))
+    stats = list(map(compute_stats, logits, ground_truths))
     chosen = [robust_threshold(stats[first::2]) for first in (0, 1)]  # on every second photo
     print("threshold of  " + "  ".join(f"{field.name:>12}" for field in fields(Scores)))
     for name, thresholds in {"checkpoint": [segment.threshold] * 2, "other half": chosen[::-1]}.items():
         scores = [
-            astuple(score(of_image > thresholds[number % 2], truth))
-            for number, (of_image, truth) in enumerate(zip(logits, truths, strict=True))
+            astuple(score(of_image > thresholds[number % 2], ground_truth))
+            for number, (of_image, ground_truth) in enumerate(zip(logits, ground_truths, strict=True))
         ]
         print(f"{name:<12}  " + "  ".join(f"{value:12.3f}" for value in np.mean(scores, axis=0)))
     of_halves = " and ".join(f"{threshold:g}" for threshold in chosen)
@@ -60,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 after a message."""
     args = parse_args(argv)
+    runtime.init()
     try:
         pairs, faults = find_pairs(args.data)
         if faults:
