@@ -34,7 +34,8 @@ from imaging.pairing import Pair, find_pairs, read_pair
 
 def measure(pairs: Sequence[Pair], segment: inference.Segmenter) -> None:
     """Print the table."""
-    logits, ground_truths = [], []
+    logits: list[np.ndarray] = []
+    ground_truths: list[GroundTruth] = []
     for pair in pairs:
         image, mask = read_pair(pair)
         logits += segment.logits([image])
