@@ -27,21 +27,22 @@ def test_each_half_gets_the_threshold_of_the_other(tmp_path, capsys):
             yield np.where(masks[self.number], best + 0.5, around).astype(np.float32)
 
     tool.measure(pairs, Segmenter())
-    head, checkpoint, other_half, thresholds = capsys.readouterr().out.splitlines()
-    assert head.split()[2:] == ["iou", "dice", "precision", "recall", "boundary_iou", "cldice"]
+    head, checkpoint, training, balanced, *thresholds = capsys.readouterr().out.splitlines()
+    assert head.split()[1:] == ["iou", "dice", "precision", "recall", "boundary_iou", "cldice"]
     iou, _, precision, recall, *_ = map(float, checkpoint.split()[1:])
     share = np.mean([mask.mean() for mask in masks])
     assert recall == 1 and precision == iou == pytest.approx(share, abs=0.01)
-    iou, _, precision, recall, *_ = map(float, other_half.split()[2:])
-    assert recall == 0.5 and precision == pytest.approx(share / 2, abs=0.01)
-    assert thresholds == "thresholds: -5 of the checkpoint, 2 and -0.625 of the halves"
+    for row in (training, balanced):
+        _, _, precision, recall, *_ = map(float, row.split()[1:])
+        assert recall == 0.5 and precision == pytest.approx(share / 2, abs=0.01)
+    assert thresholds[:2] == ["checkpoint  -5 and -5", "training    2 and -0.625"]
 
 
 def test_a_checkpoint_is_measured(tiny_weights, tmp_path, capsys):
     write_dataset(tmp_path / "cables", 10)
     argv = ["--checkpoint", str(tiny_weights), "--data", str(tmp_path / "cables")]
     assert tool.main(argv) == 0
-    _, checkpoint, _, _ = capsys.readouterr().out.splitlines()
+    _, checkpoint, *_ = capsys.readouterr().out.splitlines()
     segment = tool.inference.load(tiny_weights)
     ious = []
     for image, mask in map(tool.read_pair, tool.find_pairs(tmp_path / "cables")[0]):

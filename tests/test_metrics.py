@@ -219,3 +219,15 @@ def test_the_robust_threshold_is_no_farther_than_it_pays():
     stats = [metrics.compute_stats(np.where(truth.mask, 3.0, -3.0), truth)] * 10
     assert metrics.aggregate(stats)["best_threshold"] == -3
     assert metrics.robust_threshold(stats) == 0
+
+
+def test_the_balanced_threshold_makes_precision_and_recall_equal():
+    """Of 100 cable pixels, logits rise from 0 to 4; those of the 100 others fall from 2 to -2."""
+    mask = np.zeros((2, 100), bool)
+    mask[0] = True
+    logits = np.stack([np.linspace(0, 4, 100), np.linspace(2, -2, 100)]).astype(np.float32)
+    stats = [metrics.compute_stats(logits + shift, GroundTruth.from_mask(mask)) for shift in (0, 0.25)]
+    # At 1 there are 75 cable pixels and 25 others above; the second image moves this by a quarter.
+    assert metrics.balanced_threshold(stats[:1]) == 1
+    assert metrics.balanced_threshold(stats[1:]) == 1.25
+    assert metrics.balanced_threshold(stats) == 1.125

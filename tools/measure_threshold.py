@@ -2,9 +2,9 @@
 
     python tools/measure_threshold.py --checkpoint exp/NAME/checkpoints/last.pth --data my_test_photos
 
-The threshold for one half of the photos is chosen on the other half, as a training chooses it on its test
-set, and the other way around. Prints the metrics with these two thresholds and with that of the checkpoint,
-each the mean over all photos.
+The threshold for one half of the photos is chosen on the other half, and the other way around. It is chosen
+in two ways: as a training chooses it on its test set, and so that precision and recall are equal. Prints the
+metrics with these thresholds and with that of the checkpoint, each the mean over all photos.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from imaging.metrics import (
     MIN_IMAGES_FOR_THRESHOLD,
     GroundTruth,
     Scores,
+    balanced_threshold,
     compute_stats,
     robust_threshold,
     score,
@@ -41,16 +42,21 @@ def measure(pairs: Sequence[Pair], segment: inference.Segmenter) -> None:
         logits += segment.logits([image])
         ground_truths.append(GroundTruth.from_mask(mask))
     stats = list(map(compute_stats, logits, ground_truths))
-    chosen = [robust_threshold(stats[first::2]) for first in (0, 1)]  # on every second photo
-    print("threshold of  " + "  ".join(f"{field.name:>12}" for field in fields(Scores)))
-    for name, thresholds in {"checkpoint": [segment.threshold] * 2, "other half": chosen[::-1]}.items():
+    halves = stats[::2], stats[1::2]
+    chosen = {
+        "checkpoint": [segment.threshold] * 2,
+        "training": list(map(robust_threshold, halves)),
+        "balanced": list(map(balanced_threshold, halves)),
+    }
+    print("threshold   " + "  ".join(f"{field.name:>12}" for field in fields(Scores)))
+    for name, of_half in chosen.items():
         scores = [
-            astuple(score(of_image > thresholds[number % 2], ground_truth))
+            astuple(score(of_image > of_half[1 - number % 2], ground_truth))  # that of the other half
             for number, (of_image, ground_truth) in enumerate(zip(logits, ground_truths, strict=True))
         ]
-        print(f"{name:<12}  " + "  ".join(f"{value:12.3f}" for value in np.mean(scores, axis=0)))
-    of_halves = " and ".join(f"{threshold:g}" for threshold in chosen)
-    print(f"thresholds: {segment.threshold:g} of the checkpoint, {of_halves} of the halves")
+        print(f"{name:<12}" + "  ".join(f"{value:12.3f}" for value in np.mean(scores, axis=0)))
+    for name, of_half in chosen.items():
+        print(f"{name:<12}" + " and ".join(f"{threshold:g}" for threshold in of_half))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
